@@ -1,0 +1,45 @@
+# Two commands do all the set-up: `make demo` and `make test`. Everything lives in .venv.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTHON_FOUND := $(shell command -v $(PYTHON) || command -v python3)
+
+.PHONY: demo test check quick bench test-faults setup docs clean
+
+$(STAMP): pyproject.toml client/pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON_FOUND) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ./client -e '.[dev,torch]'
+	touch $(STAMP)
+
+setup: $(STAMP)
+
+demo: $(STAMP)  ## train, crash, resume: the whole story in two minutes
+	$(BIN)/python demo/run.py
+
+check: $(STAMP)  ## lint, types, layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/flake8 --select=ASYNC --max-line-length=200 ckptd
+	$(BIN)/lint-imports --no-cache
+
+test: check  ## everything that must hold on every commit, under ten minutes on two cores
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not faults"
+
+quick: $(STAMP)  ## the fast loop
+	$(BIN)/python -m pytest -n 2 -q -m "not slow and not faults" tests/unit tests/search
+
+test-faults: $(STAMP)  ## the long form of the crash suites
+	$(BIN)/python -m pytest -m faults
+
+bench: $(STAMP)  ## ckptd beside its peers; writes docs/benchmarks.md
+	$(BIN)/python -m tests.bench
+
+docs: $(STAMP)  ## regenerate the references that tests compare
+	$(BIN)/python -m ckptd.origins reference
+	$(BIN)/python -m ckptd.origins example
+
+clean:
+	rm -rf $(VENV) .demo .bench .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,129 @@
+"""Reading checkpoints: the one SELECT, and what its rows become."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import Row, Select, bindparam, select
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from ckptd.catalog import schema
+from ckptd.errors import NotFound
+from ckptd.model import Checkpoint, FileEntry, Identity, Level, Origin, State
+
+_row = schema.checkpoint.c
+_PARTS_MAX = 500  # ids in one statement; SQLite takes 32,766 parameters, MySQL's packets are smaller
+
+SELECT: Select[Any] = (
+    select(
+        schema.checkpoint,
+        schema.experiment.c.id.label("experiment_id"),
+        schema.experiment.c.name.label("experiment"),
+        schema.project.c.name.label("project"),
+        schema.root.c.path.label("root"),
+    )
+    .select_from(schema.checkpoint)
+    .join(schema.experiment)
+    .join(schema.project)
+    .outerjoin(schema.root)
+)
+BY_ID = SELECT.where(_row.id == bindparam("wanted"))
+
+
+async def get(conn: AsyncConnection, checkpoint_id: str) -> Checkpoint:
+    """Return one checkpoint. NotFound."""
+    return from_row(await one(conn, checkpoint_id))
+
+
+async def get_many(conn: AsyncConnection, checkpoint_ids: Sequence[str]) -> dict[str, Checkpoint]:
+    """Return those of the ids that exist."""
+    found: dict[str, Checkpoint] = {}
+    for start in range(0, len(checkpoint_ids), _PARTS_MAX):
+        part = checkpoint_ids[start : start + _PARTS_MAX]
+        for row in await conn.execute(SELECT.where(_row.id.in_(part))):
+            found[row.id] = from_row(row)
+    return found
+
+
+async def uid_of(conn: AsyncConnection, checkpoint_id: str) -> int:
+    """Whose checkpoint it is. NotFound."""
+    return int((await one(conn, checkpoint_id)).uid)
+
+
+async def files(conn: AsyncConnection, checkpoint_id: str) -> tuple[FileEntry, ...]:
+    """Return the files of a checkpoint in manifest order; empty before it is durable. NotFound."""
+    sequence = (await one(conn, checkpoint_id)).sequence
+    file = schema.file.c
+    wanted = select(schema.file).where(file.checkpoint_no == sequence).order_by(file.position)
+    return tuple(FileEntry(row.path, row.size_bytes, row.sha256, row.xxh3) for row in await conn.execute(wanted))
+
+
+async def identity(conn: AsyncConnection, checkpoint_id: str) -> Identity | None:
+    """Which bytes are meant; None before it is durable. NotFound."""
+    return identity_of(await one(conn, checkpoint_id))
+
+
+async def arena_of(conn: AsyncConnection, checkpoint_id: str) -> str | None:
+    """Id of the arena that holds a hot copy. NotFound."""
+    arena: str | None = (await one(conn, checkpoint_id)).arena
+    return arena
+
+
+async def newest_good(conn: AsyncConnection, experiment_id: str) -> Checkpoint | None:
+    """Return the good checkpoint with the highest (step, revision, sequence) of the newest segment that has one."""
+    no = select(schema.experiment.c.no).where(schema.experiment.c.id == experiment_id).scalar_subquery()
+    wanted = (
+        SELECT.where(_row.experiment_no == no, _row.is_good)
+        .order_by(_row.segment.desc(), _row.step.desc(), _row.revision.desc(), _row.sequence.desc())
+        .limit(1)
+    )
+    row = (await conn.execute(wanted)).one_or_none()
+    return None if row is None else from_row(row)
+
+
+def from_row(row: Row[Any]) -> Checkpoint:
+    """Turn a row of SELECT into the noun."""
+    return Checkpoint(
+        id=row.id,
+        experiment_id=row.experiment_id,
+        project=row.project,
+        experiment=row.experiment,
+        state=State(row.state),
+        level=Level(row.level),
+        origin=Origin(row.origin),
+        root=row.root or "",
+        path=row.path,
+        step=row.step,
+        epoch=row.epoch,
+        revision=row.revision,
+        size_bytes=row.size_bytes,
+        format=row.format,
+        created_at=row.created_at,
+        staged_at=row.staged_at,
+        durable_at=row.durable_at,
+        verified_at=row.verified_at,
+        trashed_at=row.trashed_at,
+        metrics=row.metrics,
+        note=row.note,
+        meta=row.meta,
+        tags=tuple(row.tags),
+        parent_id=row.parent_id,
+        update_best=row.update_best,
+        error=row.error,
+        sequence=row.sequence,
+        segment=row.segment,
+    )
+
+
+def identity_of(row: Any) -> Identity | None:
+    """Return the identity in a row that has its five columns."""
+    if row.ino is None:
+        return None
+    return Identity(row.dev, row.ino, row.inode_size_bytes, row.mtime_ns, row.ctime_ns)
+
+
+async def one(conn: AsyncConnection, checkpoint_id: str) -> Row[Any]:
+    """Return the row of one checkpoint, as SELECT has it. NotFound."""
+    row: Row[Any] | None = (await conn.execute(BY_ID, {"wanted": checkpoint_id})).one_or_none()
+    if row is None:
+        raise NotFound(f"there is no checkpoint {checkpoint_id}")
+    return row

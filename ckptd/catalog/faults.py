@@ -1,0 +1,75 @@
+"""What a database error means, and who must act: the driver's words become the error tree's."""
+
+import sqlite3
+from pathlib import Path
+
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from ckptd.errors import Busy, CatalogFault, CkptdError, NoSpace
+
+_PRIMARY = 0xFF  # the low byte of an extended SQLite code is the error's class
+_DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+_UNUSABLE = (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM)
+_LOCKED = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+_ENDS_TRANSACTION = (*_DAMAGED, *_UNUSABLE, *_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_NOMEM)
+
+LOCKED_RETRY_S = 1.0
+
+
+def sqlite_code(error: BaseException) -> int | None:
+    """Return the primary SQLite result code behind an error; None when there is none."""
+    cause = error.orig if isinstance(error, DBAPIError) else error
+    code = getattr(cause, "sqlite_errorcode", None)
+    if code is None:
+        # "file is not a database" at connect may reach us as a plain DatabaseError without a code.
+        is_foreign = isinstance(cause, sqlite3.DatabaseError) and "not a database" in str(cause)
+        return sqlite3.SQLITE_NOTADB if is_foreign else None
+    return int(code) & _PRIMARY
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Say whether SQLite could not get space."""
+    return sqlite_code(error) == sqlite3.SQLITE_FULL
+
+
+def ends_transaction(error: BaseException) -> bool:
+    """Say whether the whole transaction is lost, not the one statement.
+
+    After these SQLite may have rolled everything back by itself, so that a savepoint no longer exists.
+    """
+    if isinstance(error, DBAPIError) and error.connection_invalidated:
+        return True
+    return sqlite_code(error) in _ENDS_TRANSACTION
+
+
+def rebuild_advice(path: Path | str) -> str:
+    """Return what to do with a damaged catalog; the file itself is never touched."""
+    return (
+        f"the file was left as it is; stop ckptd, move {path} and its -wal and -shm files aside, start ckptd, "
+        "and run `ckpt rebuild`: every checkpoint is found again from its manifest"
+    )
+
+
+def explain(error: Exception, where: Path | str) -> CkptdError | None:
+    """Translate a database error; None when it is not one that somebody outside the code can mend."""
+    if isinstance(error, PoolTimeout):
+        return Busy("every reading connection of the catalog is in use", retry_after_s=LOCKED_RETRY_S)
+    code = sqlite_code(error)
+    if code in _LOCKED:
+        return Busy(
+            f"another process holds the lock of {where}",
+            hint="end the program that has the catalog open for writing; ckptd goes on by itself then",
+            retry_after_s=LOCKED_RETRY_S,
+        )
+    if code == sqlite3.SQLITE_FULL:
+        return NoSpace(f"no space for the catalog {where}", path=str(where))
+    if code in _DAMAGED:
+        return CatalogFault(f"the catalog {where} is damaged: {error}", hint=rebuild_advice(where), path=str(where))
+    if code in _UNUSABLE:
+        return CatalogFault(
+            f"the catalog {where} can't be read or written: {error}",
+            hint="check the permissions of its directory, and the kernel's log for disk errors",
+            path=str(where),
+        )
+    return None

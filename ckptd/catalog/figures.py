@@ -1,0 +1,55 @@
+"""Counts and sums for status and lists."""
+
+from sqlalchemy import func, select
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from ckptd.catalog import schema
+from ckptd.model import Level, State
+
+_row = schema.checkpoint.c
+_ON_DISK = (State.LIVE, State.CORRUPT)
+
+
+async def levels(conn: AsyncConnection, experiment_id: str) -> dict[Level, int]:
+    """Count the checkpoints of one experiment that are on their way or on disk, by level."""
+    wanted = (
+        select(_row.level, func.count())
+        .join(schema.experiment, schema.experiment.c.no == _row.experiment_no)
+        .where(schema.experiment.c.id == experiment_id, _row.state.in_((State.PENDING, *_ON_DISK)))
+        .group_by(_row.level)
+    )
+    return {Level(level): count for level, count in await conn.execute(wanted)}
+
+
+async def on_disk(
+    conn: AsyncConnection, *, experiment_id: str | None = None, root_id: int | None = None
+) -> tuple[int, int]:
+    """Count what is on disk, and its bytes, of one experiment or under one root."""
+    wanted = select(func.count(), func.coalesce(func.sum(_row.size_bytes), 0)).where(_row.state.in_(_ON_DISK))
+    if experiment_id is not None:
+        wanted = wanted.join(schema.experiment, schema.experiment.c.no == _row.experiment_no).where(
+            schema.experiment.c.id == experiment_id
+        )
+    if root_id is not None:
+        wanted = wanted.where(_row.root_no == root_id)
+    count, size_bytes = (await conn.execute(wanted)).one()
+    return int(count), int(size_bytes)
+
+
+async def experiments(conn: AsyncConnection) -> int:
+    """Count all experiments."""
+    return int((await conn.execute(select(func.count()).select_from(schema.experiment))).scalar_one())
+
+
+async def matching(conn: AsyncConnection, project: str | None, name: str | None) -> list[tuple[str, str, str]]:
+    """Return (id, project, name) of experiments by exact names; None matches every name."""
+    wanted = (
+        select(schema.experiment.c.id, schema.project.c.name, schema.experiment.c.name)
+        .join(schema.project, schema.project.c.no == schema.experiment.c.project_no)
+        .order_by(schema.experiment.c.no)
+    )
+    if project is not None:
+        wanted = wanted.where(schema.project.c.name == project)
+    if name is not None:
+        wanted = wanted.where(schema.experiment.c.name == name)
+    return [(row[0], row[1], row[2]) for row in await conn.execute(wanted)]

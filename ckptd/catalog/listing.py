@@ -1,0 +1,283 @@
+"""Finding checkpoints: pages for lists, what a root is known to hold, what waits.
+
+Pages go by key (the last row's sort values), never by offset, so page 1,000 costs what page 1 does.
+Names are turned into row numbers first: then one index has the filter and the order both.
+"""
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
+
+from sqlalchemy import Select, and_, or_, select
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from ckptd.catalog import schema
+from ckptd.catalog.checkpoint_rows import SELECT, from_row, identity_of, newest_good
+from ckptd.catalog.selectors import Scope, resolve
+from ckptd.errors import BadRequest
+from ckptd.model import Checkpoint, Identity, Level, Origin, State
+
+__all__ = [
+    "Filter",
+    "Known",
+    "Page",
+    "Scope",
+    "by_path",
+    "find",
+    "known",
+    "latest",
+    "of_experiment",
+    "resolve",
+    "trashed_before",
+    "unfinished",
+]
+
+LIMIT_MAX = 500
+
+_row = schema.checkpoint.c
+_metric = schema.checkpoint_metric.c
+_HERE = (State.PENDING, State.LIVE, State.CORRUPT)
+_ON_PATH = (State.PENDING, State.LIVE, State.CORRUPT, State.MISSING)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Filter:
+    """Which checkpoints a list shows; every field narrows it."""
+
+    uid: int | None = None
+    project: str | None = None
+    name: str | None = None  # of the experiment
+    experiment_id: str | None = None
+    state: State | None = None
+    level: Level | None = None  # at least this one
+    tag: str | None = None  # of the checkpoint or of its experiment
+    sort: Literal["newest", "step", "metric"] = "newest"
+    metric: str | None = None  # with sort="metric"; checkpoints without a finite value are left out
+    mode: Literal["min", "max"] = "min"
+    limit: int = 50  # LIMIT_MAX at most
+    after: str | None = None  # cursor of the page before
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """One page; `next` is None on the last."""
+
+    checkpoints: list[Checkpoint]
+    next: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What the catalog knows to lie at one path."""
+
+    path: str
+    checkpoint_id: str
+    state: State
+    level: Level
+    identity: Identity | None
+    is_ours: bool  # written by ckptd (memory hand-off), not by somebody else
+
+
+async def find(conn: AsyncConnection, wanted: Filter) -> Page:
+    """Return one page. BadRequest for a cursor that is none, a limit out of bounds, or a sort without its metric."""
+    if not 1 <= wanted.limit <= LIMIT_MAX:
+        raise BadRequest(f"limit must be 1 to {LIMIT_MAX}, not {wanted.limit}")
+    narrowed = await _narrow(conn, wanted)
+    if narrowed is None:
+        return Page([], None)
+    if wanted.sort == "newest":
+        return await _by_arrival(conn, narrowed, wanted)
+    if wanted.sort == "step":
+        return await _by_step(conn, narrowed, wanted)
+    return await _by_metric(conn, narrowed, wanted)
+
+
+async def of_experiment(conn: AsyncConnection, experiment_id: str) -> list[Checkpoint]:
+    """Return what an experiment has on disk or on its way (PENDING, LIVE, CORRUPT), by (step, revision, sequence)."""
+    no = select(schema.experiment.c.no).where(schema.experiment.c.id == experiment_id).scalar_subquery()
+    wanted = SELECT.where(_row.experiment_no == no, _row.state.in_(_HERE)).order_by(
+        _row.step, _row.revision, _row.sequence
+    )
+    return [from_row(row) for row in await conn.execute(wanted)]
+
+
+async def latest(conn: AsyncConnection, experiment_id: str) -> Checkpoint | None:
+    """Return the newest good checkpoint of an experiment: the highest (step, revision, sequence) of the newest
+    segment that has one.
+    """
+    return await newest_good(conn, experiment_id)
+
+
+async def known(
+    conn: AsyncConnection, root_id: int, *, after: int = 0, limit: int = 10_000
+) -> tuple[list[Known], int | None]:
+    """Return one page of what should lie under a root (LIVE, CORRUPT, MISSING, and PENDING with a path), and the
+    cursor of the next. One read per page, so that no view stays open while a scan goes on.
+    """
+    wanted = (
+        select(
+            _row.sequence,
+            _row.path,
+            _row.id,
+            _row.state,
+            _row.level,
+            _row.origin,
+            _row.dev,
+            _row.ino,
+            _row.inode_size_bytes,
+            _row.mtime_ns,
+            _row.ctime_ns,
+        )
+        .where(_row.root_no == root_id, _row.sequence > after, _row.state.in_(_ON_PATH), _row.path_key != "")
+        .order_by(_row.sequence)
+        .limit(limit)
+    )
+    rows = (await conn.execute(wanted)).all()
+    found = [
+        Known(row.path, row.id, State(row.state), Level(row.level), identity_of(row), row.origin == Origin.MEMORY)
+        for row in rows
+    ]
+    return found, rows[-1].sequence if len(rows) == limit else None
+
+
+async def by_path(conn: AsyncConnection, path: str) -> Checkpoint | None:
+    """Return the newest checkpoint recorded at `path` that is not dropped, trashed, failed or replaced."""
+    wanted = (
+        SELECT.where(_row.path_key == schema.path_key(path), _row.state.in_(_ON_PATH))
+        .order_by(_row.sequence.desc())
+        .limit(1)
+    )
+    row = (await conn.execute(wanted)).one_or_none()
+    return None if row is None else from_row(row)
+
+
+async def trashed_before(conn: AsyncConnection, before: datetime, limit: int = 100) -> list[tuple[Checkpoint, str]]:
+    """Return trashed checkpoints whose trashing is older than `before`, oldest first, with their trash names."""
+    wanted = SELECT.where(_row.state == State.TRASHED, _row.trashed_at <= before).order_by(_row.trashed_at).limit(limit)
+    return [(from_row(row), row.trash) for row in await conn.execute(wanted)]
+
+
+async def unfinished(conn: AsyncConnection) -> list[Checkpoint]:
+    """Return every PENDING checkpoint, oldest first: what recovery must look at."""
+    wanted = SELECT.where(_row.state == State.PENDING).order_by(_row.sequence)
+    return [from_row(row) for row in await conn.execute(wanted)]
+
+
+async def _narrow(conn: AsyncConnection, wanted: Filter) -> Select[Any] | None:
+    """Apply everything but sort and cursor; None when a name fits nothing."""
+    if wanted.experiment_id is not None or wanted.name is not None:
+        column, numbers = _row.experiment_no, _experiments(wanted)
+    elif wanted.project is not None:
+        column, numbers = _row.project_no, _projects(wanted)
+    elif wanted.uid is not None:
+        return _narrow_more(SELECT.where(_row.uid == wanted.uid), wanted)
+    else:
+        return _narrow_more(SELECT, wanted)
+    found = (await conn.execute(numbers)).scalars().all()
+    if not found:
+        return None
+    # One number, the usual case, is an equality: then the index has the order too.
+    return _narrow_more(SELECT.where(column == found[0] if len(found) == 1 else column.in_(found)), wanted)
+
+
+def _experiments(wanted: Filter) -> Select[Any]:
+    experiment = schema.experiment.c
+    numbers = select(experiment.no)
+    if wanted.experiment_id is not None:
+        numbers = numbers.where(experiment.id == wanted.experiment_id)
+    if wanted.name is not None:
+        numbers = numbers.where(experiment.name == wanted.name)
+    if wanted.uid is not None:
+        numbers = numbers.where(experiment.uid == wanted.uid)
+    if wanted.project is not None:
+        numbers = numbers.join(schema.project).where(schema.project.c.name == wanted.project)
+    return numbers
+
+
+def _projects(wanted: Filter) -> Select[Any]:
+    project = schema.project.c
+    numbers = select(project.no).where(project.name == wanted.project)
+    return numbers if wanted.uid is None else numbers.where(project.uid == wanted.uid)
+
+
+def _narrow_more(query: Select[Any], wanted: Filter) -> Select[Any]:
+    if wanted.state is not None:
+        query = query.where(_row.state == wanted.state)
+    if wanted.level is not None:
+        query = query.where(_row.level_rank >= wanted.level.rank)
+    if wanted.tag is not None:
+        own, shared = schema.checkpoint_tag.c, schema.experiment_tag.c
+        query = query.where(
+            or_(
+                _row.sequence.in_(select(own.checkpoint_no).where(own.tag == wanted.tag)),
+                _row.experiment_no.in_(select(shared.experiment_no).where(shared.tag == wanted.tag)),
+            )
+        )
+    return query
+
+
+async def _by_arrival(conn: AsyncConnection, query: Select[Any], wanted: Filter) -> Page:
+    if wanted.after is not None:
+        query = query.where(_row.sequence < _cursor(wanted.after, "n", int)[0])
+    query = query.order_by(_row.sequence.desc()).limit(wanted.limit + 1)
+    found = [from_row(row) for row in await conn.execute(query)]
+    return _page(found, wanted.limit, lambda last: f"n:{last.sequence}")
+
+
+async def _by_step(conn: AsyncConnection, query: Select[Any], wanted: Filter) -> Page:
+    """Highest step first; what has no step comes after everything that has one."""
+    step, sequence = _cursor(wanted.after, "s", _optional_int, int) if wanted.after is not None else (None, None)
+    found: list[Checkpoint] = []
+    if wanted.after is None or step is not None:
+        numbered = query.where(_row.step.is_not(None))
+        if step is not None:
+            numbered = numbered.where(
+                _row.step <= step, or_(_row.step < step, and_(_row.step == step, _row.sequence < sequence))
+            )
+        numbered = numbered.order_by(_row.step.desc(), _row.sequence.desc()).limit(wanted.limit + 1)
+        found = [from_row(row) for row in await conn.execute(numbered)]
+    rest = wanted.limit + 1 - len(found)
+    if rest > 0:
+        unnumbered = query.where(_row.step.is_(None))
+        if step is None and sequence is not None:
+            unnumbered = unnumbered.where(_row.sequence < sequence)
+        unnumbered = unnumbered.order_by(_row.sequence.desc()).limit(rest)
+        found += [from_row(row) for row in await conn.execute(unnumbered)]
+    return _page(found, wanted.limit, lambda last: f"s:{'' if last.step is None else last.step}:{last.sequence}")
+
+
+async def _by_metric(conn: AsyncConnection, query: Select[Any], wanted: Filter) -> Page:
+    """Best value first; equal values: the later arrival first."""
+    name = wanted.metric
+    if name is None:
+        raise BadRequest('sort="metric" needs the metric\'s name')
+    ordered = query.join(schema.checkpoint_metric, _metric.checkpoint_no == _row.sequence).where(
+        _metric.name == name, _metric.special == 0
+    )
+    if wanted.after is not None:
+        value, sequence = _cursor(wanted.after, "m", float, int)
+        beyond = _metric.value > value if wanted.mode == "min" else _metric.value < value
+        ordered = ordered.where(or_(beyond, and_(_metric.value == value, _metric.checkpoint_no < sequence)))
+    direction = _metric.value.asc() if wanted.mode == "min" else _metric.value.desc()
+    ordered = ordered.order_by(direction, _metric.checkpoint_no.desc()).limit(wanted.limit + 1)
+    found = [from_row(row) for row in await conn.execute(ordered)]
+    return _page(found, wanted.limit, lambda last: f"m:{last.metrics[name]!r}:{last.sequence}")
+
+
+def _page(found: list[Checkpoint], limit: int, cursor: Any) -> Page:
+    shown = found[:limit]
+    return Page(shown, cursor(shown[-1]) if len(found) > limit else None)
+
+
+def _optional_int(text: str) -> int | None:
+    return int(text) if text else None
+
+
+def _cursor(text: str, kind: str, *types: Any) -> tuple[Any, ...]:
+    found, *parts = text.split(":")
+    if found == kind and len(parts) == len(types):
+        try:
+            return tuple(make(part) for make, part in zip(types, parts, strict=True))
+        except ValueError as error:
+            raise BadRequest(f"{text!r} is not a cursor of this list") from error
+    raise BadRequest(f"{text!r} is not a cursor of this list", hint="cursors come from the page before, same sort")

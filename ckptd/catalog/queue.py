@@ -1,0 +1,170 @@
+"""Rows of jobs. What the states mean and when they change is decided in ckptd.jobs."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import ColumnElement, Row, and_, delete, exists, func, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from ckptd.catalog import schema
+from ckptd.catalog.tx import Tx
+from ckptd.model import JobState
+
+LANE_MAX = 64  # a longer lane (a path) is stored as its digest
+
+UNFINISHED = (JobState.QUEUED, JobState.RUNNING, JobState.PARKED)
+
+_job = schema.job.c
+_other = schema.job.alias("other")
+
+# Two exact index seeks; one condition with an OR would read the whole lane for each candidate.
+_FREE = and_(
+    ~exists().where(_other.c.lane == _job.lane, _other.c.state == JobState.RUNNING),
+    ~exists().where(_other.c.lane == _job.lane, _other.c.state == JobState.QUEUED, _other.c.no < _job.no),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewJob:
+    """Work to enqueue."""
+
+    checkpoint_id: str
+    lane: str
+    stage: str
+    payload: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One row. `claim` is the fence: a claim that was taken over can't finish or renew any more."""
+
+    id: int
+    checkpoint_id: str
+    lane: str
+    stage: str
+    state: JobState
+    attempts: int
+    claim: int
+    not_before: datetime
+    lease_until: datetime | None
+    payload: dict[str, Any]
+    error: dict[str, Any] | None
+
+
+def lane_key(lane: str) -> str:
+    """Return how a lane is stored: as it is, or by digest when it is long or not plain text."""
+    if len(lane) <= LANE_MAX and lane.isascii():
+        return lane
+    return hashlib.sha256(lane.encode(errors="surrogateescape")).hexdigest()
+
+
+async def add(tx: Tx, new: NewJob) -> Job:
+    """Add a queued job that is due now."""
+    now = tx.clock.now()
+    number = await tx.add(
+        schema.job,
+        checkpoint_id=new.checkpoint_id,
+        lane=lane_key(new.lane),
+        stage=new.stage,
+        state=JobState.QUEUED,
+        attempts=0,
+        claim=0,
+        not_before=now,
+        payload=new.payload,
+        queued_at=now,
+    )
+    return await get(tx.conn, number)
+
+
+async def get(conn: AsyncConnection, job_id: int) -> Job:
+    """Return one job that must exist."""
+    return _from_row((await conn.execute(select(schema.job).where(_job.no == job_id))).one())
+
+
+async def of_checkpoint(conn: AsyncConnection, checkpoint_id: str) -> Job | None:
+    """Return the unfinished job of a checkpoint."""
+    wanted = select(schema.job).where(_job.checkpoint_id == checkpoint_id, _job.state.in_(UNFINISHED))
+    row = (await conn.execute(wanted.order_by(_job.no).limit(1))).one_or_none()
+    return None if row is None else _from_row(row)
+
+
+async def in_lane(conn: AsyncConnection, lane: str) -> list[Job]:
+    """Return the unfinished jobs of a lane, oldest first."""
+    wanted = select(schema.job).where(_job.lane == lane_key(lane), _job.state.in_(UNFINISHED)).order_by(_job.no)
+    return [_from_row(row) for row in await conn.execute(wanted)]
+
+
+async def due(conn: AsyncConnection, now: datetime, limit: int) -> list[Job]:
+    """Return queued jobs that are due and whose lane is free, longest due first."""
+    wanted = (
+        select(schema.job)
+        .where(_job.state == JobState.QUEUED, _job.not_before <= now, _FREE)
+        .order_by(_job.not_before, _job.no)
+        .limit(limit)
+    )
+    return [_from_row(row) for row in await conn.execute(wanted)]
+
+
+async def next_time(conn: AsyncConnection) -> datetime | None:
+    """Return when the next queued job of a free lane is due."""
+    wanted = (
+        select(_job.not_before).where(_job.state == JobState.QUEUED, _FREE).order_by(_job.not_before, _job.no).limit(1)
+    )
+    found: datetime | None = (await conn.execute(wanted)).scalar_one_or_none()
+    return found
+
+
+async def running(conn: AsyncConnection) -> list[Job]:
+    """Return every running job, oldest first."""
+    wanted = select(schema.job).where(_job.state == JobState.RUNNING).order_by(_job.no)
+    return [_from_row(row) for row in await conn.execute(wanted)]
+
+
+async def unfinished(conn: AsyncConnection, limit: int) -> Sequence[Job]:
+    """Return queued, running and parked jobs, oldest first."""
+    wanted = select(schema.job).where(_job.state.in_(UNFINISHED)).order_by(_job.no).limit(limit)
+    return [_from_row(row) for row in await conn.execute(wanted)]
+
+
+async def counts(conn: AsyncConnection) -> dict[JobState, int]:
+    """How many jobs are in each unfinished state."""
+    wanted = select(_job.state, func.count()).where(_job.state.in_(UNFINISHED)).group_by(_job.state)
+    found = dict.fromkeys(UNFINISHED, 0)
+    found.update({JobState(state): count for state, count in await conn.execute(wanted)})
+    return found
+
+
+async def change(tx: Tx, job: Job, values: dict[str, Any]) -> bool:
+    """Write `values` if the job still is in the state and under the claim of `job`; say whether it was."""
+    same: ColumnElement[bool] = and_(_job.no == job.id, _job.state == job.state, _job.claim == job.claim)
+    return bool((await tx.conn.execute(update(schema.job).where(same).values(values))).rowcount)
+
+
+async def clamp(tx: Tx, now: datetime, latest: datetime) -> None:
+    """Make waits that end after `latest` end now: the wall clock was set back since they were written."""
+    far = update(schema.job).where(_job.state == JobState.QUEUED, _job.not_before > latest)
+    await tx.conn.execute(far.values(not_before=now))
+
+
+async def trim(tx: Tx, before_id: int) -> None:
+    """Forget finished jobs with a number below `before_id`."""
+    await tx.conn.execute(delete(schema.job).where(_job.state == JobState.DONE, _job.no < before_id))
+
+
+def _from_row(row: Row[Any]) -> Job:
+    return Job(
+        id=row.no,
+        checkpoint_id=row.checkpoint_id,
+        lane=row.lane,
+        stage=row.stage,
+        state=JobState(row.state),
+        attempts=row.attempts,
+        claim=row.claim,
+        not_before=row.not_before,
+        lease_until=row.lease_until,
+        payload=row.payload,
+        error=row.error,
+    )

@@ -1,0 +1,109 @@
+"""Rows of storage roots."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Row, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from ckptd.catalog import schema
+from ckptd.catalog.tx import Tx
+from ckptd.errors import NotFound
+from ckptd.model import RootKind
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Root:
+    """One directory tree that ckptd manages or watches."""
+
+    id: int
+    path: str
+    kind: RootKind
+    uid: int
+    project: str
+    allow_delete: bool
+    allow_links: bool
+    added_at: datetime
+    reconciled_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewRoot:
+    """A root as configuration, a trainer or a person names it."""
+
+    path: str
+    kind: RootKind
+    uid: int
+    project: str = ""
+    allow_delete: bool = False
+    allow_links: bool = False
+
+
+_root = schema.root.c
+
+
+async def ensure(tx: Tx, new: NewRoot) -> Root:
+    """Return the root at that path, made if need be; its kind and permissions become those of `new`.
+
+    Its owner stays who named it first. Emits root.added when new.
+    """
+    values = {
+        "kind": new.kind,
+        "project": new.project,
+        "allow_delete": new.allow_delete,
+        "allow_links": new.allow_links,
+    }
+    known = await by_path(tx.conn, new.path)
+    if known is not None:
+        await tx.conn.execute(update(schema.root).where(_root.no == known.id).values(values))
+        return await get(tx.conn, known.id)
+    number = await tx.add(
+        schema.root,
+        path=new.path,
+        path_key=schema.path_key(new.path),
+        uid=new.uid,
+        added_at=tx.clock.now(),
+        **values,
+    )
+    tx.tell("root.added", {"root": new.path, "kind": str(new.kind)})
+    return await get(tx.conn, number)
+
+
+async def get(conn: AsyncConnection, root_id: int) -> Root:
+    """Return one root. NotFound."""
+    row = (await conn.execute(select(schema.root).where(_root.no == root_id))).one_or_none()
+    if row is None:
+        raise NotFound(f"there is no root {root_id}")
+    return _from_row(row)
+
+
+async def by_path(conn: AsyncConnection, path: str) -> Root | None:
+    """Return the root at exactly that path."""
+    wanted = select(schema.root).where(_root.path_key == schema.path_key(path))
+    row = (await conn.execute(wanted)).one_or_none()
+    return None if row is None else _from_row(row)
+
+
+async def all_roots(conn: AsyncConnection) -> list[Root]:
+    """Return every root, oldest first."""
+    return [_from_row(row) for row in await conn.execute(select(schema.root).order_by(_root.no))]
+
+
+async def mark_reconciled(tx: Tx, root_id: int) -> None:
+    """Note that a scan of the root has been completed now."""
+    await tx.conn.execute(update(schema.root).where(_root.no == root_id).values(reconciled_at=tx.clock.now()))
+
+
+def _from_row(row: Row[Any]) -> Root:
+    return Root(
+        id=row.no,
+        path=row.path,
+        kind=RootKind(row.kind),
+        uid=row.uid,
+        project=row.project,
+        allow_delete=row.allow_delete,
+        allow_links=row.allow_links,
+        added_at=row.added_at,
+        reconciled_at=row.reconciled_at,
+    )

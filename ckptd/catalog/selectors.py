@@ -1,0 +1,187 @@
+"""From what a person or a trainer calls a checkpoint to the one row that is meant, or an error.
+
+    latest                      newest verified          best, best:METRIC, best_METRIC
+    step:N, N                   by step                  32 hex digits, or a unique prefix of 6 or more
+    PROJECT/NAME[@SELECTOR]     in that experiment       /absolute/path
+
+Never another checkpoint in its place: what fits several is Ambiguous, what fits none is NotFound.
+"""
+
+import re
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from sqlalchemy import Select, select
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from ckptd.catalog import schema
+from ckptd.catalog.checkpoint_rows import SELECT, from_row, newest_good
+from ckptd.errors import Ambiguous, BadRequest, NotFound
+from ckptd.model import Checkpoint, State
+
+PREFIX_MIN = 6
+
+_row = schema.checkpoint.c
+_SELECTORS = "latest, best, best:METRIC, step:N, an id (6 digits or more), a path, or PROJECT/NAME[@...]"
+_HEX = re.compile(r"[0-9a-f]+")
+_RETIRED = (State.DROPPED, State.REPLACED, State.TRASHED, State.FAILED)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scope:
+    """Among whose checkpoints to look. uid None: everybody's."""
+
+    uid: int | None = None
+    project: str | None = None
+    name: str | None = None  # of the experiment
+    experiment_id: str | None = None
+    best_metric: str | None = None  # what a bare "best" means
+    best_mode: Literal["min", "max"] | None = None
+
+
+async def resolve(conn: AsyncConnection, selector: str, scope: Scope) -> Checkpoint:
+    """Return the checkpoint a selector names within `scope`.
+
+    NotFound    nothing fits     Ambiguous   several do     BadRequest  it is no selector
+    """
+    if selector == "latest":
+        return await _latest(conn, scope)
+    if selector == "best":
+        return await _best(conn, scope, scope.best_metric)
+    if selector.startswith(("best:", "best_")):
+        return await _best(conn, scope, selector[len("best:") :])
+    number = selector.removeprefix("step:")
+    if number.isascii() and number.isdigit() and len(selector) < schema.ID:
+        return await _step(conn, scope, int(number))
+    if selector.startswith("/"):
+        return await _path(conn, scope, selector)
+    if "/" in selector:
+        return await _named(conn, selector, scope)
+    if len(selector) >= PREFIX_MIN and _HEX.fullmatch(selector):
+        return await _id(conn, scope, selector)
+    raise BadRequest(
+        f"{selector!r} names no checkpoint",
+        hint=_SELECTORS,
+    )
+
+
+async def _named(conn: AsyncConnection, selector: str, scope: Scope) -> Checkpoint:
+    """A name may hold an "@" itself, so the whole is tried as a name first."""
+    project, _, rest = selector.partition("/")
+    name, at, inner = rest, "", "latest"
+    if "@" in rest and not await _experiments(conn, Scope(uid=scope.uid, project=project, name=rest)):
+        name, at, inner = rest.rpartition("@")
+    if at and not inner:
+        raise BadRequest(f"{selector!r} ends where a selector should follow", hint=_SELECTORS)
+    within = replace(scope, project=project, name=name, experiment_id=None)
+    await _experiment(conn, within)  # a missing experiment is named as such, not as a missing checkpoint
+    return await resolve(conn, inner, within)
+
+
+async def _latest(conn: AsyncConnection, scope: Scope) -> Checkpoint:
+    _, experiment_id, called = await _experiment(conn, scope)
+    found = await newest_good(conn, experiment_id)
+    if found is None:
+        raise NotFound(f"{called} has no verified checkpoint yet")
+    return found
+
+
+async def _best(conn: AsyncConnection, scope: Scope, metric: str | None) -> Checkpoint:
+    no, _, called = await _experiment(conn, scope)
+    best = schema.best.c
+    wanted = (
+        SELECT.add_columns(best.metric, best.mode)
+        .join(schema.best, best.checkpoint_no == _row.sequence)
+        .where(best.experiment_no == no, _row.is_good)
+        .order_by(best.metric, best.mode, best.rank)
+    )
+    if metric is not None:
+        wanted = wanted.where(best.metric == metric)
+    if scope.best_mode is not None and metric == scope.best_metric:
+        wanted = wanted.where(best.mode == scope.best_mode)
+    rows = (await conn.execute(wanted)).all()
+    rules = {(row.metric, row.mode) for row in rows}
+    if len(rules) > 1:
+        names = ", ".join(sorted(f"{mode} {name}" for name, mode in rules))
+        raise Ambiguous(f"{called} has several best checkpoints: {names}", hint="say which: best:METRIC")
+    if not rows:
+        what = f"no best checkpoint by {metric}" if metric else "no best checkpoint"
+        hint = "a keep_best rule names the metric and its direction; verified checkpoints with a finite value count"
+        raise NotFound(f"{called} has {what}", hint=hint)
+    return from_row(rows[0])
+
+
+async def _step(conn: AsyncConnection, scope: Scope, step: int) -> Checkpoint:
+    """Newest revision of a step; a retired one only when there is no other (so that `show` can tell of it)."""
+    no, _, called = await _experiment(conn, scope)
+    ordered = (
+        SELECT.where(_row.experiment_no == no, _row.step == step)
+        .order_by(_row.segment.desc(), _row.revision.desc())
+        .limit(1)
+    )
+    row = (await conn.execute(ordered.where(_row.state.not_in(_RETIRED)))).one_or_none()
+    row = row or (await conn.execute(ordered)).one_or_none()
+    if row is None:
+        raise NotFound(f"{called} has no checkpoint of step {step}")
+    return from_row(row)
+
+
+async def _path(conn: AsyncConnection, scope: Scope, path: str) -> Checkpoint:
+    ordered = SELECT.where(_row.path_key == schema.path_key(path)).order_by(_row.sequence.desc()).limit(1)
+    ordered = _mine(ordered, scope)
+    row = (await conn.execute(ordered.where(_row.state.not_in(_RETIRED)))).one_or_none()
+    row = row or (await conn.execute(ordered)).one_or_none()
+    if row is None:
+        raise NotFound(f"no checkpoint lies at {path}")
+    return from_row(row)
+
+
+async def _id(conn: AsyncConnection, scope: Scope, prefix: str) -> Checkpoint:
+    # "g" sorts after every hex digit: the half-open range is the prefix, and an index has it.
+    wanted = SELECT.where(_row.id >= prefix, _row.id < prefix + "g").order_by(_row.id).limit(2)
+    rows = (await conn.execute(_mine(wanted, scope))).all()
+    if not rows:
+        raise NotFound(f"there is no checkpoint {prefix}")
+    if len(rows) > 1:
+        raise Ambiguous(f"{prefix} is the beginning of several ids", hint="give more digits of the id")
+    return from_row(rows[0])
+
+
+def _mine(query: Select[Any], scope: Scope) -> Select[Any]:
+    if scope.uid is not None:
+        query = query.where(_row.uid == scope.uid)
+    if scope.experiment_id is not None:
+        query = query.where(schema.experiment.c.id == scope.experiment_id)
+    if scope.project is not None:
+        query = query.where(schema.project.c.name == scope.project)
+    if scope.name is not None:
+        query = query.where(schema.experiment.c.name == scope.name)
+    return query
+
+
+async def _experiments(conn: AsyncConnection, scope: Scope) -> list[tuple[int, str, str]]:
+    """Return up to two experiments in the scope: number, id, and what to call it."""
+    experiment, project = schema.experiment.c, schema.project.c
+    wanted = select(experiment.no, experiment.id, project.name.label("project"), experiment.name).join_from(
+        schema.experiment, schema.project
+    )
+    if scope.uid is not None:
+        wanted = wanted.where(experiment.uid == scope.uid)
+    if scope.experiment_id is not None:
+        wanted = wanted.where(experiment.id == scope.experiment_id)
+    if scope.project is not None:
+        wanted = wanted.where(project.name == scope.project)
+    if scope.name is not None:
+        wanted = wanted.where(experiment.name == scope.name)
+    rows = await conn.execute(wanted.order_by(experiment.no.desc()).limit(2))
+    return [(row.no, row.id, f"{row.project}/{row.name}") for row in rows]
+
+
+async def _experiment(conn: AsyncConnection, scope: Scope) -> tuple[int, str, str]:
+    found = await _experiments(conn, scope)
+    if not found:
+        asked = "/".join(filter(None, (scope.project, scope.name))) or scope.experiment_id or "of yours"
+        raise NotFound(f"there is no experiment {asked}")
+    if len(found) > 1:
+        raise Ambiguous("there are several experiments", hint="say which: PROJECT/NAME@SELECTOR")
+    return found[0]

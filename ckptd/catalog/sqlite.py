@@ -1,0 +1,142 @@
+"""What is particular to SQLite: its promises are pragmas, its files are checked before they are trusted.
+
+one connection writes and truncates the WAL     (two could corrupt it before SQLite 3.51.3)
+synchronous=FULL                                 NORMAL loses acknowledged commits at a power cut
+BEGIN IMMEDIATE for the writer                   an upgrade from reading to writing can't wait
+BEGIN + query_only for readers                   one view from the first statement on
+"""
+
+import contextlib
+import os
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import anyio.to_thread
+from sqlalchemy import URL, event
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.pool import StaticPool
+
+from ckptd import config
+from ckptd.errors import CatalogFault
+from ckptd_client import places
+
+BUSY_TIMEOUT_MS = 5000  # how long one statement waits for another process's lock
+READ_WAIT_S = 10.0  # how long a read waits for a connection
+CACHE_KIB = 16 * 1024
+ALLOW_NETWORK = "network"  # in the URL's query: "allow" accepts a network file system
+
+
+def path_of(url: URL) -> Path | None:
+    """Return the file behind a SQLite URL; None for another database or one in memory."""
+    if url.get_backend_name() != "sqlite" or not url.database or url.database == ":memory:":
+        return None
+    return Path(url.database)
+
+
+def url_of(path: Path) -> URL:
+    """Return the URL of a catalog file."""
+    return URL.create("sqlite+aiosqlite", database=str(path))
+
+
+def writing_engine(url: URL, settings: config.Catalog) -> AsyncEngine:
+    """Return an engine with exactly one connection, which writes."""
+    engine = create_async_engine(url, poolclass=StaticPool)
+    pragmas = (
+        "PRAGMA journal_mode=WAL",
+        "PRAGMA synchronous=FULL",
+        "PRAGMA foreign_keys=ON",
+        f"PRAGMA journal_size_limit={settings.wal_bytes_max}",
+    )
+    _prepare(engine, pragmas, "BEGIN IMMEDIATE")
+    return engine
+
+
+def reading_engine(url: URL, settings: config.Catalog) -> AsyncEngine:
+    """Return an engine whose connections can't write, and so never truncate the WAL either."""
+    engine = create_async_engine(url, pool_size=settings.readers, max_overflow=0, pool_timeout=READ_WAIT_S)
+    _prepare(engine, ("PRAGMA query_only=ON",), "BEGIN")
+    return engine
+
+
+def _prepare(engine: AsyncEngine, pragmas: tuple[str, ...], begin: str) -> None:
+    def connected(connection: Any, record: Any) -> None:
+        del record
+        connection.isolation_level = None  # the driver begins nothing by itself; "begin" below does
+        cursor = connection.cursor()
+        for pragma in (f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}", f"PRAGMA cache_size=-{CACHE_KIB}", *pragmas):
+            cursor.execute(pragma)
+        cursor.close()
+
+    def begun(connection: Any) -> None:
+        connection.exec_driver_sql(begin)
+
+    event.listen(engine.sync_engine, "connect", connected)
+    event.listen(engine.sync_engine, "begin", begun)
+
+
+async def check_place(path: Path, *, network_allowed: bool) -> None:
+    """Refuse a network file system, and make the file 0600 before SQLite would make it wider.
+
+    CatalogFault  with the reason
+    """
+
+    def check() -> None:
+        kind = places.network_type(str(path))
+        if kind is not None and not network_allowed:
+            raise CatalogFault(
+                f"{path} is on a network file system ({kind}): SQLite's WAL does not work there",
+                hint="set CKPTD_DIR to a node-local directory; manifests and `ckpt rebuild` carry knowledge between nodes",
+                path=str(path),
+            )
+        try:
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        except OSError as error:
+            raise CatalogFault(
+                f"the catalog {path} can't be opened for writing: {error.strerror}",
+                hint="check the owner and the permissions of the file and its directory",
+                path=str(path),
+            ) from error
+
+    await anyio.to_thread.run_sync(check)
+
+
+async def quick_check(conn: AsyncConnection) -> list[str]:
+    """Return what PRAGMA quick_check finds wrong; empty when the file is sound (0.3 s per million rows)."""
+    found = [str(row[0]) for row in await conn.exec_driver_sql("PRAGMA quick_check(5)")]
+    return [] if found == ["ok"] else found
+
+
+async def wal_bytes(path: Path) -> int:
+    """Size of the write-ahead log."""
+
+    def size() -> int:
+        with contextlib.suppress(FileNotFoundError):
+            return Path(f"{path}-wal").stat().st_size
+        return 0
+
+    return await anyio.to_thread.run_sync(size)
+
+
+async def truncate_wal(conn: AsyncConnection) -> bool:
+    """Move the WAL into the file and cut it to nothing; False when a reader's view still needs it."""
+    busy = (await conn.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")).scalar_one()
+    return not busy
+
+
+async def snapshot(path: Path, target: Path) -> None:
+    """Copy a live catalog to `target` by the backup API: whole, or not there. OSError, sqlite3.Error."""
+
+    def copy() -> None:
+        source = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+        try:
+            os.close(os.open(target, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            backup = sqlite3.connect(target)
+            try:
+                source.backup(backup)
+            finally:
+                backup.close()
+        finally:
+            source.close()
+
+    await anyio.to_thread.run_sync(copy)

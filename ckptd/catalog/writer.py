@@ -1,0 +1,173 @@
+"""The one writer: transactions of many callers, committed together, failing alone.
+
+Who comes while a commit is under way waits in a queue. The first of the queue then runs the
+functions of all who wait, each behind a savepoint, and commits once: 32 trainers that hand off at
+the same moment cost one fsync. There is no writer task: the work is done by whoever waits first.
+"""
+
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import anyio
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from ckptd import failpoint
+from ckptd.catalog import faults
+from ckptd.catalog.ballast import Ballast
+from ckptd.catalog.tx import Tx
+from ckptd.clock import Clock
+from ckptd.errors import Busy
+from ckptd.events import Event
+
+T = TypeVar("T")
+
+WRITERS_MAX = 1024  # callers that may wait; beyond it a caller is told to come back
+BATCH_MAX = 64  # functions that share one commit; bounds how long the first of them waits
+RETRY_AFTER_S = 0.5
+
+
+@dataclass(slots=True, eq=False)
+class _Pending:
+    """One caller's function and what became of it."""
+
+    fn: Callable[[Tx], Awaitable[Any]]
+    done: anyio.Event = field(default_factory=anyio.Event)
+    begun: bool = False
+    tx: Tx | None = None
+    result: Any = None
+    error: BaseException | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Writer:
+    """Owner of the one connection that writes."""
+
+    conn: AsyncConnection
+    clock: Clock
+    publish: Callable[[Event], None]
+    ballast: Ballast
+    where: str
+    path: Path | None
+    commits: int = 0
+    eased_full_disk: bool = False
+    _waiting: deque[_Pending] = field(default_factory=deque)
+    _lock: anyio.Lock = field(default_factory=anyio.Lock)
+
+    async def run(self, fn: Callable[[Tx], Awaitable[T]]) -> T:
+        """Run one function as a transaction; see Catalog.write."""
+        if len(self._waiting) >= WRITERS_MAX:
+            raise Busy(f"{WRITERS_MAX} writes wait for the catalog already", retry_after_s=RETRY_AFTER_S)
+        mine = _Pending(fn)
+        self._waiting.append(mine)
+        try:
+            async with self._lock:
+                if not mine.done.is_set():
+                    with anyio.CancelScope(shield=True):
+                        await self._commit_waiting()
+        except BaseException:
+            await self._leave(mine)
+            raise
+        if mine.error is not None:
+            raise mine.error
+        return mine.result  # type: ignore[no-any-return]
+
+    async def exclusive(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+        """Run `work` on the writing connection outside of any transaction (WAL truncation, upkeep)."""
+        async with self._lock:
+            with anyio.CancelScope(shield=True):
+                result = await work(self.conn)
+        return result
+
+    async def _leave(self, mine: _Pending) -> None:
+        """Cancelled while waiting: what has not begun is withdrawn, what has begun runs to its end."""
+        if not mine.begun:
+            self._waiting.remove(mine)
+            return
+        with anyio.CancelScope(shield=True):
+            await mine.done.wait()
+
+    async def _commit_waiting(self) -> None:
+        batch = [self._waiting.popleft() for _ in range(min(BATCH_MAX, len(self._waiting)))]
+        for pending in batch:
+            pending.begun = True
+        try:
+            await self._attempt(batch)
+        except Exception as error:  # noqa: BLE001  the outcome of every caller in the batch, each raises it
+            if faults.is_disk_full(error) and await self.ballast.release():
+                self.eased_full_disk = True
+                await self._second_attempt(batch)
+            else:
+                self._fail(batch, error)
+        finally:
+            for pending in batch:
+                pending.done.set()
+        self._tell(batch)
+
+    async def _second_attempt(self, batch: list[_Pending]) -> None:
+        try:
+            await self._attempt(batch)
+        except Exception as error:  # noqa: BLE001  as above
+            self._fail(batch, error)
+
+    def _fail(self, batch: list[_Pending], error: Exception) -> None:
+        known = faults.explain(error, self.where)
+        if known is not None:
+            known.__cause__ = error
+        for pending in batch:
+            pending.error = pending.error or known or error
+
+    async def _attempt(self, batch: list[_Pending]) -> None:
+        """Run a batch in one transaction. An error that comes out of here has undone all of it."""
+        transaction = await self.conn.begin()
+        try:
+            if len(batch) == 1:
+                await self._run_alone(batch[0])
+            else:
+                for pending in batch:
+                    await self._run_in_savepoint(pending)
+            failpoint.hit("catalog.commit")
+            await transaction.commit()
+        except BaseException:
+            await transaction.rollback()
+            raise
+        self.commits += 1
+        failpoint.hit("catalog.committed")
+
+    async def _run_alone(self, pending: _Pending) -> None:
+        try:
+            await self._run(pending)
+        except Exception as error:
+            pending.error = error
+            if faults.is_disk_full(error):
+                pending.error = None
+            raise
+
+    async def _run_in_savepoint(self, pending: _Pending) -> None:
+        savepoint = await self.conn.begin_nested()
+        try:
+            await self._run(pending)
+        except Exception as error:
+            if faults.ends_transaction(error):
+                raise
+            pending.error = error
+            await savepoint.rollback()
+        else:
+            await savepoint.commit()
+
+    async def _run(self, pending: _Pending) -> None:
+        pending.error = None
+        pending.tx = tx = Tx(self.conn, self.clock)
+        pending.result = await pending.fn(tx)
+        await tx.log_events()
+
+    def _tell(self, batch: list[_Pending]) -> None:
+        """Everything below is true now: publish in the order of the transactions."""
+        for pending in batch:
+            if pending.error is None and pending.tx is not None:
+                for event in pending.tx.events:
+                    self.publish(event)
+                for callback in pending.tx.callbacks:
+                    callback()

@@ -1,0 +1,250 @@
+"""The socket: accepts peers, cuts their bytes into requests, sends replies and pushes.
+
+An accept loop of our own, since the ready-made ones either die when descriptors run out or drop
+the descriptors that ride along. A peer is known by what the kernel says of it (SO_PEERCRED at
+connect time, a pidfd for its death), never by what it says of itself. The daemon takes no
+descriptor from anyone: plain recv() lets the kernel close whatever was sent.
+"""
+
+import errno
+import os
+import socket
+import struct
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import anyio
+import anyio.abc
+import structlog
+
+from ckptd.clock import Clock
+from ckptd.config import Intake
+from ckptd_client import wire
+
+log = structlog.get_logger()
+
+_SO_PEERPIDFD = 77  # Linux 6.5; older kernels answer ENOPROTOOPT and the reaper polls instead
+_CREDENTIALS = struct.Struct("iII")
+_RECV_BYTES = 1 << 16
+_OUT_OF_DESCRIPTORS = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+REQUESTS_RUNNING_MAX = 64
+
+Message = dict[str, Any]
+
+
+class Peer:
+    """One connection. Sends never wait: what the socket doesn't take is queued, within a limit."""
+
+    def __init__(self, sock: socket.socket, settings: Intake) -> None:
+        """Ask the kernel who this is."""
+        raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        self.pid, self.uid, self.gid = _CREDENTIALS.unpack(raw)
+        self.sock = sock
+        self.pidfd = self._pidfd()
+        self.closed = False
+        self.greeted = False
+        self.follows: set[str] = set()
+        self.experiments: set[str] = set()
+        self.attached: dict[str, Any] = {}  # arenas this peer reads, by checkpoint
+        self.wants_events = False
+        self.group: anyio.abc.TaskGroup | None = None  # tasks of requests that may wait; ends with the connection
+        self.running = 0
+        self._out: deque[tuple[bytes, int | None]] = deque()
+        self._out_bytes = 0
+        self._out_bytes_max = settings.send_bytes_max
+        self._more = anyio.Event()
+
+    def _pidfd(self) -> int | None:
+        try:
+            return self.sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
+        except OSError:
+            return None
+
+    def push(self, message: Message) -> None:
+        """Send a message nobody asked for."""
+        self.send({"v": wire.VERSION, **message})
+
+    def send(self, message: Message, fd: int | None = None) -> None:
+        """Queue one frame, with at most one descriptor (duplicated here). Never waits.
+
+        A peer that lets more than intake.send_bytes_max pile up is cut off: it reconnects and asks.
+        """
+        if self.closed:
+            return
+        frame = wire.encode(message)
+        self._out.append((frame, None if fd is None else os.dup(fd)))
+        self._out_bytes += len(frame)
+        if self._out_bytes > self._out_bytes_max:
+            self.cut()
+        elif len(self._out) == 1:
+            self._flush()
+        if self._out:
+            self._more.set()
+
+    def _flush(self) -> None:
+        while self._out:
+            frame, fd = self._out[0]
+            try:
+                if fd is None:
+                    sent = self.sock.send(frame, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+                else:
+                    sent = socket.send_fds(self.sock, [frame], [fd], socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                return
+            except OSError:
+                self.cut()
+                return
+            if fd is not None:
+                os.close(fd)
+            self._out_bytes -= sent
+            if sent < len(frame):
+                self._out[0] = (frame[sent:], None)
+            else:
+                self._out.popleft()
+
+    async def drain_queue(self) -> None:
+        """Send what the socket did not take at once; runs as long as the connection."""
+        while True:
+            await self._more.wait()
+            self._more = anyio.Event()
+            while self._out and not self.closed:
+                await anyio.wait_writable(self.sock)
+                self._flush()
+
+    def cut(self) -> None:
+        """End the connection; its reader notices and cleans up."""
+        if not self.closed:
+            self.closed = True
+            try:
+                self.sock.shutdown(socket.SHUT_RDWR)
+            except OSError as error:
+                log.debug("peer.already_gone", pid=self.pid, errno=error.errno)  # nothing is left to shut down
+
+    def close(self) -> None:
+        """Give its descriptors back."""
+        self.closed = True
+        for _, fd in self._out:
+            if fd is not None:
+                os.close(fd)
+        self._out.clear()
+        if self.pidfd is not None:
+            os.close(self.pidfd)
+        self.sock.close()
+
+
+Handle = Callable[[Peer, bytes], Awaitable[None]]
+Gone = Callable[[Peer], Awaitable[None]]
+
+
+class Listener:
+    """Serves every peer that connects until cancelled."""
+
+    def __init__(self, settings: Intake, clock: Clock, handle: Handle, gone: Gone) -> None:
+        """`handle` gets each frame of a peer, in order; `gone` runs once when a peer has left."""
+        self._settings = settings
+        self._clock = clock
+        self._handle = handle
+        self._gone = gone
+        self.peers: set[Peer] = set()
+        self._per_uid: Counter[int] = Counter()
+        self._refused = 0
+
+    async def run(self, listening: socket.socket, *, task_status: anyio.abc.TaskStatus[None]) -> None:
+        """Accept until cancelled. Running out of descriptors pauses accepting, it never ends it."""
+        listening.setblocking(False)
+        listening.listen(self._settings.backlog)
+        pause_s = 0.05
+        async with anyio.create_task_group() as group:
+            task_status.started()
+            while True:
+                await anyio.wait_readable(listening)
+                try:
+                    sock, _ = listening.accept()
+                except BlockingIOError:
+                    continue
+                except OSError as error:
+                    if error.errno not in _OUT_OF_DESCRIPTORS:
+                        if error.errno in {errno.ECONNABORTED, errno.EINTR}:
+                            continue
+                        raise
+                    log.warning("accept.paused", errno=error.errno, pause_s=pause_s)
+                    await anyio.sleep(pause_s)
+                    pause_s = min(pause_s * 2, 1.0)
+                    continue
+                pause_s = 0.05
+                self._admit(sock, group)
+
+    def _admit(self, sock: socket.socket, group: anyio.abc.TaskGroup) -> None:
+        sock.setblocking(False)
+        try:
+            peer = Peer(sock, self._settings)
+        except OSError as error:
+            log.info("peer.vanished", errno=error.errno)
+            sock.close()
+            return
+        over = (
+            len(self.peers) >= self._settings.connections_max
+            or self._per_uid[peer.uid] >= self._settings.connections_per_uid_max
+        )
+        if over:
+            self._refused += 1
+            peer.send(
+                _error_frame("busy", "too many connections", "close unused ones, or raise intake.connections_max")
+            )
+            peer.close()
+            return
+        self.peers.add(peer)
+        self._per_uid[peer.uid] += 1
+        group.start_soon(self._serve, peer)
+
+    async def _serve(self, peer: Peer) -> None:
+        try:
+            async with anyio.create_task_group() as group:
+                peer.group = group
+                group.start_soon(peer.drain_queue)
+                await self._read(peer)
+                group.cancel_scope.cancel()
+        finally:
+            self.peers.discard(peer)
+            self._per_uid[peer.uid] -= 1
+            with anyio.CancelScope(shield=True):
+                await self._gone(peer)
+            peer.close()
+
+    async def _read(self, peer: Peer) -> None:
+        """Hand frames on until the peer leaves, breaks the rules, or takes too long over one frame."""
+        splitter = wire.Splitter()
+        unfinished_since_s: float | None = None
+        while not peer.closed:
+            limit_s = None if unfinished_since_s is None else self._settings.idle_frame_s
+            try:
+                with anyio.fail_after(limit_s):
+                    await anyio.wait_readable(peer.sock)
+                data = peer.sock.recv(_RECV_BYTES)
+            except BlockingIOError:
+                continue
+            except TimeoutError:
+                peer.send(_error_frame("timeout", "a frame took too long to arrive", "send whole frames"))
+                return
+            except OSError:
+                return
+            if not data:
+                return
+            try:
+                frames = splitter.feed(data)
+            except wire.FrameError as error:
+                peer.send(_error_frame(error.code, str(error), f"a frame holds at most {wire.FRAME_BYTES_MAX} bytes"))
+                return
+            for frame in frames:
+                await self._handle(peer, frame)
+            unfinished_since_s = self._clock.monotonic_s() if not data.endswith(b"\n") else None
+
+
+def _error_frame(code: str, message: str, hint: str) -> Message:
+    return {
+        "v": wire.VERSION,
+        "id": None,
+        "ok": False,
+        "error": {"code": code, "message": message, "hint": hint},
+    }

@@ -1,0 +1,145 @@
+"""Which experiments have a living trainer, and what became of those that have none.
+
+A trainer's death is seen at once: the kernel closes its connection, and its pidfd (or its start
+time in /proc) tells a dead process from one that merely reconnects. A trainer that neither closes
+its experiment nor beats for intake.lost_after_s is lost too, wherever it is.
+"""
+
+from collections import defaultdict
+from datetime import timedelta
+from typing import Protocol
+
+import anyio
+import structlog
+
+from ckptd.catalog import Catalog, experiments, metrics
+from ckptd.catalog.metrics import Point
+from ckptd.catalog.tx import Tx
+from ckptd.clock import Clock
+from ckptd.errors import CkptdError
+from ckptd.model import ExperimentStatus
+from ckptd_client import control
+
+log = structlog.get_logger()
+
+LOOK_S = 1.0
+POINTS_WAITING_MAX = 200_000
+
+
+class Trainer(Protocol):
+    """A connection."""
+
+    pid: int
+    experiments: set[str]
+
+
+class Presence:
+    """Keeps experiments' status true."""
+
+    def __init__(self, catalog: Catalog, clock: Clock, lost_after_s: float) -> None:
+        """Nobody trains yet."""
+        self._catalog = catalog
+        self._clock = clock
+        self._lost_after_s = lost_after_s
+        self._trainers: defaultdict[str, set[Trainer]] = defaultdict(set)
+        self._gone: dict[str, tuple[int, int]] = {}
+
+    def is_present(self, experiment_id: str) -> bool:
+        """Whether some process is connected for this experiment."""
+        return bool(self._trainers.get(experiment_id))
+
+    def came(self, trainer: Trainer, experiment_id: str) -> None:
+        """A process opened the experiment."""
+        trainer.experiments.add(experiment_id)
+        self._trainers[experiment_id].add(trainer)
+        self._gone.pop(experiment_id, None)
+
+    def closed(self, experiment_id: str) -> None:
+        """Its process said how it ended: nothing is left to find out."""
+        for trainer in self._trainers.pop(experiment_id, set()):
+            trainer.experiments.discard(experiment_id)
+        self._gone.pop(experiment_id, None)
+
+    def left(self, trainer: Trainer) -> None:
+        """A connection closed; its process may be dead, or only reconnect."""
+        for experiment_id in trainer.experiments:
+            self._trainers[experiment_id].discard(trainer)
+            if not self._trainers[experiment_id]:
+                del self._trainers[experiment_id]
+                self._gone[experiment_id] = (trainer.pid, control.started_ticks(trainer.pid))
+
+    async def run(self) -> None:
+        """Look after those that left, every LOOK_S; and for silent ones, every lost_after_s."""
+        looked_s = self._clock.monotonic_s()
+        while True:
+            await anyio.sleep(LOOK_S)
+            for experiment_id, (pid, ticks) in tuple(self._gone.items()):
+                if not control.is_alive(pid, ticks):
+                    await self._lost(experiment_id)
+            if self._clock.monotonic_s() - looked_s >= self._lost_after_s:
+                looked_s = self._clock.monotonic_s()
+                before = self._clock.now() - timedelta(seconds=self._lost_after_s)
+                for silent in await self._catalog.read(lambda conn, t=before: experiments.silent_since(conn, t)):  # type: ignore[misc]
+                    if not self.is_present(silent.id):
+                        await self._lost(silent.id)
+
+    async def _lost(self, experiment_id: str) -> None:
+        self._gone.pop(experiment_id, None)
+
+        async def lost(tx: Tx) -> None:
+            row = await experiments.get(tx.conn, experiment_id)
+            if row.status is ExperimentStatus.RUNNING:
+                await experiments.set_status(tx, experiment_id, ExperimentStatus.LOST)
+
+        try:
+            await self._catalog.write(lost)
+        except CkptdError as error:
+            log.warning("presence.not_recorded", experiment=experiment_id, **error.to_wire())
+
+
+class MetricsBuffer:
+    """Collects points of all experiments and commits them together, every catalog.metrics_flush_s."""
+
+    def __init__(self, catalog: Catalog, flush_s: float) -> None:
+        """Nothing waits yet."""
+        self._catalog = catalog
+        self._flush_s = flush_s
+        self._points: defaultdict[tuple[str, int], list[Point]] = defaultdict(list)
+        self._waiting = 0
+        self._some = anyio.Event()
+
+    def put(self, experiment_id: str, segment: int, points: list[Point]) -> bool:
+        """Take points in; False when too many wait already (the client keeps and repeats them)."""
+        if self._waiting + len(points) > POINTS_WAITING_MAX:
+            return False
+        self._points[experiment_id, segment] += points
+        self._waiting += len(points)
+        self._some.set()
+        return True
+
+    async def run(self) -> None:
+        """Commit until cancelled; what is left then goes with a last `flush()`."""
+        while True:
+            await self._some.wait()
+            await anyio.sleep(self._flush_s)
+            await self.flush()
+
+    async def flush(self) -> None:
+        """Commit everything that waits now, in one transaction. Kept for the next try when that fails."""
+        taken, self._points = self._points, defaultdict(list)
+        waiting, self._waiting = self._waiting, 0
+        self._some = anyio.Event()
+
+        async def append(tx: Tx) -> None:
+            for (experiment_id, segment), points in taken.items():
+                await metrics.append(tx, experiment_id, segment, points)
+
+        try:
+            if taken:
+                await self._catalog.write(append)
+        except CkptdError as error:
+            log.warning("metrics.not_recorded", points=waiting, **error.to_wire())
+            for key, points in self._points.items():
+                taken[key] += points
+            self._points, self._waiting = taken, self._waiting + waiting
+            self._some.set()

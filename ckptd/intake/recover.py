@@ -1,0 +1,71 @@
+"""After a start: what an earlier daemon, or trainers without one, left behind.
+
+arena word COMMITTED, no row       admitted now                     (the daemon died before it could)
+arena word COMMITTED, row PENDING  its job goes on                  (died before or in the publish)
+arena word RELEASED                hot copy again                   (died after the publish)
+arena word LEASED or WRITING       stays lent while its holder lives, else freed
+spool image, spool offer           admitted now
+row PENDING, bytes nowhere         its job finds that out and the checkpoint FAILS, visibly
+"""
+
+import os
+
+import structlog
+
+from ckptd.catalog import Catalog, checkpoints
+from ckptd.errors import CkptdError
+from ckptd.intake import descriptor
+from ckptd.intake.admit import Admission
+from ckptd.intake.arenas import FD_PREFIX, Arena, ArenaPool, Use
+from ckptd.intake.spooled import Spool
+from ckptd.model import Level, State
+from ckptd_client import control
+
+log = structlog.get_logger()
+
+
+def adopt(pool: ArenaPool, passed: list[tuple[str, int]]) -> list[Arena]:
+    """Take the arenas out of the descriptors that the service manager passed; close what is unknown."""
+    adopted = []
+    for name, fd in passed:
+        arena = pool.adopt(name, fd) if name.startswith(FD_PREFIX) else None
+        if arena is not None:
+            adopted.append(arena)
+        elif not name.startswith(FD_PREFIX):
+            os.close(fd)
+            log.warning("fd.unknown", name=name)
+    return adopted
+
+
+async def recover(catalog: Catalog, admission: Admission, pool: ArenaPool, spool: Spool) -> int:
+    """Admit and sort everything that was left; return how many saves were found in arenas and spool."""
+    found = 0
+    for arena in pool.all():
+        page = control.read(arena.page)
+        raw = arena.descriptor()
+        if page is None or raw is None:
+            if arena.use is Use.LEASED and not control.is_alive(arena.holder_pid, arena.holder_ticks):
+                pool.free(arena)
+            continue
+        try:
+            if page.state == control.COMMITTED:
+                await admission.arena(arena, os.getuid())
+                found += 1
+            else:
+                await _hot_again(catalog, pool, arena, raw)
+        except CkptdError as error:
+            # Its descriptor makes no sense: nothing was acknowledged for it, so nothing is lost by freeing it.
+            log.warning("arena.refused", arena=arena.id.hex(), **error.to_wire())
+            pool.free(arena)
+    return found + await spool.take_in()
+
+
+async def _hot_again(catalog: Catalog, pool: ArenaPool, arena: Arena, raw: bytes) -> None:
+    saved = descriptor.decode(raw, arena.size_bytes)
+    rows = await catalog.read(lambda conn: checkpoints.get_many(conn, [saved.checkpoint]))
+    row = rows.get(saved.checkpoint)
+    if row is None or row.state is not State.LIVE or row.level.rank < Level.DURABLE.rank:
+        pool.free(arena)
+        return
+    arena.use = Use.HOT
+    arena.experiment_id, arena.checkpoint_id = row.experiment_id, row.id

@@ -1,0 +1,350 @@
+"""Every request of the wire as a type: decoding is validation. docs/reference/wire.md describes them.
+
+Unknown fields are allowed on purpose: a newer client may say more than this daemon knows.
+"""
+
+from typing import Annotated, Any, Literal, Union
+
+import msgspec
+
+from ckptd.errors import BadRequest
+from ckptd_client import wire
+
+Id = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+Name = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+Text = Annotated[str, msgspec.Meta(max_length=65536)]
+PathText = Annotated[str, msgspec.Meta(min_length=1, max_length=4095)]
+Step = Annotated[int, msgspec.Meta(ge=0, le=(1 << 62))]
+Number = float | Literal["NaN", "Infinity", "-Infinity"]
+Metrics = dict[Annotated[str, msgspec.Meta(max_length=256)], Number]
+Tags = Annotated[list[Annotated[str, msgspec.Meta(min_length=1, max_length=128)]], msgspec.Meta(max_length=256)]
+POINTS_MAX = 1000
+PAGE_MAX = 500
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True, tag_field="op"):
+    """What every request carries."""
+
+    id: int
+    v: int = wire.VERSION
+
+
+class Hello(Request, frozen=True, tag="hello"):
+    """Who are you, and which protocol versions do you speak?"""
+
+    versions: list[int]
+    client: Text = ""
+    pid: int = 0
+
+
+class ExperimentOpen(Request, frozen=True, tag="experiment.open"):
+    """Open or go on with an experiment."""
+
+    experiment: Id
+    name: Name
+    project: Name
+    dir: PathText
+    config: dict[str, Any] = {}
+    tags: Tags = []
+    parent: str | None = None
+    facts: dict[str, Any] = {}
+    resume: Literal["allow", "never", "must"] = "allow"
+
+
+class ExperimentBeat(Request, frozen=True, tag="experiment.beat"):
+    """Still training."""
+
+    experiment: Id
+    step: int | None = None
+
+
+class ExperimentClose(Request, frozen=True, tag="experiment.close"):
+    """Training ended."""
+
+    experiment: Id
+    status: Literal["completed", "failed"]
+    error: Text | None = None
+
+
+class ExperimentTag(Request, frozen=True, tag="experiment.tag"):
+    """Add and remove tags."""
+
+    experiment: Id
+    add: Tags = []
+    remove: Tags = []
+
+
+class Lease(Request, frozen=True, tag="lease"):
+    """Lend me an arena; the answer may come late."""
+
+    experiment: Id
+    size_bytes: Annotated[int, msgspec.Meta(gt=0, le=(1 << 50))]
+    wait_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+
+
+class Commit(Request, frozen=True, tag="commit"):
+    """The arena holds a whole save."""
+
+    experiment: Id
+    checkpoint: Id
+    arena: Id
+    generation: int
+
+
+class Abandon(Request, frozen=True, tag="abandon"):
+    """Take the arena back; nothing was saved in it."""
+
+    arena: Id
+    generation: int
+
+
+class Submit(Request, frozen=True, tag="submit"):
+    """Take in files that I wrote."""
+
+    path: PathText
+    checkpoint: Id
+    project: Name | None = None
+    experiment: Name | None = None
+    step: Step | None = None
+    epoch: float | None = None
+    metrics: Metrics = {}
+    note: Text = ""
+    meta: dict[str, Any] = {}
+    update_best: bool = True
+
+
+class Selecting(Request, frozen=True):
+    """Name one checkpoint."""
+
+    selector: Text = "latest"
+    project: str | None = None
+    name: str | None = None
+    experiment: str | None = None
+
+
+class Attach(Selecting, frozen=True, tag="attach"):
+    """Map a hot copy, or say where the files are; holds the checkpoint until `detach`."""
+
+
+class Detach(Request, frozen=True, tag="detach"):
+    """Stop reading."""
+
+    checkpoint: Id
+
+
+class Resolve(Selecting, frozen=True, tag="resolve"):
+    """Which checkpoint is it, and where?"""
+
+    level: Literal["durable", "verified"] = "verified"
+
+
+class Follow(Request, frozen=True, tag="watch"):
+    """Tell me when these climb or fail."""
+
+    checkpoints: Annotated[list[Id], msgspec.Meta(max_length=1024)]
+
+
+class MetricPoints(Request, frozen=True, tag="metrics"):
+    """Metric points of a training loop."""
+
+    experiment: Id
+    points: Annotated[
+        list[tuple[Annotated[str, msgspec.Meta(max_length=256)], int | None, Number, float]],
+        msgspec.Meta(max_length=POINTS_MAX),
+    ]
+
+
+class CheckpointMetrics(Request, frozen=True, tag="checkpoint.metrics"):
+    """Metrics known only after the save."""
+
+    checkpoint: Id
+    metrics: Metrics
+
+
+class Report(Request, frozen=True, tag="report"):
+    """A reader found damage."""
+
+    checkpoint: Id
+    problem: dict[str, Any]
+
+
+class Replace(Request, frozen=True, tag="replace"):
+    """Drop the oldest staged save of this experiment that nobody waits for."""
+
+    experiment: Id
+
+
+class Status(Request, frozen=True, tag="status"):
+    """How is the daemon?"""
+
+
+class List(Request, frozen=True, tag="list"):
+    """Page through checkpoints."""
+
+    project: str | None = None
+    name: str | None = None
+    state: str | None = None
+    level: str | None = None
+    tag: str | None = None
+    limit: Annotated[int, msgspec.Meta(ge=1, le=PAGE_MAX)] = 50
+    after: str | None = None
+    sort: Literal["newest", "step"] = "newest"
+
+
+class Experiments(Request, frozen=True, tag="experiments"):
+    """Page through experiments."""
+
+    project: str | None = None
+    limit: Annotated[int, msgspec.Meta(ge=1, le=PAGE_MAX)] = 50
+    after: str | None = None
+
+
+class Show(Selecting, frozen=True, tag="show"):
+    """Everything about one checkpoint."""
+
+
+class Verify(Selecting, frozen=True, tag="verify"):
+    """Read back and compare now; the answer comes when it is done."""
+
+    all: bool = False
+
+
+class Wait(Selecting, frozen=True, tag="wait"):
+    """Answer when the checkpoint has reached a level, or can't any more."""
+
+    checkpoint: Id | None = None
+    level: Literal["staged", "durable", "verified"] = "durable"
+    timeout_s: Annotated[float, msgspec.Meta(ge=0)] = 60.0
+
+
+class Pin(Selecting, frozen=True, tag="pin"):
+    """Hold a checkpoint by hand."""
+
+    note: Text = ""
+
+
+class Unpin(Selecting, frozen=True, tag="unpin"):
+    """Lift a hold."""
+
+
+class Remove(Selecting, frozen=True, tag="remove"):
+    """Move one checkpoint to the trash."""
+
+    dry_run: bool = False
+
+
+class Retention(Request, frozen=True, tag="retention"):
+    """Plan what the rules drop; apply it when asked to."""
+
+    project: str | None = None
+    name: str | None = None
+    apply: bool = False
+    only: list[Id] | None = None
+
+
+class Events(Request, frozen=True, tag="events"):
+    """Recent events; with follow, also those to come."""
+
+    since_seq: int | None = None
+    limit: Annotated[int, msgspec.Meta(ge=1, le=PAGE_MAX)] = 100
+    follow: bool = False
+
+
+class Audit(Request, frozen=True, tag="audit"):
+    """Who did what."""
+
+    limit: Annotated[int, msgspec.Meta(ge=1, le=PAGE_MAX)] = 100
+    after: str | None = None
+
+
+class Doctor(Request, frozen=True, tag="doctor"):
+    """Check everything that can be checked from inside."""
+
+
+class Rebuild(Request, frozen=True, tag="rebuild"):
+    """Read manifests on disk back into the catalog."""
+
+    root: PathText | None = None
+
+
+class RootAdd(Request, frozen=True, tag="root.add"):
+    """Manage or watch one more tree."""
+
+    path: PathText
+    kind: Literal["managed", "watched"] = "watched"
+    project: str = ""
+
+
+class Roots(Request, frozen=True, tag="roots"):
+    """Which trees are managed or watched?"""
+
+
+class Tail(Request, frozen=True, tag="metrics.tail"):
+    """Metric points of an experiment, newest first, after a cursor."""
+
+    project: str | None = None
+    name: str | None = None
+    after: int | None = None
+    limit: Annotated[int, msgspec.Meta(ge=1, le=PAGE_MAX)] = 100
+
+
+class Stop(Request, frozen=True, tag="stop"):
+    """Drain and end."""
+
+
+class Reload(Request, frozen=True, tag="reload"):
+    """Read the configuration again."""
+
+
+ALL: tuple[type[Request], ...] = (
+    Hello, ExperimentOpen, ExperimentBeat, ExperimentClose, ExperimentTag, Lease, Commit, Abandon, Submit,
+    Attach, Detach, Resolve, Follow, MetricPoints, CheckpointMetrics, Report, Replace, Status, List, Experiments,
+    Show, Verify, Wait, Pin, Unpin, Remove, Retention, Events, Audit, Doctor, Rebuild, RootAdd, Roots, Tail,
+    Stop, Reload,
+)  # fmt: skip
+
+_decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(type=Union[ALL])  # noqa: UP007 - built from a tuple
+
+
+class _Envelope(msgspec.Struct):
+    id: int | None = None
+    op: str = ""
+
+
+_envelopes = msgspec.json.Decoder(_Envelope)
+
+
+def request_id(frame: bytes) -> int | None:
+    """Find the id of a frame that could not be decoded whole, so that its sender gets an answer."""
+    try:
+        return _envelopes.decode(frame).id
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        return None
+
+
+def decode(frame: bytes) -> Request:
+    """Turn one frame into its request. BadRequest names the field that is wrong."""
+    try:
+        request: Request = _decoder.decode(frame)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise BadRequest(str(error) or type(error).__name__, hint="see docs/reference/wire.md") from error
+    for free in ("config", "facts", "meta", "problem"):
+        value = getattr(request, free, None)
+        if value is not None and _depth(value) > wire.DEPTH_MAX:
+            raise BadRequest(f"{free} nests deeper than {wire.DEPTH_MAX}")
+    return request
+
+
+def _depth(value: Any) -> int:
+    """Nesting of a decoded value, without recursion."""
+    depth, level = 0, [value]
+    while level:
+        depth += 1
+        nested: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                nested += [v for v in item.values() if isinstance(v, dict | list)]
+            elif isinstance(item, list):
+                nested += [v for v in item if isinstance(v, dict | list)]
+        level = nested
+    return depth

@@ -1,0 +1,187 @@
+"""Saves that no daemon took: images and offers in the spool directory, taken in when one runs again.
+
+The spool lies in the state directory, which is ours and node-local. An image stays until the
+checkpoint it holds is durable elsewhere; an offer until its row is made.
+"""
+
+import mmap
+import os
+from collections.abc import Callable
+from functools import partial
+
+import anyio
+import anyio.to_thread
+import msgspec
+import structlog
+
+from ckptd.clock import Clock
+from ckptd.errors import BadRequest, CkptdError
+from ckptd.intake import descriptor as descriptors
+from ckptd.intake.admit import Admission, FileOffer
+from ckptd.intake.arenas import Arena, ArenaPool
+from ckptd.intake.requests import Submit
+from ckptd.model import Origin, State
+from ckptd_client import control, spool
+from ckptd_client.wire import from_number
+
+log = structlog.get_logger()
+
+POLL_S = 1.0
+ENTRIES_MAX = 1000
+
+
+class Spool:
+    """Takes in what lies in `directory`, and opens images for the pipeline."""
+
+    def __init__(self, directory: str, admission: Admission, pool: ArenaPool, clock: Clock) -> None:
+        """Nothing is read yet."""
+        self._directory = directory
+        self._admission = admission
+        self._pool = pool
+        self._clock = clock
+        self._refused: set[str] = set()
+        self._known: set[str] = set()
+        self.on_adopted: Callable[[str, int], None] = lambda _checkpoint, _size: None
+
+    async def run(self) -> None:
+        """Look into the spool every POLL_S seconds; a listing of an empty directory costs microseconds."""
+        while True:
+            await self.take_in()
+            await anyio.sleep(POLL_S)
+
+    async def take_in(self) -> int:
+        """Take in everything there is now; return how many entries were new."""
+        found = await anyio.to_thread.run_sync(partial(_listing, self._directory))
+        taken = 0
+        for entry in found[:ENTRIES_MAX]:
+            if entry.path in self._refused or entry.checkpoint in self._known:
+                continue
+            try:
+                if entry.kind == "arena":
+                    await self._image(entry)
+                else:
+                    await self._offer(entry)
+                taken += 1
+            except (CkptdError, OSError) as error:
+                self._refused.add(entry.path)
+                log.error("spool.refused", file=os.path.basename(entry.path), error=str(error))  # noqa: TRY400 - the text says it all
+        return taken
+
+    async def _image(self, entry: spool.Spooled) -> None:
+        raw, size_bytes, uid = await anyio.to_thread.run_sync(_read_image, entry.path)
+        found = descriptors.decode(raw, size_bytes)
+        checkpoint = await self._admission.memory(found, uid, arena=None, size_bytes=size_bytes)
+        self._known.add(entry.checkpoint)
+        self.on_adopted(checkpoint.id, size_bytes)
+        if checkpoint.state is not State.PENDING:
+            await self.forget(checkpoint.id)
+
+    async def _offer(self, entry: spool.Spooled) -> None:
+        request, uid = await anyio.to_thread.run_sync(_read_offer, entry.path)
+        await self._admission.file(offer_of(request, uid))
+        await anyio.to_thread.run_sync(_remove, entry.path)
+
+    async def open(self, checkpoint_id: str) -> int | None:
+        """Open a checkpoint's image, from its arena or from the spool; None when neither has it."""
+        arena = self._pool.of_checkpoint(checkpoint_id)
+        if arena is not None:
+            return os.dup(arena.fd)
+        return await anyio.to_thread.run_sync(_open, spool.arena_path(self._directory, checkpoint_id))
+
+    async def published(self, checkpoint_id: str) -> None:
+        """Its bytes are durable under their final name: the arena becomes a hot copy, the image goes."""
+        self._pool.published(checkpoint_id)
+        await self.forget(checkpoint_id)
+
+    async def drop(self, checkpoint_id: str) -> None:
+        """Nobody needs the image any more."""
+        self._pool.free_checkpoint(checkpoint_id)
+        await self.forget(checkpoint_id)
+
+    async def spill(self, arena: Arena) -> None:
+        """Write a committed arena into the spool, durably: the daemon ends before it could be published."""
+        await anyio.to_thread.run_sync(_spill, self._directory, arena)
+
+    async def forget(self, checkpoint_id: str) -> None:
+        """Remove the spooled image of a checkpoint, if there is one."""
+        if checkpoint_id in self._known:
+            await anyio.to_thread.run_sync(_remove, spool.arena_path(self._directory, checkpoint_id))
+            self._known.discard(checkpoint_id)
+
+
+def offer_of(request: Submit, uid: int) -> FileOffer:
+    """Turn a submit request into the offer that admission takes."""
+    return FileOffer(
+        id=request.checkpoint,
+        path=request.path,
+        uid=uid,
+        origin=Origin.FILE,
+        told=True,
+        project=request.project,
+        experiment=request.experiment,
+        step=request.step,
+        epoch=request.epoch,
+        metrics={name: from_number(value) for name, value in request.metrics.items()},
+        note=request.note,
+        meta=request.meta,
+        update_best=request.update_best,
+    )
+
+
+def _listing(directory: str) -> list[spool.Spooled]:
+    for path in spool.abandoned(directory):
+        _remove(path)
+    return list(spool.entries(directory))
+
+
+def _read_image(path: str) -> tuple[bytes, int, int]:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        facts = os.fstat(fd)
+        page = control.read(os.pread(fd, control.PAGE, 0).ljust(control.PAGE, b"\0"))
+        if page is None or page.descriptor_offset + page.descriptor_size > facts.st_size:
+            raise BadRequest(f"{os.path.basename(path)} is no image of a save")
+        raw = os.pread(fd, page.descriptor_size, page.descriptor_offset)
+        if not control.is_whole(page, raw):
+            raise BadRequest(f"{os.path.basename(path)} was never committed")
+        return raw, facts.st_size, facts.st_uid
+    finally:
+        os.close(fd)
+
+
+def _read_offer(path: str) -> tuple[Submit, int]:
+    uid = os.lstat(path).st_uid
+    request = spool.read_offer(path)
+    try:
+        return msgspec.convert({"id": 0, "op": "submit", **(request or {})}, Submit), uid
+    except msgspec.ValidationError as error:
+        raise BadRequest(f"{os.path.basename(path)}: {error}") from error
+
+
+def _spill(directory: str, arena: Arena) -> None:
+    page = control.read(arena.page)
+    if page is None:
+        raise BadRequest(f"arena {arena.id.hex()[:12]} has no control page")
+    length = spool.image_bytes(page.descriptor_offset, page.descriptor_size)
+    with mmap.mmap(arena.fd, min(length, arena.size_bytes), prot=mmap.PROT_READ) as image, memoryview(image) as view:
+        spool.write_arena(directory, arena.checkpoint_id, view)
+
+
+def _open(path: str) -> int | None:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return None
+
+
+def _remove(path: str) -> None:
+    """Remove one of our own small files and make that last, so that it is not taken in again."""
+    try:
+        os.unlink(path)  # noqa: TID251 - the spool lies in the state directory, which workers don't serve
+    except FileNotFoundError:
+        return
+    fd = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

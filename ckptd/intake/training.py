@@ -1,0 +1,324 @@
+"""What training processes ask: open an experiment, lend memory, take a save, resume."""
+
+import os
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from ckptd import __version__
+from ckptd.catalog import Catalog, checkpoints, experiments, holds, listing
+from ckptd.catalog.listing import Scope
+from ckptd.catalog.metrics import Point
+from ckptd.catalog.tx import Tx
+from ckptd.clock import Clock
+from ckptd.config import Settings
+from ckptd.errors import Busy, NotAuthorized, NotFound, UnsupportedVersion
+from ckptd.intake import descriptor
+from ckptd.intake import requests as ask
+from ckptd.intake.admit import Admission
+from ckptd.intake.arenas import Arena, ArenaPool
+from ckptd.intake.follow import Followers, level_of
+from ckptd.intake.listener import Peer
+from ckptd.intake.presence import MetricsBuffer, Presence
+from ckptd.intake.spooled import offer_of
+from ckptd.jobs import Jobs
+from ckptd.model import Checkpoint, ExperimentStatus, Level, State
+from ckptd.pipeline.verify import refresh_best
+from ckptd_client import wire
+from ckptd_client.wire import from_number, number
+
+Answer = dict[str, Any]
+Handler = Callable[[Peer, Any], Awaitable[Answer]]
+READ_LEASE_S = 3600.0
+
+
+@dataclass(frozen=True)
+class Front:
+    """What the handlers of requests work with."""
+
+    catalog: Catalog
+    jobs: Jobs
+    pool: ArenaPool
+    admission: Admission
+    followers: Followers
+    presence: Presence
+    metrics: MetricsBuffer
+    clock: Clock
+    settings: Callable[[], Settings]
+    state_dir: str
+
+
+class Training:
+    """One method per training op."""
+
+    def __init__(self, front: Front) -> None:
+        """Keep what the methods work with."""
+        self._front = front
+        self.handlers: dict[type[ask.Request], Handler] = {
+            ask.Hello: self.hello,
+            ask.ExperimentOpen: self.open,
+            ask.ExperimentBeat: self.beat,
+            ask.ExperimentClose: self.close,
+            ask.ExperimentTag: self.tag,
+            ask.Commit: self.commit,
+            ask.Abandon: self.abandon,
+            ask.Submit: self.submit,
+            ask.Detach: self.detach,
+            ask.Resolve: self.resolve,
+            ask.Follow: self.follow,
+            ask.MetricPoints: self.points,
+            ask.CheckpointMetrics: self.late_metrics,
+            ask.Report: self.report,
+            ask.Replace: self.replace,
+        }
+
+    async def hello(self, peer: Peer, request: ask.Hello) -> Answer:
+        """Agree on a version."""
+        if wire.VERSION not in request.versions:
+            raise UnsupportedVersion(f"this daemon speaks version {wire.VERSION}, the client {request.versions}")
+        peer.greeted = True
+        settings = self._front.settings()
+        return {
+            "server": f"ckptd/{__version__}",
+            "version": wire.VERSION,
+            "uid": os.getuid(),
+            "mode": settings.mode,
+            "state_dir": self._front.state_dir,
+            "spool_dir": os.path.join(self._front.state_dir, "spool"),
+            "limits": {"arena_bytes_max": settings.arenas.bytes_max, "frame_bytes_max": wire.FRAME_BYTES_MAX},
+        }
+
+    async def open(self, peer: Peer, request: ask.ExperimentOpen) -> Answer:
+        """Open or go on with an experiment."""
+        front = self._front
+        known = await front.catalog.read(lambda c: experiments.find(c, peer.uid, request.project, request.name))
+        join = known is not None and front.presence.is_present(known.id)
+        opened, newest = await front.admission.open_experiment(request, peer.uid, join=join)
+        front.presence.came(peer, opened.experiment.id)
+        return {
+            "experiment": opened.experiment.id,
+            "segment": opened.segment,
+            "root": opened.experiment.root,
+            "existed": opened.existed,
+            "latest": None if newest is None else {"checkpoint": newest.id, "step": newest.step},
+        }
+
+    async def beat(self, peer: Peer, request: ask.ExperimentBeat) -> Answer:
+        """Note a sign of life; after a reconnect also where it comes from."""
+        await self._mine(peer, request.experiment)
+        self._front.presence.came(peer, request.experiment)
+        await self._front.catalog.write(lambda tx: experiments.heartbeat(tx, request.experiment, request.step))
+        return {}
+
+    async def close(self, peer: Peer, request: ask.ExperimentClose) -> Answer:
+        """Training ended, well or not."""
+        await self._mine(peer, request.experiment)
+        await self._front.metrics.flush()
+        error = {"code": "training", "message": request.error, "hint": ""} if request.error else None
+        status = ExperimentStatus(request.status)
+        await self._front.catalog.write(lambda tx: experiments.set_status(tx, request.experiment, status, error))
+        self._front.presence.closed(request.experiment)
+        return {}
+
+    async def tag(self, peer: Peer, request: ask.ExperimentTag) -> Answer:
+        """Change an experiment's tags."""
+        await self._mine(peer, request.experiment)
+        tags = await self._front.catalog.write(
+            lambda tx: experiments.change_tags(tx, request.experiment, request.add, request.remove)
+        )
+        return {"tags": list(tags)}
+
+    async def lease(self, peer: Peer, request: ask.Lease) -> tuple[Answer, Arena]:
+        """Lend an arena; may wait. The caller sends the descriptor along with the answer."""
+        await self._mine(peer, request.experiment)
+        arena = await self._front.pool.lease(request.experiment, request.size_bytes, peer, request.wait_s)
+        if peer.closed:
+            self._front.pool.free(arena)
+            raise Busy("the connection closed while an arena was made")
+        return {"arena": arena.id.hex(), "generation": arena.generation, "size_bytes": arena.size_bytes}, arena
+
+    async def commit(self, peer: Peer, request: ask.Commit) -> Answer:
+        """Take a save over. Repeats (after a reconnect, after a restart) are one save."""
+        front = self._front
+        front.followers.add(peer, [request.checkpoint])
+        known = await front.catalog.read(lambda conn: checkpoints.get_many(conn, [request.checkpoint]))
+        if request.checkpoint in known:
+            row = known[request.checkpoint]
+            await self._mine(peer, row.experiment_id)
+        else:
+            arena = front.pool.leased(bytes.fromhex(request.arena), request.generation, peer.pid)
+            row = await front.admission.arena(arena, peer.uid)
+        return {**level_of(row), "revision": row.revision}
+
+    async def abandon(self, peer: Peer, request: ask.Abandon) -> Answer:
+        """Take an unused arena back."""
+        arena = self._front.pool.leased(bytes.fromhex(request.arena), request.generation, peer.pid)
+        self._front.pool.free(arena)
+        return {}
+
+    async def submit(self, peer: Peer, request: ask.Submit) -> Answer:
+        """Take in files that lie where they lie."""
+        row = await self._front.admission.file(offer_of(request, peer.uid))
+        self._front.followers.add(peer, [row.id])
+        return level_of(row)
+
+    async def attach(self, peer: Peer, request: ask.Attach) -> tuple[Answer, int | None]:
+        """Find what a reader wants and hold it; with a descriptor when a hot copy is there."""
+        front = self._front
+        row = await self._selected(peer, request)
+        if not row.is_good:
+            raise NotFound(f"checkpoint {row.id} is {row.state}, {row.level}: nothing to load yet")
+        until = f"pid {peer.pid}"
+        await front.catalog.write(lambda tx: holds.lease(tx, row.id, until, READ_LEASE_S))
+        facts: Answer = {
+            "checkpoint": row.id,
+            "experiment": row.experiment_id,
+            "step": row.step,
+            "level": str(row.level),
+            "path": row.path,
+            "size_bytes": row.size_bytes,
+            "format": row.format,
+        }
+        arena = front.pool.of_checkpoint(row.id)
+        raw = arena.descriptor() if arena is not None else None
+        if arena is None or raw is None:
+            files = await front.catalog.read(lambda conn: checkpoints.files(conn, row.id))
+            listed = [{"path": f.path, "size_bytes": f.size_bytes, "sha256": f.sha256} for f in files]
+            return {**facts, "hot": False, "files": listed}, None
+        job_files = self._images(raw, arena)
+        peer.attached[row.id] = arena
+        arena.readers += 1
+        # Opened anew and read-only: the reader can map it, never write what others may still read.
+        fd = os.open(f"/proc/self/fd/{arena.fd}", os.O_RDONLY | os.O_CLOEXEC)
+        return {**facts, "hot": True, "files": job_files, "arena_bytes": arena.size_bytes}, fd
+
+    def _images(self, raw: bytes, arena: Arena) -> list[dict[str, Any]]:
+        found = descriptor.decode(raw, arena.size_bytes)
+        return [{"path": f.path, "offset": f.offset, "size_bytes": f.size_bytes} for f in found.files]
+
+    async def detach(self, peer: Peer, request: ask.Detach) -> Answer:
+        """A reader is done."""
+        self.release(peer, request.checkpoint)
+        await self._front.catalog.write(lambda tx: holds.release(tx, request.checkpoint, f"pid {peer.pid}"))
+        return {}
+
+    def release(self, peer: Peer, checkpoint_id: str) -> None:
+        """Let go of the arena that a reader mapped."""
+        arena = peer.attached.pop(checkpoint_id, None)
+        if arena is not None:
+            arena.readers -= 1
+            self._front.pool.wake()
+
+    async def resolve(self, peer: Peer, request: ask.Resolve) -> Answer:
+        """Name one checkpoint and say where it is."""
+        row = await self._selected(peer, request)
+        if row.level.rank < Level(request.level).rank or row.state is not State.LIVE:
+            raise NotFound(
+                f"checkpoint {row.id} (step {row.step}) is {row.state}, {row.level}; {request.level} was asked for"
+            )
+        files = await self._front.catalog.read(lambda conn: checkpoints.files(conn, row.id))
+        return {
+            "checkpoint": row.id,
+            "experiment": row.experiment_id,
+            "project": row.project,
+            "name": row.experiment,
+            "step": row.step,
+            "path": row.path,
+            "level": str(row.level),
+            "state": str(row.state),
+            "size_bytes": row.size_bytes,
+            "format": row.format,
+            "metrics": {name: number(value) for name, value in row.metrics.items()},
+            "files": [{"path": f.path, "size_bytes": f.size_bytes, "sha256": f.sha256} for f in files[:1000]],
+        }
+
+    async def follow(self, peer: Peer, request: ask.Follow) -> Answer:
+        """Follow checkpoints, and say where they are now."""
+        self._front.followers.add(peer, request.checkpoints)
+        rows = await self._front.catalog.read(lambda conn: checkpoints.get_many(conn, request.checkpoints))
+        return {"states": [level_of(row) for row in rows.values()]}
+
+    async def points(self, peer: Peer, request: ask.MetricPoints) -> Answer:
+        """Take metric points; answered once they wait for the next common commit."""
+        row = await self._mine(peer, request.experiment)
+        points = [
+            Point(name, step, from_number(value), datetime.fromtimestamp(at, UTC))
+            for name, step, value, at in request.points
+        ]
+        if not self._front.metrics.put(row.id, row.segment, points):
+            raise Busy("too many metric points wait", retry_after_s=1.0)
+        return {"accepted": len(points)}
+
+    async def late_metrics(self, peer: Peer, request: ask.CheckpointMetrics) -> Answer:
+        """Validation ended after the save: the best is decided again in the same transaction."""
+        values = {name: from_number(value) for name, value in request.metrics.items()}
+
+        async def add(tx: Tx) -> None:
+            row = await checkpoints.add_metrics(tx, request.checkpoint, values)
+            await refresh_best(tx, row.experiment_id, self._front.settings().rules_for(row.project, row.experiment))
+
+        await self._checkpoint(peer, request.checkpoint)
+        await self._front.catalog.write(add)
+        return {}
+
+    async def report(self, peer: Peer, request: ask.Report) -> Answer:
+        """A reader found damage: our own worker reads it back before anybody believes it."""
+        row = await self._checkpoint(peer, request.checkpoint)
+        await self._front.admission.recheck(row)
+        return {}
+
+    async def replace(self, peer: Peer, request: ask.Replace) -> Answer:
+        """Drop the oldest save of the experiment that is staged and not yet being written."""
+        await self._mine(peer, request.experiment)
+        front = self._front
+
+        async def drop(tx: Tx) -> str | None:
+            for row in await listing.of_experiment(tx.conn, request.experiment):
+                if row.state is State.PENDING and await front.jobs.cancel(tx, row.id):
+                    await checkpoints.mark_replaced(tx, row.id)
+                    return row.id
+            return None
+
+        dropped = await front.catalog.write(drop)
+        if dropped is not None:
+            front.pool.free_checkpoint(dropped)
+        return {"replaced": dropped}
+
+    # -- who may ---------------------------------------------------------------------------
+
+    async def _mine(self, peer: Peer, experiment_id: str) -> experiments.Experiment:
+        row = await self._front.catalog.read(lambda conn: experiments.get(conn, experiment_id))
+        if peer.uid not in {row.uid, 0, os.getuid()}:
+            raise NotAuthorized(f"experiment {row.project}/{row.name} belongs to uid {row.uid}")
+        return row
+
+    async def _checkpoint(self, peer: Peer, checkpoint_id: str) -> Checkpoint:
+        row = await self._front.catalog.read(lambda conn: checkpoints.get(conn, checkpoint_id))
+        await self._mine(peer, row.experiment_id)
+        return row
+
+    async def _selected(self, peer: Peer, request: ask.Selecting) -> Checkpoint:
+        return await select(self._front, peer, request)
+
+
+async def select(front: Front, peer: Peer, request: ask.Selecting) -> Checkpoint:
+    """Return the checkpoint that a selector names among those the peer may see."""
+    uid = None if peer.uid in {0, os.getuid()} else peer.uid
+    project, name = request.project, request.name
+    settings = front.settings()
+    rules = settings.retention
+    if request.experiment is not None:
+        row = await front.catalog.read(lambda conn: experiments.get(conn, str(request.experiment)))
+        project, name = row.project, row.name
+    if project is not None and name is not None:
+        rules = settings.rules_for(project, name)
+    scope = Scope(
+        uid=uid,
+        project=project,
+        name=name,
+        experiment_id=request.experiment,
+        best_metric=rules.keep_best[0].metric if rules.keep_best else None,
+        best_mode=rules.keep_best[0].mode if rules.keep_best else "min",
+    )
+    return await front.catalog.read(lambda conn: listing.resolve(conn, request.selector, scope))

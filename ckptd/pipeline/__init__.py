@@ -1,0 +1,179 @@
+"""The work: each job carries one checkpoint through the stages below, in their order.
+
+    memory hand-off            publish ─► verify ─► link ─► retain
+    file hand-off, watched     settle ─► publish ─► verify ─► link ─► retain
+    (damage while an arena still holds the bytes: verify ─► repair ─► verify)
+
+Stages know nothing of one another; only this table knows what there is. A stage records its result
+and the job's next stage in one transaction, so a crash repeats at most one stage, and each stage
+can be repeated. Errors are sorted here, once: passing ones are tried again with growing pauses,
+the others end the checkpoint with an error that everybody sees.
+"""
+
+from collections.abc import Callable
+
+import anyio
+import anyio.abc
+import structlog
+
+from ckptd.catalog import checkpoints
+from ckptd.catalog.tx import Tx
+from ckptd.errors import Bug, CkptdError, Denied, DiskFault, NoSpace, RootDegraded, TimedOut, Weather
+from ckptd.jobs import Job
+from ckptd.model import State
+from ckptd.pipeline import link, publish, repair, retain, settle, verify
+from ckptd.pipeline.tools import Ended, Outcome, Stage, Tools
+
+log = structlog.get_logger()
+_WARNING, _ERROR = 30, 40
+
+STAGES: dict[str, Stage] = {
+    "settle": settle.run,
+    "publish": publish.run,
+    "verify": verify.run,
+    "repair": repair.run,
+    "link": link.run,
+    "retain": retain.run,
+}
+PASSING = (Weather, RootDegraded, NoSpace, DiskFault, Denied)
+PURGE_S = 30.0
+DRAIN_LOOK_S = 0.05
+RENEW_SHARE = 3  # a running job's lease is renewed after a third of it
+
+
+class Pipeline:
+    """Claims jobs and runs their stages, up to jobs.running_max side by side."""
+
+    def __init__(self, tools: Tools) -> None:
+        """Keep the tools; nothing runs yet."""
+        self._tools = tools
+        self._slots = anyio.Semaphore(tools.settings().jobs.running_max)
+
+    async def run(self, stop: anyio.Event, undone: Callable[[], bool]) -> None:
+        """Work until `stop` is set and nothing acknowledged is `undone`; then finish what runs.
+
+        Cancelled (the drain's deadline, a second signal): running jobs are claimed again by the next
+        daemon, and what is still undone is spilled to the spool by whoever composes the daemon.
+        """
+        async with anyio.create_task_group() as running, anyio.create_task_group() as claiming:
+            claiming.start_soon(self._claim, running)
+            claiming.start_soon(self._purge)
+            await stop.wait()
+            while undone():  # noqa: ASYNC110 - several things end it, and it runs once in a daemon's life
+                await anyio.sleep(DRAIN_LOOK_S)
+            claiming.cancel_scope.cancel()
+
+    async def _claim(self, running: anyio.abc.TaskGroup) -> None:
+        limit = self._tools.settings().jobs.running_max
+        while True:
+            await self._slots.acquire()
+            free = 1
+            while free < limit:
+                try:
+                    self._slots.acquire_nowait()
+                except anyio.WouldBlock:
+                    break
+                free += 1
+            claimed: list[Job] = []
+            try:
+                claimed = await self._tools.jobs.claim(free)
+            finally:
+                for _ in range(free - len(claimed)):
+                    self._slots.release()
+            for job in claimed:
+                running.start_soon(self._carry, job)
+            if not claimed:
+                await self._tools.jobs.wait()
+
+    async def _carry(self, job: Job) -> None:
+        """Take one job through its stages until it ends or has to wait."""
+        try:
+            while True:
+                log.debug("stage.begin", stage=job.stage, checkpoint=job.checkpoint_id, job=job.id)
+                begun_s = self._tools.clock.monotonic_s()
+                try:
+                    outcome = await self._stage(job)
+                except CkptdError as error:
+                    await self._failed(job, error)
+                    return
+                except Exception as error:
+                    # A bug met by one checkpoint must not stop the others: it is parked and reported.
+                    log.exception("stage.bug", stage=job.stage, checkpoint=job.checkpoint_id, job=job.id)
+                    await self._failed(job, Bug(f"stage {job.stage}: {error!r}"))
+                    return
+                log.info(
+                    "stage.done",
+                    stage=job.stage,
+                    checkpoint=job.checkpoint_id,
+                    job=job.id,
+                    ms=round((self._tools.clock.monotonic_s() - begun_s) * 1000, 1),
+                )
+                if isinstance(outcome, Ended):
+                    return
+                job = outcome.job
+        finally:
+            self._slots.release()
+
+    async def _stage(self, job: Job) -> Outcome:
+        """Run one stage while the job's lease is renewed beside it."""
+        try:
+            async with anyio.create_task_group() as group:
+                group.start_soon(self._renew, job)
+                outcome = await STAGES[job.stage](job, self._tools)
+                group.cancel_scope.cancel()
+        except BaseExceptionGroup as errors:
+            raise _first(errors) from errors
+        return outcome
+
+    async def _renew(self, job: Job) -> None:
+        lease_s = self._tools.settings().jobs.lease_s
+        while True:
+            await anyio.sleep(lease_s / RENEW_SHARE)
+            await self._tools.jobs.renew(job)
+
+    async def _failed(self, job: Job, error: CkptdError) -> None:
+        """Try again what may pass; end what can't, and say so on the checkpoint.
+
+        A full or failing disk never ends a hand-off: it was acknowledged, its bytes are still in the
+        arena, and they are written when the disk takes them.
+        """
+        passing = isinstance(error, PASSING)
+        log.log(
+            _WARNING if passing else _ERROR,
+            "stage.failed",
+            stage=job.stage,
+            checkpoint=job.checkpoint_id,
+            **error.to_wire(),
+        )
+        settings = self._tools.settings().jobs
+
+        async def record(tx: Tx) -> None:
+            row = await checkpoints.get(tx.conn, job.checkpoint_id)
+            if passing and job.attempts >= settings.retries_max:
+                await self._tools.jobs.postpone(tx, job, settings.backoff_s_max)
+            elif passing:
+                await self._tools.jobs.retry(tx, job, error)
+            else:
+                if row.state is State.PENDING:
+                    await checkpoints.mark_failed(tx, job.checkpoint_id, error.to_wire())
+                await self._tools.jobs.park(tx, job, error)
+
+        try:
+            await self._tools.catalog.write(record)
+        except TimedOut:
+            log.warning("claim.lost", job=job.id, checkpoint=job.checkpoint_id)  # another claim carries it now
+
+    async def _purge(self) -> None:
+        while True:
+            try:
+                await retain.purge(self._tools)
+            except CkptdError as error:
+                log.warning("purge.failed", **error.to_wire())
+            await anyio.sleep(PURGE_S)
+
+
+def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
+    error: BaseException = errors
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

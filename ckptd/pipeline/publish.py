@@ -1,0 +1,132 @@
+"""The bytes get a durable home: an arena is written under its final name, a settled file stays where it is.
+
+    arena or spool file ──Publish──► <root>/<project>/<experiment>/step_N   (whole or absent)
+    file somebody wrote ──Digest───► fsynced in place, digests recorded
+
+The catalog says DURABLE only after the worker said that every byte, the manifest and the parents
+are fsynced; a crash between the two repeats the publish, which finds its own work and adopts it.
+"""
+
+import os
+from typing import Any
+
+from ckptd import failpoint
+from ckptd.catalog import checkpoints, experiments
+from ckptd.catalog.checkpoints import Durable
+from ckptd.catalog.tx import Tx
+from ckptd.errors import CkptdError, InvalidFormat, Missing
+from ckptd.jobs import Job
+from ckptd.model import Checkpoint, FileEntry, Identity, Level, Origin, State, step_name
+from ckptd.pipeline.manifest import manifest
+from ckptd.pipeline.tools import Ended, Onward, Outcome, Tools
+from ckptd.worker.protocol import (
+    Digest,
+    Digested,
+    FileImage,
+    FileRecord,
+    IdentityRecord,
+    Inspect,
+    Inspected,
+    Publish,
+    Published,
+)
+
+NEXT = "verify"
+COLLISIONS_MAX = 100  # directories of an older catalog that may be in the way of one step
+
+
+async def run(job: Job, tools: Tools) -> Outcome:
+    """Make one checkpoint durable, by whichever way it came."""
+    checkpoint = await tools.catalog.read(lambda conn: checkpoints.get(conn, job.checkpoint_id))
+    if checkpoint.state is not State.PENDING:
+        return await _already(job, tools, checkpoint)
+    if checkpoint.origin is Origin.MEMORY:
+        durable = await _from_image(job, tools, checkpoint)
+    else:
+        durable = await _in_place(job, tools, checkpoint)
+    failpoint.hit("catalog.durable")
+
+    async def record(tx: Tx) -> Job:
+        await checkpoints.mark_durable(tx, checkpoint.id, durable)
+        found = job.payload.get("found")
+        if found:
+            await checkpoints.add_metrics(tx, checkpoint.id, found)
+        return await tools.jobs.advance(tx, job, NEXT)
+
+    onward = await tools.catalog.write(record)
+    failpoint.hit("ack.durable")
+    await tools.sources.published(checkpoint.id)
+    failpoint.hit("arena.released")
+    return Onward(onward)
+
+
+async def _already(job: Job, tools: Tools, checkpoint: Checkpoint) -> Outcome:
+    """A crash hit between the catalog's commit and ours, or the save was replaced meanwhile."""
+    if checkpoint.state is State.LIVE and checkpoint.level.rank >= Level.DURABLE.rank:
+        await tools.sources.published(checkpoint.id)
+
+        async def onward(tx: Tx) -> Job:
+            return await tools.jobs.advance(tx, job, NEXT)
+
+        return Onward(await tools.catalog.write(onward))
+    await tools.sources.drop(checkpoint.id)
+    await tools.catalog.write(lambda tx: tools.jobs.finish(tx, job))
+    return Ended()
+
+
+async def _from_image(job: Job, tools: Tools, checkpoint: Checkpoint) -> Durable:
+    fd = await tools.sources.open(checkpoint.id)
+    if fd is None:
+        raise Missing(
+            f"the memory that held checkpoint {checkpoint.id} is gone: the machine restarted before it was durable",
+            hint="load an older checkpoint; STAGED survives the death of processes, not of the machine",
+        )
+    try:
+        descriptor: dict[str, Any] = job.payload["descriptor"]
+        experiment = await tools.catalog.read(lambda conn: experiments.get(conn, checkpoint.experiment_id))
+        images = [FileImage(f["path"], f["offset"], f["size_bytes"]) for f in descriptor["files"]]
+        for revision in range(checkpoint.revision, checkpoint.revision + COLLISIONS_MAX):
+            name = step_name(checkpoint.step, revision, checkpoint.id)
+            target = os.path.join(experiment.root, experiment.project, experiment.name, name)
+            request = Publish(
+                root=experiment.root,
+                target=target,
+                files=images,
+                manifest=manifest(checkpoint, experiment, revision),
+            )
+            try:
+                published: Published = await tools.workers.call(request, arena_fd=fd)
+            except CkptdError as error:
+                if error.code == "exists":  # a directory that this catalog does not know is never touched
+                    continue
+                raise
+            return _durable(published.path, published.files, published.identity, published.manifest_sha256)
+    finally:
+        os.close(fd)
+    raise Missing(
+        f"{COLLISIONS_MAX} unknown directories stand where step {checkpoint.step} belongs: run `ckpt rebuild`"
+    )
+
+
+async def _in_place(job: Job, tools: Tools, checkpoint: Checkpoint) -> Durable:
+    root, path = job.payload["root"], job.payload["path"]
+    digested: Digested = await tools.workers.call(Digest(root=root, path=path))
+    found: Inspected = await tools.workers.call(Inspect(root=root, path=path, tensors_max=0))
+    if found.complete is False:
+        # The writer looked done and the structure is not: it is read again later, never called complete.
+        raise InvalidFormat(f"{path}: {found.problem}", hint="its writer was interrupted; write it again")
+    job.payload["found"] = {k: v for k, v in found.metrics.items() if k not in checkpoint.metrics}
+    return _durable(path, digested.files, digested.identity, "", found.format)
+
+
+def _durable(
+    path: str, files: list[FileRecord], identity: IdentityRecord, manifest_sha256: str, fmt: str | None = None
+) -> Durable:
+    return Durable(
+        path=path,
+        files=tuple(FileEntry(f.path, f.size_bytes, f.sha256, tuple(f.xxh3)) for f in files),
+        identity=Identity(identity.dev, identity.ino, identity.size_bytes, identity.mtime_ns, identity.ctime_ns),
+        size_bytes=sum(f.size_bytes for f in files),
+        format=fmt,
+        manifest_sha256=manifest_sha256,
+    )

@@ -1,0 +1,154 @@
+"""Retire what no rule, hold or promise keeps: tombstone, trash by rename, and unlink after a grace.
+
+The order: the plan is made and its tombstones are written in ONE transaction, so that a pin, a
+lease or a late metric either comes before the plan and counts, or after it and finds the checkpoint
+in the trash, from where it can be restored. Then the rename, then nothing until the grace has
+passed; then the unlink, then the last note. A crash between any two leaves a row that `resume()`
+carries on from: a tombstone whose files still stand under their name, or a purge to be repeated.
+"""
+
+from collections import defaultdict
+
+import structlog
+
+from ckptd import failpoint, retention
+from ckptd.catalog import audits, bests, checkpoints, experiments, holds, listing, roots
+from ckptd.catalog.tx import Tx
+from ckptd.config import Rules
+from ckptd.errors import CkptdError, Held
+from ckptd.jobs import Job
+from ckptd.model import Checkpoint, RootKind
+from ckptd.pipeline.tools import Ended, Outcome, Tools
+from ckptd.worker.protocol import IdentityRecord, Purge, Trash
+
+log = structlog.get_logger()
+
+PURGES_MAX = 100  # unlinked per round, so that deleting never delays saving
+
+
+async def run(job: Job, tools: Tools) -> Outcome:
+    """Apply the rules of the job's experiment; the last stage of every job."""
+    checkpoint = await tools.catalog.read(lambda conn: checkpoints.get(conn, job.checkpoint_id))
+    rules = tools.settings().rules_for(checkpoint.project, checkpoint.experiment)
+    if rules.deletes:
+        await apply(tools, checkpoint.experiment_id, rules)
+    await tools.catalog.write(lambda tx: tools.jobs.finish(tx, job))
+    return Ended()
+
+
+async def plan(tx_or_conn: Tx, experiment_id: str, rules: Rules) -> retention.Plan:
+    """Plan for one experiment from what the catalog says inside this transaction."""
+    conn = tx_or_conn.conn
+    now = tx_or_conn.clock.now()
+    found = await listing.of_experiment(conn, experiment_id)
+    reasons: defaultdict[str, list[str]] = defaultdict(list)
+    for hold in await holds.of_experiment(conn, experiment_id, now):
+        reasons[hold.checkpoint_id].append(f"{hold.kind} of {hold.by}" + (f": {hold.note}" if hold.note else ""))
+    for winner in await bests.current(conn, experiment_id):
+        reasons[winner.checkpoint_id].append(f"best:{winner.metric}")
+    removable = {
+        root.path for root in await roots.all_roots(conn) if root.kind is RootKind.MANAGED or root.allow_delete
+    }
+    for checkpoint in found:
+        if checkpoint.root not in removable:
+            reasons[checkpoint.id].append("root does not allow deletion")
+    return retention.plan(found, rules, now, reasons)
+
+
+async def apply(tools: Tools, experiment_id: str, rules: Rules, *, only: list[str] | None = None) -> retention.Plan:
+    """Plan, write the tombstones, then move the files. Returns the plan that was executed.
+
+    only  the drops that a person saw and agreed to: what the new plan drops beside them stays
+    """
+
+    async def tombstones(tx: Tx) -> retention.Plan:
+        decided = await plan(tx, experiment_id, rules)
+        if only is not None:
+            decided = retention.Plan(decided.keep, tuple(d for d in decided.drop if d.checkpoint.id in only))
+        for dropped in decided.drop:
+            await checkpoints.mark_trashed(tx, dropped.checkpoint.id, dropped.checkpoint.id, dropped.why)
+            await audits.record(
+                tx, audits.Deed(uid=-1, pid=0, verb="retention", subject=dropped.checkpoint.id, note=dropped.why)
+            )
+        return decided
+
+    decided = await tools.catalog.write(tombstones)
+    failpoint.hit("retain.tombstone")
+    for dropped in decided.drop:
+        await move(tools, dropped.checkpoint)
+    return decided
+
+
+async def remove(tools: Tools, checkpoint: Checkpoint, uid: int, pid: int) -> None:
+    """Move one checkpoint to the trash because a person said so. Held names what forbids it."""
+
+    async def tombstone(tx: Tx) -> None:
+        why = await kept_by(tx, checkpoint)
+        if why:
+            raise Held(f"checkpoint {checkpoint.id} is kept: {', '.join(why)}", why=why)
+        await checkpoints.mark_trashed(tx, checkpoint.id, checkpoint.id, f"removed by uid {uid}")
+        await audits.record(tx, audits.Deed(uid=uid, pid=pid, verb="remove", subject=checkpoint.id))
+
+    await tools.catalog.write(tombstone)
+    await move(tools, checkpoint)
+
+
+async def kept_by(tx: Tx, checkpoint: Checkpoint) -> list[str]:
+    """Promises that hold a checkpoint whatever the rules say (design 2.3), as reasons."""
+    why = [f"{hold.kind} of {hold.by}" for hold in await holds.of_checkpoint(tx.conn, checkpoint.id, tx.clock.now())]
+    why += [
+        f"best:{w.metric}"
+        for w in await bests.current(tx.conn, checkpoint.experiment_id)
+        if w.checkpoint_id == checkpoint.id
+    ]
+    newest = await listing.latest(tx.conn, checkpoint.experiment_id)
+    if newest is not None and newest.id == checkpoint.id:
+        why.append("newest verified of its experiment")
+    return why
+
+
+async def move(tools: Tools, checkpoint: Checkpoint) -> None:
+    """Carry a tombstone out; safe to repeat. What is gone or is not the recorded bytes stays untouched."""
+    found = await tools.catalog.read(lambda conn: checkpoints.identity(conn, checkpoint.id))
+    if found is None:
+        return
+    try:
+        await tools.workers.call(
+            Trash(
+                root=checkpoint.root,
+                path=checkpoint.path,
+                identity=IdentityRecord(found.dev, found.ino, found.size_bytes, found.mtime_ns, found.ctime_ns),
+                trash=checkpoint.id,
+            )
+        )
+    except CkptdError as error:
+        if error.code not in {"missing", "not_found", "source_changed", "bad_path"}:
+            raise
+        # Nothing of ours is there any more: there is nothing to move and nothing may be touched.
+        log.warning("trash.not_ours", checkpoint=checkpoint.id, path=checkpoint.path, error=error.message)
+    failpoint.hit("retain.trashed")
+    await tools.sources.drop(checkpoint.id)
+
+
+async def resume(tools: Tools) -> None:
+    """After a start: carry out tombstones whose files still stand under their final name."""
+    horizon = tools.clock.now()
+    for checkpoint, _ in await tools.catalog.read(lambda conn: listing.trashed_before(conn, horizon, PURGES_MAX)):
+        await move(tools, checkpoint)
+
+
+async def purge(tools: Tools) -> int:
+    """Unlink what has lain in the trash for its grace; at most PURGES_MAX per call. Returns how many."""
+    now = tools.clock.now()
+    purged = 0
+    for checkpoint, trash in await tools.catalog.read(lambda conn: listing.trashed_before(conn, now, PURGES_MAX)):
+        experiment = await tools.catalog.read(lambda conn, of=checkpoint: experiments.get(conn, of.experiment_id))  # type: ignore[misc]
+        rules = tools.settings().rules_for(experiment.project, experiment.name)
+        if checkpoint.trashed_at is None or (now - checkpoint.trashed_at).total_seconds() < rules.trash_grace_s:
+            continue
+        await move(tools, checkpoint)  # in case the tombstone was never carried out
+        await tools.workers.call(Purge(root=checkpoint.root, trash=trash))
+        failpoint.hit("retain.unlink")
+        await tools.catalog.write(lambda tx, of=checkpoint.id: checkpoints.mark_dropped(tx, of))  # type: ignore[misc]
+        purged += 1
+    return purged

@@ -1,0 +1,1 @@
+"""Questions about many rows at once. Reads the catalog, changes nothing."""

@@ -1,0 +1,261 @@
+"""The I/O worker process: `python -m ckptd.worker --fd 3 ...`. Plain blocking code in threads.
+
+One thread reads requests from the socket pair and hands each to a lane; verbs answer from their own
+threads. Nothing here touches a file system, so a hung one never keeps this loop from its socket.
+"""
+
+import argparse
+import importlib
+import os
+import resource
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NoReturn
+
+import msgspec
+
+from ckptd import failpoint
+from ckptd.errors import BadRequest, Bug, CkptdError
+from ckptd.worker import kernel, protocol
+from ckptd.worker.context import Context, Limits
+from ckptd.worker.fault import coded
+from ckptd.worker.lane import Lane
+from ckptd_client.wire import FrameError, Splitter
+
+READ_BYTES = 256 << 10
+FDS_MAX = 16  # descriptors in one message; the daemon sends one with a frame
+WAITING_MAX = 1024  # requests that wait in one lane
+WATCHES_MAX = 256  # watches run until cancelled: each has a thread of its own, outside the lanes
+
+
+@dataclass(frozen=True, slots=True)
+class Verb:
+    """Where a verb lives: it is imported when it is first asked for.
+
+    heavy  reads or writes whole files: such requests queue among themselves, so that a question
+           that takes a millisecond never waits behind a publish of minutes
+    """
+
+    module: str
+    function: str = "run"
+    heavy: bool = False
+
+
+VERBS: dict[type[protocol.Request], Verb] = {
+    protocol.Publish: Verb("publish", heavy=True),
+    protocol.Digest: Verb("digest", heavy=True),
+    protocol.Verify: Verb("verify", heavy=True),
+    protocol.Scan: Verb("scan", heavy=True),
+    protocol.Inspect: Verb("inspect"),
+    protocol.Settle: Verb("settle"),
+    protocol.Watch: Verb("watch"),
+    protocol.Link: Verb("link"),
+    protocol.Trash: Verb("trash", "trash"),
+    protocol.Restore: Verb("trash", "restore"),
+    protocol.Purge: Verb("trash", "purge"),
+    protocol.Sweep: Verb("sweep"),
+    protocol.Usage: Verb("usage"),
+}
+
+
+class Loop:
+    """One connection to the daemon and the requests under way."""
+
+    def __init__(self, sock: socket.socket, limits: Limits, *, threads: int) -> None:
+        """Take the connected socket; half of the threads (at least one) are for heavy verbs.
+
+        Half, for a publish takes a second thread for its digests.
+        """
+        self._socket = sock
+        self._limits = limits
+        self._sending = threading.Lock()
+        self._running: dict[int, Context] = {}
+        self._table = threading.Lock()
+        self._heavy = Lane("heavy", threads_max=max(1, threads // 2), waiting_max=WAITING_MAX)
+        self._quick = Lane("quick", threads_max=max(1, threads - threads // 2), waiting_max=WAITING_MAX)
+        self._watches = Lane("watch", threads_max=WATCHES_MAX, waiting_max=WAITING_MAX)
+
+    def run(self) -> NoReturn:
+        """Serve until the socket ends, then end the process at once."""
+        splitter = Splitter(protocol.FRAME_BYTES_MAX)
+        arenas: list[int] = []  # received and not yet claimed by a frame, oldest first
+        while True:
+            data = self._receive(arenas)
+            try:
+                frames = splitter.feed(data)
+            except FrameError as error:
+                _die(f"the daemon broke the framing rules: {error}")
+            for frame in frames:
+                self._take(frame, arenas)
+
+    def _receive(self, arenas: list[int]) -> bytes:
+        """Read what is there. Received descriptors close on exec from the start: a parser child never has them."""
+        try:
+            data, messages, flags, _ = self._socket.recvmsg(
+                READ_BYTES, socket.CMSG_SPACE(FDS_MAX * 4), socket.MSG_CMSG_CLOEXEC
+            )
+        except OSError:
+            data, messages, flags = b"", [], 0
+        if not data:
+            # The daemon is gone, or wants us gone. exit_group stops every thread before it runs
+            # another line of ours, so an orphan never starts a rename: a publish either was
+            # inside its renameat2, and then its directory is whole, or it never happens. Python's
+            # own exit would wait for threads that may hang in the kernel for ever.
+            os._exit(0)
+        if flags & socket.MSG_CTRUNC:
+            _die("descriptors were lost on their way: this process has too many open")
+        for level, kind, payload in messages:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                width = len(payload) - len(payload) % 4
+                arenas.extend(memoryview(payload)[:width].cast("i"))
+        return data
+
+    def _take(self, frame: bytes, arenas: list[int]) -> None:
+        try:
+            message = msgspec.json.decode(frame)
+            number, fds = int(message.pop("id")), int(message.pop("fds", 0))
+            if fds not in {0, 1} or fds > len(arenas):
+                _die(f"a frame claims {fds} descriptors, {len(arenas)} came")
+        except (msgspec.DecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
+            _die(f"the daemon sent no request: {error}")
+        if message.get("verb") == "cancel":
+            self._cancel(number)
+            return
+        fd = arenas.pop(0) if fds else None
+        try:
+            request = msgspec.convert(message, protocol.AnyRequest)
+        except msgspec.ValidationError as error:
+            if fd is not None:
+                os.close(fd)
+            self._fail(number, BadRequest(str(error)))
+            return
+        self._start(number, request, fd)
+
+    def _start(self, number: int, request: protocol.Request, fd: int | None) -> None:
+        verb = VERBS[type(request)]
+        lane = self._heavy if verb.heavy else self._watches if isinstance(request, protocol.Watch) else self._quick
+        context = Context(send=partial(self._speak, number, lane), fd=fd, limits=self._limits)
+        with self._table:
+            self._running[number] = context
+        try:
+            lane.submit(number, partial(self._serve, number, request, context))
+        except CkptdError as error:
+            with self._table:
+                del self._running[number]
+            context.close()
+            self._fail(number, error)
+
+    def _cancel(self, number: int) -> None:
+        with self._table:
+            context = self._running.get(number)
+        if context is not None:  # else the cancel and the answer crossed
+            context.cancelled.set()
+
+    def _serve(self, number: int, request: protocol.Request, context: Context) -> None:
+        """Run one verb and answer, whatever happens: the border where bugs become replies."""
+        verb = VERBS[type(request)]
+        try:
+            if not isinstance(request, protocol.Watch):
+                context.alive()  # cancelled while it waited
+            run: Callable[[Any, Context], Any] = getattr(
+                importlib.import_module(f"ckptd.worker.{verb.module}"), verb.function
+            )
+            reply = run(request, context)
+        except CkptdError as error:
+            outcome = partial(self._fail, number, error)
+        except OSError as error:
+            outcome = partial(self._fail, number, coded(error) or self._bug(request, error))
+        except Exception as error:  # noqa: BLE001  the border
+            outcome = partial(self._fail, number, self._bug(request, error))
+        else:
+            outcome = partial(self._send, {"id": number, "ok": True, "result": reply})
+        with self._table:
+            del self._running[number]
+        context.close()
+        outcome()
+
+    def _bug(self, request: protocol.Request, error: Exception) -> Bug:
+        import traceback  # noqa: PLC0415  never needed, if we are good
+
+        _log("worker.internal", verb=type(request).__name__, traceback="".join(traceback.format_exception(error)))
+        return Bug(f"{type(error).__name__}: {error}")
+
+    def _fail(self, number: int, error: CkptdError) -> None:
+        self._send({"id": number, "ok": False, "error": error.to_wire()})
+
+    def _speak(self, number: int, lane: Lane, body: dict[str, object]) -> None:
+        """Send what a verb says before its reply.
+
+        A sign of life speaks for those that wait behind it in its lane as well: they are not hung,
+        and when this one hangs they fall silent with it.
+        """
+        self._send({"id": number, **body})
+        if "alive" in body:
+            for other in lane.waiting():
+                self._send({"id": other, **body})
+
+    def _send(self, body: dict[str, object]) -> None:
+        """Write one frame whole. Blocks while the daemon does not read; ends the process when it is gone."""
+        frame = msgspec.json.encode(body) + b"\n"
+        if len(frame) > protocol.FRAME_BYTES_MAX:
+            big = Bug(f"a reply of {len(frame)} bytes, {protocol.FRAME_BYTES_MAX} at most")
+            frame = msgspec.json.encode({"id": body["id"], "ok": False, "error": big.to_wire()}) + b"\n"
+        try:
+            with self._sending:
+                self._socket.sendall(frame)
+        except OSError:
+            os._exit(0)  # as at the end of the socket
+
+
+def _log(event: str, **facts: object) -> None:
+    """Write one JSON line for the daemon's log; stderr is inherited from it."""
+    line = msgspec.json.encode({"event": event, "level": "error", "pid": os.getpid(), **facts})
+    sys.stderr.write(line.decode() + "\n")
+    sys.stderr.flush()
+
+
+def _die(reason: str) -> NoReturn:
+    _log("worker.protocol", reason=reason)
+    os._exit(os.EX_PROTOCOL)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="ckptd.worker")
+    parser.add_argument("--fd", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=4)
+    parser.add_argument("--nice", type=int, default=10)
+    parser.add_argument("--idle-io", action="store_true")
+    parser.add_argument("--parser-bytes-max", type=int, default=Limits().parser_bytes_max)
+    parser.add_argument("--parser-cpu-s", type=float, default=Limits().parser_cpu_s)
+    return parser.parse_args()
+
+
+def main() -> NoReturn:
+    """Set this process up and serve. The order matters: threads inherit what is set before them."""
+    arguments = _arguments()
+    # SIGIO kills by default, and a lease that is broken sends it. Ctrl-C and the service manager's
+    # SIGTERM reach the whole group while the daemon drains: it ends us by the socket, when done.
+    for number in (signal.SIGIO, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    os.nice(arguments.nice)
+    if arguments.idle_io:
+        kernel.idle_io()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if failpoint.armed():
+        _log("worker.failpoints", points=list(failpoint.armed()))
+    limits = Limits(arguments.parser_bytes_max, arguments.parser_cpu_s)
+    sock = socket.socket(fileno=arguments.fd)
+    sock.setblocking(True)
+    sock.set_inheritable(False)
+    Loop(sock, limits, threads=arguments.threads).run()
+
+
+if __name__ == "__main__":
+    main()

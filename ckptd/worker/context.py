@@ -1,0 +1,75 @@
+"""What a verb gets beside its request: its arena, its way to answer in parts, its end.
+
+One Context per request. Verbs are plain functions `run(request, context) -> reply struct` that
+block; they look at `cancelled` wherever they loop, and call `alive()` there as well.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import msgspec
+
+from ckptd.errors import TimedOut
+
+ALIVE_EVERY_S = 5.0  # far below workers.request_s (120 s by default): a few lost beats are no verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the daemon allows this worker, from its command line.
+
+    parser_bytes_max  address space of the child that parses foreign headers
+    parser_cpu_s      CPU time of that child
+    """
+
+    parser_bytes_max: int = 512 << 20
+    parser_cpu_s: float = 10.0
+
+
+class Cancelled(TimedOut):
+    """The daemon no longer wants the answer; the verb stopped at its next look."""
+
+    default_hint = "nobody has to act: the one who asked went away"
+
+
+@dataclass(slots=True)
+class Context:
+    """One request's surroundings.
+
+    send       sends one frame body ({"part": ...} or {"alive": true}); blocks while the daemon
+               does not read, raises OSError when it is gone
+    fd         the arena that came with the request, or None; it closes when the verb returns
+    cancelled  set by the daemon's `cancel`
+    """
+
+    send: Callable[[dict[str, object]], None] = lambda _: None
+    fd: int | None = None
+    limits: Limits = field(default_factory=Limits)
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    _beat_s: float = field(default_factory=time.monotonic)
+
+    def send_part(self, part: msgspec.Struct) -> None:
+        """Send one part of a long answer. Blocks while the daemon does not read."""
+        self.send({"part": part})
+
+    def alive(self) -> None:
+        """Tell the daemon that bytes or entries went by since the last call; cheap, call it often.
+
+        Progress speaks, not a timer: a request that hangs in the kernel falls silent, and the
+        daemon's timeout finds it, while a slow one of hours goes on. Raises Cancelled.
+        """
+        if self.cancelled.is_set():
+            raise Cancelled("the request was cancelled")
+        now_s = time.monotonic()
+        if now_s - self._beat_s >= ALIVE_EVERY_S:
+            self._beat_s = now_s
+            self.send({"alive": True})
+
+    def close(self) -> None:
+        """Close the arena that came along."""
+        if self.fd is not None:
+            os.close(self.fd)
+            self.fd = None

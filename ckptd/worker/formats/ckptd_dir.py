@@ -1,0 +1,81 @@
+"""Our own directories: manifest.json is written last and lists every file with size and digest."""
+
+from typing import Any
+
+import msgspec
+
+from ckptd.model import is_id
+from ckptd.worker.formats import contents
+from ckptd.worker.formats.ask import Ask
+from ckptd.worker.formats.source import Folder, broken
+from ckptd.worker.protocol import FileRecord, Inspected
+
+MANIFEST = "manifest.json"
+MANIFEST_BYTES_MAX = 32 << 20  # 19 bytes for each MiB of a checkpoint: room for 1.6 TB
+_BRACKETS_MAX = 400_000  # lists and objects: two for each file of a checkpoint, and what a config holds
+_DEPTH_MAX = 24  # levels: a frame holds a few more around them
+
+
+class _Manifest(msgspec.Struct):
+    """What must be there and of which type; everything else is passed on as it is."""
+
+    v: int
+    checkpoint: str
+    files: list[FileRecord]
+
+
+def parse_manifest(raw: bytes) -> dict[str, Any]:
+    """Return a manifest as it is. InvalidFormat when it is not one, or too large or deep to be one."""
+    if len(raw) > MANIFEST_BYTES_MAX:
+        raise broken("invalid_format", f"{MANIFEST} of {len(raw)} bytes, {MANIFEST_BYTES_MAX} at most")
+    if raw.count(b"[") + raw.count(b"{") > _BRACKETS_MAX:
+        raise broken("invalid_format", f"{MANIFEST} nests more than {_BRACKETS_MAX} lists and objects")
+    try:
+        known = msgspec.json.decode(raw, type=_Manifest)
+        whole = msgspec.json.decode(raw)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise broken("invalid_format", f"{MANIFEST} is none: {error}") from error
+    if known.v != 1 or not is_id(known.checkpoint) or not isinstance(whole, dict):
+        raise broken("invalid_format", f"{MANIFEST} of an unknown version, or without an id")
+    if not _shallow(whole, _DEPTH_MAX):
+        raise broken("invalid_format", f"{MANIFEST} nests deeper than {_DEPTH_MAX}")
+    return whole
+
+
+def _shallow(value: object, depth: int) -> bool:
+    if isinstance(value, dict):
+        return depth > 0 and all(_shallow(item, depth - 1) for item in value.values())
+    if isinstance(value, list):
+        return depth > 0 and all(_shallow(item, depth - 1) for item in value if isinstance(item, dict | list))
+    return True
+
+
+def read(folder: Folder, ask: Ask) -> Inspected:
+    """Check that every file of the manifest is there in its size. Digests are the business of verify."""
+    if MANIFEST not in folder.sizes:
+        raise broken("missing", f"{MANIFEST} is not there")
+    manifest = parse_manifest(folder.read_whole(MANIFEST, MANIFEST_BYTES_MAX))
+    for record in manifest["files"]:
+        size_bytes = folder.sizes.get(record["path"])
+        if size_bytes is None:
+            raise broken("missing", f"{record['path']!r}, which {MANIFEST} names")
+        if size_bytes != record["size_bytes"]:
+            raise broken("truncated", f"{record['path']!r} has {size_bytes} bytes, not {record['size_bytes']}")
+    found = contents.check(folder, ask)
+    step, epoch = manifest.get("step"), manifest.get("epoch")
+    metrics = manifest.get("metrics")
+    return Inspected(
+        format="ckptd",
+        complete=not found.problem,
+        problem=found.problem,
+        tensors=found.tensors,
+        tensors_total=found.tensors_total,
+        step=step if type(step) is int else None,
+        epoch=float(epoch) if isinstance(epoch, int | float) else None,
+        metrics={
+            name: float(value)
+            for name, value in (metrics.items() if isinstance(metrics, dict) else ())
+            if isinstance(value, int | float)
+        },
+        extra={key: manifest[key] for key in ("checkpoint", "project", "experiment", "note") if key in manifest},
+    )

@@ -1,0 +1,327 @@
+"""What the daemon asks of an I/O worker, and what it gets back.
+
+Frames are those of ckptd_client.wire, over a socket pair: {"id": 3, "verb": "publish", ...}.
+Replies are {"id": 3, "ok": true, "result": {...}}, {"id": 3, "ok": false, "error": {...}} or, for
+verbs that answer in parts (scan, watch), any number of {"id": 3, "part": {...}} before the reply.
+{"id": 3, "verb": "cancel"} ends request 3 and has no reply of its own: the request it ends answers
+(a watch with Done, all others with the error "timeout"). "fds": 1 in a request: one arena rides along.
+{"id": 3, "alive": true} comes at least every 5 s while a request makes progress, or waits behind one
+that does; a request that hangs in the kernel falls silent. A worker exits at the end of its socket.
+
+Frames of this socket pair may have FRAME_BYTES_MAX of this file, not that of clients: a damage map
+takes 19 bytes a MiB, so a checkpoint of 1 TB needs 19 MB. Both ends encode with msgspec.
+
+Every path is absolute text; the worker resolves it without following symlinks below `root`.
+Structs only, no behaviour; imported by both sides.
+"""
+
+from typing import Any
+
+import msgspec
+
+FRAME_BYTES_MAX = 64 << 20
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True, tag_field="verb", forbid_unknown_fields=True):
+    """Base of all verbs. `root` is the storage root that the worker must not leave."""
+
+    root: str
+
+
+class FileImage(msgspec.Struct, frozen=True):
+    """One file as it lies in an arena: `size_bytes` from `offset` (a multiple of 4096)."""
+
+    path: str
+    offset: int
+    size_bytes: int
+
+
+class FileRecord(msgspec.Struct, frozen=True):
+    """One file with its digests (model.FileEntry on the wire)."""
+
+    path: str
+    size_bytes: int
+    sha256: str
+    xxh3: list[str] = []
+
+
+class IdentityRecord(msgspec.Struct, frozen=True):
+    """model.Identity on the wire."""
+
+    dev: int
+    ino: int
+    size_bytes: int
+    mtime_ns: int
+    ctime_ns: int
+
+
+class DamageRecord(msgspec.Struct, frozen=True):
+    """model.Damage on the wire."""
+
+    file: str
+    kind: str
+    detail: str = ""
+    mib: list[int] = []
+    tensors: list[str] = []
+
+
+class Publish(Request, frozen=True, tag="publish"):
+    """Write an arena's files under a final name: whole or absent.
+
+    target    absolute directory that must not exist yet (parents are made, 0755 & ~umask)
+    manifest  everything manifest.json says except "files"; holds "checkpoint": the id
+    A target that exists with the same checkpoint id is adopted (a repeated publish is one
+    publish); with another id the answer is the error "exists".
+    """
+
+    target: str
+    files: list[FileImage]
+    manifest: dict[str, Any]
+
+
+class Published(msgspec.Struct, frozen=True):
+    """The final name holds every byte, fsynced, and so do its parents."""
+
+    path: str
+    files: list[FileRecord]  # manifest.json excluded
+    manifest_sha256: str
+    identity: IdentityRecord
+    size_bytes: int
+    adopted: bool
+    write_ms: float
+    hash_ms: float
+    cpu_ms: float
+    direct: bool  # O_DIRECT was used
+
+
+class Digest(Request, frozen=True, tag="digest"):
+    """Make existing files durable (fsync them and their directory) and record their digests.
+
+    Error "source_changed" when anything changed while it was read.
+    """
+
+    path: str
+
+
+class Digested(msgspec.Struct, frozen=True):
+    """What `path` holds. A single file has one record whose path is ""."""
+
+    files: list[FileRecord]
+    identity: IdentityRecord
+    size_bytes: int
+
+
+class Verify(Request, frozen=True, tag="verify"):
+    """Read `path` back past the page cache and compare with the records."""
+
+    path: str
+    files: list[FileRecord]
+
+
+class Verified(msgspec.Struct, frozen=True):
+    """`damage` is empty when every digest is equal."""
+
+    damage: list[DamageRecord]
+    read_bytes: int
+    ms: float
+
+
+class TensorRecord(msgspec.Struct, frozen=True):
+    """One tensor's description; `file` and byte range where the format tells them."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+    file: str = ""
+    start: int | None = None
+    end: int | None = None
+
+
+class Inspect(Request, frozen=True, tag="inspect"):
+    """Read headers only, in a child with memory and CPU limits; nothing is executed."""
+
+    path: str
+    tensors_max: int = 10_000
+
+
+class Inspected(msgspec.Struct, frozen=True):
+    """What a checkpoint looks like from outside.
+
+    format    "safetensors", "safetensors-sharded", "torch-zip", "torch-legacy", "hf-trainer",
+              "dcp", "ckptd", "opaque"
+    complete  the structure is whole; None when the format can't tell
+    problem   why it is not, with a stable code in front ("truncated: ...")
+    """
+
+    format: str
+    complete: bool | None
+    problem: str = ""
+    tensors: list[TensorRecord] = []
+    tensors_total: int = 0
+    step: int | None = None
+    epoch: float | None = None
+    metrics: dict[str, float] = {}
+    extra: dict[str, Any] = {}
+
+
+class Settle(Request, frozen=True, tag="settle"):
+    """Is the writer of `path` done? Never waits: says when to ask again.
+
+    last    identity seen by the question before, if any
+    still_s seconds for which that identity had not changed, by the asker's monotonic clock
+    told    the writer itself said so (file hand-off): structure and open writers are still checked
+    """
+
+    path: str
+    quiet_s: float
+    last: IdentityRecord | None = None
+    still_s: float = 0.0
+    told: bool = False
+
+
+class Settlement(msgspec.Struct, frozen=True):
+    """reason: "told", "marker", "structure", "lease", "quiet" when settled; "writer", "changing",
+    "incomplete: ...", "young" when not; "gone" when nothing is there; "refused: ..." when it will never be a checkpoint.
+    """
+
+    settled: bool
+    reason: str
+    retry_after_s: float
+    identity: IdentityRecord | None
+    format: str = "opaque"
+    step: int | None = None
+
+
+class Scan(Request, frozen=True, tag="scan"):
+    """List everything under `root` that is or may become a checkpoint, in parts of Candidates.
+
+    managed  the root's layout is ours: manifests are read, nothing else is a checkpoint
+    under    scan only this sub-directory ("" for all)
+    """
+
+    managed: bool
+    under: str = ""
+    entries_max: int = 2_000_000
+
+
+class Candidate(msgspec.Struct, frozen=True):
+    """One file or directory that a reader would load. `manifest` only in managed roots."""
+
+    path: str
+    kind: str  # "file" or "directory"
+    format: str  # by name and neighbours only; settle() looks inside
+    identity: IdentityRecord
+    step: int | None = None
+    manifest: dict[str, Any] | None = None
+
+
+class Candidates(msgspec.Struct, frozen=True):
+    """One part of a scan's answer."""
+
+    found: list[Candidate]
+
+
+class Scanned(msgspec.Struct, frozen=True):
+    """The scan's end. `complete` is false when a limit cut it short (`problem` says which)."""
+
+    seen: int
+    complete: bool
+    problem: str = ""
+    skipped: dict[str, int] = {}
+
+
+class Watch(Request, frozen=True, tag="watch"):
+    """Say when something may have changed under `root`, in parts of Hints, until cancelled."""
+
+    debounce_ms: int = 200
+
+
+class Hints(msgspec.Struct, frozen=True):
+    """Directories to rescan; `lost` when events may have been dropped: rescan everything.
+
+    problem  why events are not to be had here ("" when they are); a person may want to know
+    """
+
+    directories: list[str]
+    lost: bool = False
+    problem: str = ""
+
+
+class Link(Request, frozen=True, tag="link"):
+    """Replace the symlink `name` (absolute) atomically by one that points to `target` (relative
+    text). target "" removes the link. Refused when `name` exists and is no symlink.
+    """
+
+    name: str
+    target: str
+
+
+class Trash(Request, frozen=True, tag="trash"):
+    """Move `path` into <root>/.ckptd-trash/<trash> by rename; refused unless it is still `identity`."""
+
+    path: str
+    identity: IdentityRecord
+    trash: str
+
+
+class Restore(Request, frozen=True, tag="restore"):
+    """Move <root>/.ckptd-trash/<trash> back to `path`, which must not exist."""
+
+    path: str
+    trash: str
+
+
+class Purge(Request, frozen=True, tag="purge"):
+    """Unlink <root>/.ckptd-trash/<trash> for good; already gone is fine."""
+
+    trash: str
+
+
+class Sweep(Request, frozen=True, tag="sweep"):
+    """Remove our own temporary directories under `root` older than `older_s`, except `keep` ids."""
+
+    older_s: float
+    keep: list[str] = []
+
+
+class Usage(Request, frozen=True, tag="usage"):
+    """How full is the file system under `root`?"""
+
+
+class Used(msgspec.Struct, frozen=True):
+    """statvfs in bytes; `filesystem` is the type's name, `direct_io` and `leases` what it can do."""
+
+    total_bytes: int
+    free_bytes: int
+    filesystem: str
+    direct_io: bool
+    leases: bool
+
+
+class Done(msgspec.Struct, frozen=True):
+    """Nothing more to say. `count` where the verb counts."""
+
+    count: int = 0
+
+
+AnyRequest = (
+    Publish | Digest | Verify | Inspect | Settle | Scan | Watch | Link | Trash | Restore | Purge | Sweep | Usage
+)
+
+REPLY_OF: dict[type[Request], type[msgspec.Struct]] = {
+    Publish: Published,
+    Digest: Digested,
+    Verify: Verified,
+    Inspect: Inspected,
+    Settle: Settlement,
+    Scan: Scanned,
+    Watch: Done,
+    Link: Done,
+    Trash: Done,
+    Restore: Done,
+    Purge: Done,
+    Sweep: Done,
+    Usage: Used,
+}
+
+PART_OF: dict[type[Request], type[msgspec.Struct]] = {Scan: Candidates, Watch: Hints}

@@ -1,0 +1,254 @@
+"""The verb `scan`: everything under a root that is, or may become, a checkpoint.
+
+The truth behind all hints: whatever events were lost, a scan finds what is there. It goes by open
+directories, follows no link, stays on one device, and every limit that cuts it short is told.
+"""
+
+import os
+import stat
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from ckptd.errors import BadPath, InvalidFormat
+from ckptd.worker import beneath, formats
+from ckptd.worker.context import Context
+from ckptd.worker.formats.ckptd_dir import MANIFEST, MANIFEST_BYTES_MAX, parse_manifest
+from ckptd.worker.formats.names import MARKER, is_unfinished, markers_of, step_of
+from ckptd.worker.formats.source import Source
+from ckptd.worker.members import identity, is_utf8, members
+from ckptd.worker.protocol import Candidate, Candidates, Scan, Scanned
+
+PART_CANDIDATES_MAX = 500
+PART_BYTES_MAX = 4 << 20  # of manifests, as read; a larger one travels alone
+DEPTH_MAX = 32
+_BEAT_EVERY = 256
+_FOREIGN = frozenset({"lost+found"})
+
+
+def run(request: Scan, context: Context) -> Scanned:
+    """Walk `root`, or what lies below `under` (relative or absolute); send Candidates, answer with the count.
+
+    What is no checkpoint for us (a link, a FIFO, a name that is no text) is skipped and counted.
+    What may hide a known checkpoint (a limit, no permission) makes `complete` false as well, so that
+    nobody takes "not found" for "gone". NotFound when the root is not there, BadPath when `under` leaves it.
+    """
+    names: tuple[str, ...] = ()
+    if request.under.startswith("/"):
+        names = beneath.parts_below(request.root, request.under)
+    elif request.under:
+        names = beneath.parts_of(request.under)
+    walk = _Walk(request, context)
+    root_fd = beneath.open_root(request.root)
+    try:
+        walk.start(root_fd, names)
+    except _FullError:
+        walk.cut(f"over {request.entries_max} entries")
+    finally:
+        os.close(root_fd)
+    walk.flush()
+    return Scanned(walk.seen, not walk.problem, walk.problem, dict(walk.skipped))
+
+
+class _FullError(Exception):
+    """entries_max was reached."""
+
+
+@dataclass(slots=True)
+class _Listing:
+    """What matters of one directory: of a million foreign files in it nothing is kept.
+
+    files    regular files that are checkpoints by name, or tell something about their neighbours
+    markers  "-unfinished" names of any kind
+    """
+
+    files: list[str] = field(default_factory=list)
+    directories: list[str] = field(default_factory=list)
+    markers: set[str] = field(default_factory=set)
+
+    def finished(self, names: list[str]) -> list[str]:
+        """Return those of `names` that no marker is beside."""
+        if not self.markers:
+            return names
+        return [name for name in names if self.markers.isdisjoint(markers_of(name))]
+
+
+class _Walk:
+    """One scan under way."""
+
+    def __init__(self, request: Scan, context: Context) -> None:
+        self.seen = 0
+        self.problem = ""
+        self.skipped: Counter[str] = Counter()
+        self._request = request
+        self._context = context
+        self._device = 0
+        self._found: list[Candidate] = []
+        self._found_bytes = 0
+
+    def cut(self, why: str) -> None:
+        """Remember the first reason why the answer is not everything."""
+        self.problem = self.problem or why
+
+    def start(self, root_fd: int, names: tuple[str, ...]) -> None:
+        """Go down to the wanted directory, which may be only a part of a checkpoint above it, and walk it."""
+        self._device = os.fstat(root_fd).st_dev
+        fd, path = os.dup(root_fd), self._request.root.rstrip("/")
+        try:
+            for depth, name in enumerate(names):
+                listing = self._list(fd)
+                if depth and self._take_directory(fd, path, listing):
+                    return
+                if name not in listing.finished(listing.directories):
+                    return
+                below = self._enter(fd, f"{path}/{name}")
+                if below is None:
+                    return
+                os.close(fd)
+                fd, path = below, f"{path}/{name}"
+            self._visit(fd, path, len(names))
+        finally:
+            os.close(fd)
+
+    def _visit(self, fd: int, path: str, depth: int) -> None:
+        listing = self._list(fd)
+        if depth and self._take_directory(fd, path, listing):
+            return
+        if not self._request.managed:
+            self._take_files(fd, path, listing)
+        if depth >= DEPTH_MAX and listing.directories:
+            self.skipped["too deep"] += len(listing.directories)
+            self.cut(f"deeper than {DEPTH_MAX} directories at {path!r}")
+            return
+        for name in listing.finished(listing.directories):
+            below = self._enter(fd, f"{path}/{name}")
+            if below is not None:
+                try:
+                    self._visit(below, f"{path}/{name}", depth + 1)
+                finally:
+                    os.close(below)
+
+    def _list(self, fd: int) -> _Listing:
+        """List one directory. OSError becomes a cut: one bad directory does not end the scan."""
+        listing = _Listing()
+        try:
+            with os.scandir(fd) as entries:
+                for entry in entries:
+                    self._count()
+                    self._sort(entry, listing)
+        except OSError as error:
+            self.skipped["unreadable"] += 1
+            self.cut(f"a directory can't be listed: {error.strerror}")
+        return listing
+
+    def _count(self) -> None:
+        self.seen += 1
+        if self.seen > self._request.entries_max:
+            raise _FullError
+        if self.seen % _BEAT_EVERY == 0:
+            self._context.alive()
+
+    def _sort(self, entry: os.DirEntry[str], listing: _Listing) -> None:
+        name = entry.name
+        if not is_utf8(name):
+            self.skipped["not UTF-8"] += 1
+        elif entry.is_file(follow_symlinks=False):
+            if name.endswith(MARKER):
+                listing.markers.add(name)
+            elif is_unfinished(name):
+                self.skipped["unfinished"] += 1
+            elif formats.tells(name):
+                listing.files.append(name)
+        elif entry.is_dir(follow_symlinks=False):
+            if is_unfinished(name) or name in _FOREIGN:
+                self.skipped["unfinished" if name[0] != "." else "hidden"] += 1
+            else:
+                listing.directories.append(name)
+        elif entry.is_symlink():
+            self.skipped["symlink"] += 1
+            if name.endswith(MARKER):
+                listing.markers.add(name)
+        else:
+            self.skipped["special"] += 1
+
+    def _enter(self, fd: int, path: str) -> int | None:
+        """Open a listed sub-directory by its last name; None when it is not to be walked."""
+        try:
+            below = os.open(path.rpartition("/")[2], beneath.DIRECTORY_FLAGS, dir_fd=fd)
+        except (FileNotFoundError, NotADirectoryError):
+            return None  # gone, or swapped for a link, since it was listed
+        except OSError as error:
+            self.skipped["unreadable"] += 1
+            self.cut(f"{path!r}: {error.strerror}")
+            return None
+        if os.fstat(below).st_dev != self._device:
+            self.skipped["other device"] += 1
+            os.close(below)
+            return None
+        return below
+
+    def _take_directory(self, fd: int, path: str, listing: _Listing) -> bool:
+        """Report the directory when it is one checkpoint; then nothing in it is another."""
+        name = path.rpartition("/")[2]
+        manifest: dict[str, Any] | None = None
+        found: str | None
+        if self._request.managed:
+            found = "ckptd" if MANIFEST in listing.files else None
+        else:
+            found = formats.detect_directory(name, listing.files, listing.directories)
+        if found is None:
+            return False
+        try:
+            files = members(fd)
+        except BadPath as error:
+            self.skipped["unreadable"] += 1
+            self.cut(f"{path!r}: {error.message}")
+            return True
+        if not files:
+            return True
+        self.seen += len(files)
+        if self._request.managed:
+            manifest = self._manifest(fd)
+        self._add(Candidate(path, "directory", found, identity(os.fstat(fd), files), step_of(name), manifest))
+        return True
+
+    def _manifest(self, fd: int) -> dict[str, Any] | None:
+        """Read a manifest; None when it is none of ours: the candidate then says so."""
+        try:
+            opened = beneath.open_file(fd, MANIFEST)
+        except (BadPath, FileNotFoundError, PermissionError):
+            return None
+        try:
+            source = Source(opened)
+            if source.size_bytes > MANIFEST_BYTES_MAX:
+                return None
+            raw = source.read(0, source.size_bytes)
+            self._found_bytes += len(raw)
+            return parse_manifest(raw)
+        except InvalidFormat:
+            return None
+        finally:
+            os.close(opened)
+
+    def _take_files(self, fd: int, path: str, listing: _Listing) -> None:
+        for name in listing.finished(listing.files):
+            found = formats.detect_file(name)
+            if found is None:
+                continue
+            try:
+                facts = os.stat(name, dir_fd=fd, follow_symlinks=False)
+            except FileNotFoundError:
+                continue
+            if stat.S_ISREG(facts.st_mode) and facts.st_dev == self._device:
+                self._add(Candidate(f"{path}/{name}", "file", found, identity(facts), step_of(name)))
+
+    def _add(self, candidate: Candidate) -> None:
+        self._found.append(candidate)
+        if len(self._found) >= PART_CANDIDATES_MAX or self._found_bytes >= PART_BYTES_MAX:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what was found since the last part."""
+        if self._found:
+            self._context.send_part(Candidates(self._found))
+            self._found, self._found_bytes = [], 0

@@ -1,0 +1,132 @@
+"""Retiring in three verbs: into the trash by rename, back out of it, or gone for good."""
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ckptd.errors import BadPath, Missing, SourceChanged
+from ckptd.worker import beneath, durable
+from ckptd.worker.context import Context
+from ckptd.worker.members import members
+from ckptd.worker.protocol import Done, IdentityRecord, Purge, Restore, Trash
+
+TRASH = ".ckptd-trash"
+
+
+def trash(request: Trash, _context: Context) -> Done:
+    """Move `path` into the trash, durably. `count` is 0 when an earlier request had done so.
+
+    SourceChanged  it is not what `identity` says any more: it stays
+    Missing        it is neither at its path nor in the trash
+    BadPath        it lies on another file system than the root, or is the root
+    """
+    with _opened(request.root) as root_fd, _trash_at(root_fd, request.trash) as bin_fd:
+        parts = _below(request.root, request.path)
+        wanted = (request.identity.dev, request.identity.ino)
+        with _directory(root_fd, parts[:-1]) as parent_fd:
+            facts = _facts(parent_fd, parts[-1])
+            if facts is None:
+                binned = _facts(bin_fd, request.trash)
+                if binned is None or (binned.st_dev, binned.st_ino) != wanted:
+                    raise Missing(f"{request.path!r} is not there", path=request.path)
+                durable.fsync_directory(bin_fd)
+                durable.fsync_directory(parent_fd)
+                return Done(0)
+            _check(parent_fd, parts[-1], facts, request.identity)
+            durable.move((parent_fd, parts[-1]), (bin_fd, request.trash), wanted)
+    return Done(1)
+
+
+def restore(request: Restore, _context: Context) -> Done:
+    """Move it back, durably. `count` is 0 when the trash has nothing and the path something: done before.
+
+    Exists   the path is taken; nothing moves
+    Missing  neither the trash nor the path holds anything
+    """
+    with _opened(request.root) as root_fd, _trash_at(root_fd, request.trash) as bin_fd:
+        parts = _below(request.root, request.path)
+        parent_fd = durable.make_dir_chain(root_fd, parts[:-1])
+        try:
+            binned = _facts(bin_fd, request.trash)
+            if binned is None:
+                if _facts(parent_fd, parts[-1]) is None:
+                    raise Missing(f"{request.trash!r} is not in the trash", path=request.path)
+                durable.fsync_directory(parent_fd)
+                durable.fsync_directory(bin_fd)
+                return Done(0)
+            durable.move((bin_fd, request.trash), (parent_fd, parts[-1]), (binned.st_dev, binned.st_ino))
+        finally:
+            os.close(parent_fd)
+    return Done(1)
+
+
+def purge(request: Purge, context: Context) -> Done:
+    """Unlink what the trash holds under this name; `count` is how many entries went, 0 when it was gone."""
+    with _opened(request.root) as root_fd, _trash_at(root_fd, request.trash) as bin_fd:
+        return Done(durable.remove_tree(bin_fd, request.trash, context.alive))
+
+
+def _check(parent_fd: int, name: str, facts: os.stat_result, recorded: IdentityRecord) -> None:
+    """Refuse what is not the recorded thing any more.
+
+    The same inode may hold another checkpoint: trainers write into old names. So a file's size and
+    time must be equal too, and a foreign directory must hold no file newer than its record. Our
+    own directories (they have a manifest) hold what we wrote; what a person added goes along.
+    """
+    if (facts.st_dev, facts.st_ino) != (recorded.dev, recorded.ino):
+        raise SourceChanged(f"{name!r} is another file than the recorded one")
+    if not stat.S_ISDIR(facts.st_mode):
+        if (facts.st_size, facts.st_mtime_ns) != (recorded.size_bytes, recorded.mtime_ns):
+            raise SourceChanged(f"{name!r} was written to since it was recorded")
+        return
+    with _directory(parent_fd, (name,)) as fd:
+        if _facts(fd, durable.MANIFEST) is not None:
+            return
+        newer = [member.path for member in members(fd) if member.mtime_ns > recorded.mtime_ns]
+    if newer:
+        raise SourceChanged(f"{newer[0]!r} in {name!r} was written since it was recorded")
+
+
+def _below(root: str, path: str) -> tuple[str, ...]:
+    parts = beneath.parts_below(root, path)
+    if not parts or TRASH in parts:
+        raise BadPath(f"{path!r} is the root, or the trash")
+    return parts
+
+
+def _facts(directory_fd: int, name: str) -> os.stat_result | None:
+    try:
+        return os.stat(name, dir_fd=directory_fd, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+
+
+@contextmanager
+def _opened(root: str) -> Iterator[int]:
+    fd = beneath.open_root(root)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _directory(at: int, parts: tuple[str, ...]) -> Iterator[int]:
+    fd = beneath.open_directory(at, parts, one_mount=True)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _trash_at(root_fd: int, name: str) -> Iterator[int]:
+    """Open the trash of a root, made when missing; `name` must be one plain name in it."""
+    if len(beneath.parts_of(name)) != 1:
+        raise BadPath(f"{name!r} is not a plain name")
+    fd = durable.make_dir_chain(root_fd, (TRASH,))
+    try:
+        yield fd
+    finally:
+        os.close(fd)

@@ -1,0 +1,195 @@
+"""Loading for a resume: the hot copy where the daemon has one, else a verified read of the disk, else the next good one.
+
+Without a daemon the manifests on the disk answer. What is returned is exactly what was saved, or an
+error says what is damaged and which checkpoint is whole.
+"""
+
+import os
+import re
+from typing import TYPE_CHECKING, Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+from ckptd_client import restore
+from ckptd_client.errors import CorruptCheckpoint, MissingPart, NotFound, Refused, TimedOut, Unavailable
+from ckptd_client.finder import close_all
+from ckptd_client.session import OPEN_S
+from ckptd_client.wire import Message
+
+if TYPE_CHECKING:
+    from ckptd_client.session import Session
+
+ATTACH_S = 10.0
+OTHERS_MAX = 64  # checkpoints that are tried in the place of a damaged one
+_DIRECTORY = re.compile(r"step_(\d+)(?:_r(\d+))?")
+# Selectors that ask for whatever there is: nothing yet is no error.
+_ANY = re.compile(r"latest|best(?:[:_].*)?")
+
+
+class Wanted(NamedTuple):
+    """What a caller of load() asked for."""
+
+    selector: str
+    into: Any
+    keys: Optional[Sequence[str]]
+    fallback: bool
+    verify: bool
+
+
+class Loader:
+    """Loads checkpoints of one session's experiment. Blocks as long as reading takes; thread-safe."""
+
+    def __init__(self, session: "Session") -> None:
+        """Keep the session."""
+        self._session = session
+
+    def load(self, wanted: Wanted) -> Any:
+        """Load; see Experiment.load."""
+        reply = self._attach(wanted.selector)
+        if reply is None:
+            found = self._on_disk(wanted.selector)
+            if found is None:
+                return None
+            return self._read(found.path, found.files, found.checkpoint, wanted)
+        checkpoint = str(reply.get("checkpoint"))
+        self._session.resumed_from = checkpoint
+        try:
+            if reply.get("hot") is True and reply.get("fds"):
+                state = self._map(reply, wanted)
+                if state is not None:
+                    return state
+            return self._read(str(reply.get("path")), reply.get("files"), checkpoint, wanted)
+        finally:
+            if not reply.get("mapped"):
+                close_all(reply.pop("fds", []) if isinstance(reply.get("fds"), list) else [])
+                self._session.tell("detach", checkpoint=checkpoint)
+
+    def path(self, selector: str) -> Optional[str]:
+        """Return where a checkpoint lies, None when there is none."""
+        session = self._session
+        if session.wait_open(OPEN_S):
+            try:
+                return str(session.connection.request("resolve", ATTACH_S, **self._scope(selector))["path"])
+            except NotFound:
+                _check_may_be_none(selector)
+                return None
+            except (Unavailable, TimedOut, Refused) as error:
+                session.say("resolve", "the daemon could not say where %s is: %s", selector, error)
+        found = self._on_disk(selector)
+        return None if found is None else found.path
+
+    def _attach(self, selector: str) -> Optional[Message]:
+        """Ask the daemon; None when it is away or has none, so that the disk is asked."""
+        session = self._session
+        if not session.wait_open(OPEN_S):
+            return None
+        try:
+            return session.connection.request("attach", ATTACH_S, **self._scope(selector))
+        except NotFound:
+            return None  # a checkpoint that is on the disk and not in its catalog is as good
+        except (Unavailable, TimedOut, Refused) as error:
+            session.say("attach", "the daemon could not hand over %s (%s); it is read from the disk", selector, error)
+            return None
+
+    def _scope(self, selector: str) -> Dict[str, str]:
+        if "/" in selector:
+            return {"selector": selector}
+        return {"selector": selector, "experiment": self._session.experiment}
+
+    def _map(self, reply: Message, wanted: Wanted) -> Any:
+        """Map the hot copy; None when that fails, for the disk has the same bytes."""
+        session, checkpoint = self._session, str(reply["checkpoint"])
+        fds: List[int] = reply.pop("fds")
+        try:
+            state = restore.map_checkpoint(
+                fds[0],
+                reply["files"],
+                keys=wanted.keys,
+                into=wanted.into,
+                # May run in a destructor, under any lock: it only appends.
+                on_release=lambda: session.detached.append(checkpoint),
+            )
+        except (OSError, CorruptCheckpoint, Refused) as error:
+            session.say("hot", "the hot copy could not be mapped (%s); the disk is read", error)
+            return None
+        finally:
+            close_all(fds)
+        reply["mapped"] = True
+        return state
+
+    def _on_disk(self, selector: str) -> Optional[restore.Found]:
+        directory = self._directory()
+        try:
+            return restore.find_checkpoint(directory, selector)
+        except NotFound:
+            _check_may_be_none(selector)
+            return None
+        except Unavailable:
+            if _ANY.fullmatch(selector) and not os.path.isdir(directory):
+                return None  # "best" needs the catalog, but where nothing was ever saved there is none
+            raise
+
+    def _directory(self) -> str:
+        spec = self._session.spec
+        return os.path.join(spec.directory, spec.project, spec.name)
+
+    def _read(self, path: str, files: Any, checkpoint: str, wanted: Wanted) -> Any:
+        self._session.resumed_from = checkpoint
+        try:
+            return self._read_one(path, files, wanted)
+        except CorruptCheckpoint as error:
+            damage = error
+        self._report(checkpoint, damage)
+        for other, read in self._others(path, wanted):
+            if not wanted.fallback:
+                raise CorruptCheckpoint(damage.path, damage.file, damage.detail, newest_good=other) from damage
+            self._session.say(f"fallback {path}", "%s; loaded %s instead", damage, other)
+            return read
+        raise damage
+
+    def _read_one(self, path: str, files: Any, wanted: Wanted) -> Any:
+        return restore.read_checkpoint(path, files, verify=wanted.verify, into=wanted.into, keys=wanted.keys)
+
+    def _others(self, damaged: str, wanted: Wanted) -> Iterator[Tuple[str, Any]]:
+        """Yield checkpoints beside a damaged one that read back whole: older ones first, the newest of them first.
+
+        Without `fallback` what is read is thrown away: it only proves that the checkpoint is whole.
+        """
+        whole = wanted if wanted.fallback else wanted._replace(into=None)
+        for path in _siblings(damaged)[:OTHERS_MAX]:
+            try:
+                state = self._read_one(path, None, whole._replace(verify=True))
+            except (CorruptCheckpoint, MissingPart, NotFound, OSError) as error:
+                self._session.say(f"damaged {path}", "%s can't be used either: %s", path, error)
+                continue
+            yield path, state
+
+    def _report(self, checkpoint: str, damage: CorruptCheckpoint) -> None:
+        problem = {"code": "corrupt", "message": damage.detail, "file": damage.file}
+        self._session.tell("report", checkpoint=checkpoint, problem=problem)
+
+
+def _siblings(path: str) -> List[str]:
+    """Return the other published checkpoints beside `path`, best substitute first."""
+    parent, damaged = os.path.split(path.rstrip("/"))
+    own = _order(damaged)
+    found = []
+    try:
+        names = os.listdir(parent)
+    except OSError:
+        return []
+    for name in names:
+        order = _order(name)
+        if order is None or name == damaged or not os.path.isfile(os.path.join(parent, name, "manifest.json")):
+            continue
+        found.append((own is not None and order > own, (-order[0], -order[1]), os.path.join(parent, name)))
+    return [entry for _, _, entry in sorted(found)]
+
+
+def _order(name: str) -> Optional[Tuple[int, int]]:
+    match = _DIRECTORY.fullmatch(name)
+    return None if match is None else (int(match[1]), int(match[2] or 0))
+
+
+def _check_may_be_none(selector: str) -> None:
+    """Whoever asks for the latest may start fresh; whoever names a checkpoint must not get nothing."""
+    if _ANY.fullmatch(selector) is None:
+        raise NotFound(f"there is no checkpoint {selector!r}")

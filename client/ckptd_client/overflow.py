@@ -1,0 +1,141 @@
+"""The way of a save that no daemon takes: copied into memory of our own, written to the spool in the background.
+
+At most one image is on its way at a time, and its memory is kept for the next: a daemon that is away
+costs a trainer one more copy of its state, not one per save.
+"""
+
+import os
+import threading
+import time
+from typing import Any, Callable, Dict, Optional
+
+from ckptd_client import control, places, spool
+from ckptd_client.arena import MappedArena
+from ckptd_client.background import Background
+from ckptd_client.leases import Lease
+
+SPOOL_BYTES_MAX = 256 << 30
+KEEP_S = 120.0  # unused memory is given back after this
+
+_TOO_MUCH = "too much background work waits"
+
+Done = Callable[[Optional[OSError]], None]
+
+
+class NotCommitted(OSError):
+    """The arena was lent again while its image was being written: the daemon has had what was in it."""
+
+
+class Overflow:
+    """The spool as one experiment uses it. Thread-safe."""
+
+    def __init__(self, background: Background, spool_bytes_max: int) -> None:
+        """Write at most `spool_bytes_max` bytes into the spool; nothing is made before the first use."""
+        self._background = background
+        self._spool_bytes_max = spool_bytes_max
+        self._changed = threading.Condition()
+        self._arena: Optional[MappedArena] = None
+        self._busy = False
+        self._used_s = 0.0
+        self.directory = ""  # set when a daemon says where its spool is; else the user's own
+
+    def where(self) -> str:
+        """Return the spool's directory, made and checked. OSError, PlaceError when it can't be used."""
+        if self.directory and os.access(self.directory, os.W_OK | os.X_OK):
+            return self.directory
+        return places.spool_dir(places.ensure_state_dir(places.state_dir()))
+
+    def take(self, size_bytes: int, wait_s: float) -> Optional[MappedArena]:
+        """Return memory for one image, its control page LEASED to this process; None when the last one is still busy.
+
+        Blocks for at most `wait_s`. MemoryError, OSError when there is no memory.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: not self._busy, wait_s):
+                return None
+            self._busy = True
+            arena, self._arena = self._arena, None
+        try:
+            if arena is None or arena.size_bytes < size_bytes:
+                if arena is not None:
+                    arena.close()
+                arena = MappedArena.anonymous(size_bytes, os.urandom(16))
+            control.write_lease(arena.buffer, arena.arena_id, 1, os.getpid())
+        except BaseException:
+            self.drop(None)
+            raise
+        return arena
+
+    def drop(self, arena: Optional[MappedArena]) -> None:
+        """Give memory back from `take` that nothing was committed in."""
+        with self._changed:
+            self._arena = arena
+            self._busy = False
+            self._used_s = time.monotonic()
+            self._changed.notify_all()
+
+    def write(self, arena: MappedArena, checkpoint: str, done: Done) -> None:
+        """Write a committed image in the background; `done(error)` is called there. Takes the memory back."""
+
+        def work() -> None:
+            try:
+                self._write(Lease(arena, 1), checkpoint)
+            finally:
+                self.drop(arena)
+
+        if not self._background.submit(lambda: done(_attempt(work))):
+            self.drop(arena)
+            done(OSError(_TOO_MUCH))
+
+    def rescue(self, lease: Lease, checkpoint: str, done: Done) -> None:
+        """Write what was committed in a lent arena, in the background: its daemon is gone, or does not know it.
+
+        done(NotCommitted) when the arena was lent again meanwhile: then a daemon has had the save.
+        """
+        if not self._background.submit(lambda: done(_attempt(lambda: self._write(lease, checkpoint)))):
+            done(OSError(_TOO_MUCH))
+
+    def offer(self, checkpoint: str, request: Dict[str, Any], done: Done) -> None:
+        """Write a `submit` request into the spool, in the background."""
+
+        def work() -> None:
+            spool.write_offer(self.where(), checkpoint, request)
+
+        if not self._background.submit(lambda: done(_attempt(work))):
+            done(OSError(_TOO_MUCH))
+
+    def tend(self) -> None:
+        """Give unused memory back; called now and then."""
+        with self._changed:
+            if self._arena is not None and not self._busy and time.monotonic() - self._used_s > KEEP_S:
+                self._arena.close()
+                self._arena = None
+
+    def _write(self, lease: Lease, checkpoint: str) -> None:
+        """Write one committed image.
+
+        A lent arena belongs to the daemon from its commit on: it may be published and lent again at
+        any moment. So the image is checked before and, once all bytes are written, again: the same
+        generation still committed at the end means that nobody wrote in between.
+        """
+        image = lease.committed()
+        if image is None:
+            raise NotCommitted("the arena holds another save by now")
+        directory = self.where()
+        spool.check_room(directory, len(image), self._spool_bytes_max)
+        spool.write_arena(directory, checkpoint, image, check=lambda: _check(lease))
+
+
+def _check(lease: Lease) -> None:
+    if lease.committed() is None:
+        raise NotCommitted("the arena was lent again while it was written")
+
+
+def _attempt(work: Callable[[], None]) -> Optional[OSError]:
+    try:
+        work()
+    except OSError as error:
+        return error
+    except ValueError as error:  # PlaceError among them: there is no place for a spool
+        return OSError(str(error))
+    return None

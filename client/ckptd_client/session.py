@@ -1,0 +1,352 @@
+"""What one process keeps for one experiment: the connection, the arenas, what is on its way, the heartbeat.
+
+    connection thread   up() ► open or beat, commits again, levels asked for      push() ► handles, reclaim
+                        tick() ► metrics, beat, what was left undone
+    background threads  arenas: mapping        spool: facts at the start, images and offers
+    training threads    save, log, load; they never wait for the connection's thread without a limit
+
+A session belongs to the process that made it; after a fork the child makes its own (Experiment does).
+"""
+
+import logging
+import os
+import threading
+import time
+from collections import Counter, deque
+from typing import Any, Deque, Dict, List, NamedTuple, Optional, Tuple
+
+from ckptd_client import facts, wire
+from ckptd_client.background import Background
+from ckptd_client.commits import Commits
+from ckptd_client.connection import Callbacks, Connection, Offline, OnReply
+from ckptd_client.errors import CkptdClientError, TimedOut, Unavailable
+from ckptd_client.finder import error_of
+from ckptd_client.handle import ENDED, Following
+from ckptd_client.leases import LeasePool
+from ckptd_client.metrics import FLUSH_S, MetricBuffer
+from ckptd_client.overflow import Overflow
+from ckptd_client.wire import Message
+
+BEAT_S = 15.0
+OPEN_S = 4.0  # longest wait of a first save for the experiment to be opened; a start of the daemon included
+WATCH_MAX = 1024
+
+_log = logging.getLogger("ckptd")
+
+
+class Spec(NamedTuple):
+    """What an Experiment was made with, checked."""
+
+    experiment: str
+    name: str
+    project: str
+    directory: str
+    config: Dict[str, Any]
+    tags: List[str]
+    parent: Optional[str]
+    resume: str
+    on_overlap: str
+    overlap_wait_s: float
+    format: str
+    raise_errors: bool
+    autostart: bool
+    socket: Optional[str]
+    spool_bytes_max: int
+    offline: bool
+
+
+class Session:
+    """See the module. Attributes are for the client's own modules."""
+
+    def __init__(self, spec: Spec) -> None:
+        """Begin to connect and to collect facts, in the background. Returns at once.
+
+        PlaceError  the path of the socket is too long
+        """
+        self.spec = spec
+        self.pid = os.getpid()
+        self.experiment = spec.experiment
+        self.segment: Optional[int] = None
+        self.latest_step: Optional[int] = None
+        self.resumed_from: Optional[str] = None
+        self.facts: Dict[str, Any] = facts.quick_facts()
+        self.counters: Counter[str] = Counter()
+        self.handles = Following()
+        self.metrics = MetricBuffer()
+        self.detached: Deque[str] = deque()  # read holds to give back; appended to from destructors
+        self._changed = threading.Condition()
+        self._said: set[str] = set()
+        self._opened = False  # on the connection that stands
+        self._known = False  # a daemon has confirmed the id in this process
+        self._facts_done = False
+        self._sending = self._ended = False
+        self._beat_at_s = 0.0
+        self.refused: Optional[CkptdClientError] = None
+        self._mapper = Background("ckptd-arenas")
+        self._spooler = Background("ckptd-spool")
+        callbacks = Callbacks(push=self._on_push, up=self._on_up, down=self._on_down, tick=self._on_tick)
+        connect = Offline if spec.offline else Connection
+        self.connection = connect(spec.socket, autostart=spec.autostart, callbacks=callbacks)
+        self.overflow = Overflow(self._spooler, spec.spool_bytes_max)
+        self.leases = LeasePool(self.ask, self._mapper)
+        self.commits = Commits(self)
+        self._spooler.submit(self._collect_facts)
+        self.connection.start()
+
+    # for the client's other modules --------------------------------------------------------------
+
+    def ask(self, op: str, on_reply: OnReply, **fields: Any) -> bool:
+        """Send a request about this experiment without waiting; False when no daemon can take it."""
+        return self.connection.request_nowait(op, on_reply, experiment=self.experiment, **fields)
+
+    def tell(self, op: str, **fields: Any) -> bool:
+        """Send a request whose answer does not matter."""
+        return self.ask(op, _ignore, **fields)
+
+    def wait_open(self, timeout_s: float) -> bool:
+        """Wait until a daemon has opened the experiment; False at once when none is there, or it refused."""
+        deadline_s = time.monotonic() + timeout_s
+        if not self.connection.wait_up(timeout_s):
+            return False
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._opened or self.refused is not None or not self.connection.is_up,
+                max(0.0, deadline_s - time.monotonic()),
+            )
+            return self._opened
+
+    def count(self, what: str) -> None:
+        """Count one of something, for `stats()`."""
+        with self._changed:
+            self.counters[what] += 1
+
+    def say(self, topic: str, message: str, *arguments: Any) -> None:
+        """Log a warning the first time, until `unsay(topic)`: a trouble of hours is one line."""
+        with self._changed:
+            if topic in self._said:
+                return
+            self._said.add(topic)
+        _log.warning("ckptd: " + message, *arguments)
+
+    def unsay(self, topic: str) -> bool:
+        """The trouble is over; return whether it had been logged."""
+        with self._changed:
+            was_said = topic in self._said
+            self._said.discard(topic)
+        return was_said
+
+    def next_step(self) -> int:
+        """Return a step for a save that names none."""
+        with self._changed:
+            self.latest_step = 0 if self.latest_step is None else self.latest_step + 1
+            return self.latest_step
+
+    def note_step(self, step: Optional[int]) -> None:
+        """Remember how far training is."""
+        if step is not None:
+            self.latest_step = step
+
+    def poke(self) -> None:
+        """Metrics wait: have them sent within FLUSH_S."""
+        self.connection.tick_within(FLUSH_S)
+
+    def flush(self, timeout_s: float) -> bool:
+        """Bring what is on its way to safety: commits acknowledged or in the spool, metrics confirmed.
+
+        Blocks for at most `timeout_s`; False when that was too short.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        safe = self.commits.settle(deadline_s)
+        while len(self.metrics) and self._opened and self.connection.is_up and time.monotonic() < deadline_s:
+            self.connection.tick_within(0.0)
+            with self._changed:
+                self._changed.wait(FLUSH_S)
+        return self._spooler.drain(deadline_s - time.monotonic()) and safe
+
+    def end(self, status: str, error: Optional[str], timeout_s: float) -> None:
+        """Flush, say how training ended, give arenas back. The connection stays for handles that still climb."""
+        deadline_s = time.monotonic() + timeout_s
+        if not self.flush(timeout_s):
+            self.say("flush", "not everything was brought to safety within %g s", timeout_s)
+        left_s = deadline_s - time.monotonic()
+        if self._opened and self.connection.is_up and left_s > 0:
+            try:
+                self.connection.exchange(
+                    "experiment.close", min(left_s, 5.0), experiment=self.experiment, status=status, error=error
+                )
+            except (Unavailable, TimedOut) as problem:
+                self.say("close", "the daemon was not told how the experiment ended: %s", problem)
+        self.leases.close()
+        self._ended = True
+        self._close_when_settled()
+
+    def _close_when_settled(self) -> None:
+        if self._ended and not (self.connection.is_up and self.handles.unsettled()):
+            self.connection.close()
+
+    def stats(self) -> Dict[str, Any]:
+        """Return the counters of this process."""
+        with self._changed:
+            counted = {name: self.counters[name] for name in ("saves", "staged", "spooled", "skipped", "failed")}
+        return {
+            **counted,
+            "in_flight": self.handles.in_flight(),
+            "metrics_logged": self.metrics.logged_count,
+            "metrics_waiting": len(self.metrics),
+            "metrics_dropped": self.metrics.dropped_count,
+            "connected": self.connection.is_up,
+        }
+
+    # in the background ---------------------------------------------------------------------------
+
+    def _collect_facts(self) -> None:
+        try:
+            found = facts.slow_facts()
+        finally:
+            with self._changed:
+                self._facts_done = True
+        with self._changed:
+            self.facts = {**self.facts, **found}
+        self._open()
+
+    # in the connection's thread ------------------------------------------------------------------
+
+    def _on_up(self, hello: Message) -> None:
+        self.unsay("spooling")
+        if self.unsay("down"):
+            _log.warning("ckptd: a daemon answers again (%s)", hello.get("server"))
+        self.overflow.directory = str(hello.get("spool_dir") or "")
+        self._sending = False
+        self._beat_at_s = time.monotonic() + BEAT_S
+        self._open()
+        self.commits.up()
+        self.leases.up()
+        self._watch()
+
+    def _on_down(self, reason: str) -> None:
+        with self._changed:
+            self._opened = False
+            self._changed.notify_all()
+        self.say("down", "the daemon is gone (%s); saves go on", reason)
+
+    def _on_push(self, push: Message) -> None:
+        kind = push.get("push")
+        if kind == "level":
+            handle = self.handles.apply(push)
+            if handle is not None and handle.state in ENDED:
+                self.count("failed")
+                self.say(
+                    f"ended {handle.id}", "step %s was not saved: %s (%s)", handle.step, handle.state, handle.error
+                )
+        elif kind == "reclaim":
+            self.leases.reclaim(str(push.get("arena")))
+
+    def _open(self) -> None:
+        """Open the experiment, or, when this process has done so before, say that it is still there."""
+        if not self._facts_done or self._opened:
+            return
+        if self._known:
+            # Opening again would begin a new segment; a beat is enough, unless the daemon lost its catalog.
+            self.ask("experiment.beat", self._on_beat, step=self.latest_step)
+            return
+        spec = self.spec
+        self.ask(
+            "experiment.open", self._on_open, name=spec.name, project=spec.project, dir=spec.directory, tags=spec.tags,
+            config=spec.config, parent=spec.parent, facts=self.facts, resume=spec.resume,
+        )  # fmt: skip
+
+    def _on_open(self, reply: Message, fds: List[int]) -> None:
+        _ignore(reply, fds)
+        error = error_of(reply) if reply.get("ok") is not True else None
+        if error is not None and getattr(error, "code", "") == "unreachable":
+            return
+        with self._changed:
+            self.refused = error
+            if error is None:
+                self.experiment = str(reply.get("experiment", self.experiment))
+                self.segment = reply.get("segment")
+                latest = reply.get("latest")
+                if self.latest_step is None and isinstance(latest, dict):
+                    self.latest_step = latest.get("step")
+                self._opened = self._known = True
+            self._changed.notify_all()
+        if error is not None:
+            self.say("open", "the daemon refused experiment %s/%s: %s", self.spec.project, self.spec.name, error)
+        self.connection.tick_within(0.0)
+
+    def _on_beat(self, reply: Message, fds: List[int]) -> None:
+        _ignore(reply, fds)
+        error = reply.get("error")
+        with self._changed:
+            self._opened = reply.get("ok") is True
+            self._known = self._opened or not isinstance(error, dict) or error.get("code") != "not_found"
+            self._changed.notify_all()
+        if not self._known:
+            self._open()
+
+    def _watch(self) -> None:
+        ids = self.handles.unsettled()
+        for start in range(0, len(ids), WATCH_MAX):
+            self.tell_watch(ids[start : start + WATCH_MAX])
+
+    def tell_watch(self, ids: List[str]) -> None:
+        """Follow these checkpoints, and learn where they are now."""
+        self.connection.request_nowait("watch", self._on_states, checkpoints=ids)
+
+    def _on_states(self, reply: Message, fds: List[int]) -> None:
+        _ignore(reply, fds)
+        for state in reply.get("states") or []:
+            if isinstance(state, dict):
+                self._on_push({"push": "level", **state})
+
+    def _on_tick(self) -> float:
+        self.commits.tend()
+        self.leases.tend()
+        self.overflow.tend()
+        while self.detached and self.connection.is_up:
+            self.tell("detach", checkpoint=self.detached.popleft())
+        now_s = time.monotonic()
+        if self._opened and now_s >= self._beat_at_s:
+            self._beat_at_s = now_s + BEAT_S
+            self.tell("experiment.beat", step=self.latest_step)
+            self._watch()
+        self._send_metrics()
+        return FLUSH_S if len(self.metrics) else max(0.0, min(BEAT_S, self._beat_at_s - now_s))
+
+    def _send_metrics(self) -> None:
+        """Send one batch; the next goes when it is confirmed, so a slow daemon is never flooded."""
+        if self._sending or not self._opened:
+            return
+        points = self.metrics.batch()
+        while points:
+            try:
+                self._sending = self.ask("metrics", self._on_metrics, points=points)
+            except wire.FrameError:
+                self.metrics.shrink()
+                points = self.metrics.batch()
+                continue
+            return
+
+    def _on_metrics(self, reply: Message, fds: List[int]) -> None:
+        _ignore(reply, fds)
+        self._sending = False
+        if reply.get("ok") is True:
+            self.metrics.confirm()
+            self._send_metrics()
+        else:
+            code, message = _problem(reply)
+            if code not in ("unreachable", "busy", "not_found"):
+                self.metrics.refuse()
+                self.say("metrics", "the daemon refused metrics: %s", message)
+        with self._changed:
+            self._changed.notify_all()
+
+
+def _problem(reply: Message) -> Tuple[str, str]:
+    error = reply.get("error")
+    return (str(error.get("code")), str(error.get("message"))) if isinstance(error, dict) else ("error", "")
+
+
+def _ignore(_reply: Message, fds: List[int]) -> None:
+    for fd in fds:
+        os.close(fd)

@@ -1,0 +1,329 @@
+"""The daemon's handle on its workers, against a stand-in child that hangs and crashes on order."""
+
+import json
+import os
+import signal
+import sys
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import anyio
+import pytest
+
+from ckptd import config, errors
+from ckptd.clock import SystemClock
+from ckptd.events import Event
+from ckptd.worker import WorkerState, Workers, child
+from ckptd.worker.handle import Pace, Rig, worker_command
+from ckptd.worker.protocol import Usage, Watch
+
+STAND_IN = (sys.executable, str(Path(__file__).parents[2] / "support" / "stand_in_worker.py"))
+QUICK = Pace(restart_s=0.01, restart_s_max=0.05, probe_s=0.05, probe_s_max=0.1, probe_answer_s=0.3)
+
+MOUNTS = """\
+20 1 8:1 / / rw - ext4 /dev/a rw
+21 20 8:2 / /fast rw - xfs /dev/b rw
+22 20 0:9 / /far rw - nfs4 server:/x rw
+"""
+
+
+@dataclass
+class Node:
+    workers: Workers
+    events: list[Event] = field(default_factory=list)
+
+    def names(self) -> list[str]:
+        return [event.name for event in self.events]
+
+    async def until(self, name: str, count: int = 1) -> Event:
+        with anyio.fail_after(20):
+            while self.names().count(name) < count:
+                await anyio.sleep(0.01)
+        return next(event for event in reversed(self.events) if event.name == name)
+
+    def state(self, mount: str = "/") -> WorkerState:
+        return next(state for state in self.workers.state() if state.mount == mount)
+
+
+@asynccontextmanager
+async def running(tmp_path: Path, *, flags: tuple[str, ...] = (), request_s: float = 0.4, stuck_max: int = 2):
+    table = tmp_path / "mountinfo"
+    table.write_text(MOUNTS)
+    node = Node(workers=None)
+    node.workers = Workers(
+        config.Workers(request_s=request_s, stuck_max=stuck_max),
+        SystemClock(),
+        node.events.append,
+        rig=Rig(command=(*STAND_IN, *flags), pace=QUICK, mountinfo=table),
+    )
+    async with anyio.create_task_group() as group:
+        await group.start(node.workers.run)
+        yield node
+        group.cancel_scope.cancel()
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+async def test_each_mount_has_its_own_worker_started_on_first_use(tmp_path):
+    async with running(tmp_path) as node:
+        assert node.workers.state() == []
+        home = await node.workers.call(Usage(root="/home/me/runs"))
+        other = await node.workers.call(Usage(root="/srv/runs"))
+        fast = await node.workers.call(Usage(root="/fast/runs"))
+        assert home.filesystem == other.filesystem != fast.filesystem
+        assert [state.mount for state in node.workers.state()] == ["/", "/fast"]
+        assert node.state().roots == ("/home/me/runs", "/srv/runs")
+        assert node.state().pid == int(home.filesystem)
+        assert node.state().rss_bytes > 1 << 20
+        assert node.names() == ["worker.started", "worker.started"]
+
+
+async def test_no_worker_outlives_the_handle(tmp_path):
+    """Even one that ignores the end of its socket and SIGTERM."""
+    async with running(tmp_path, flags=("--ignore-eof",)) as node:
+        pid = int((await node.workers.call(Usage(root="/a"))).filesystem)
+        assert is_alive(pid)
+    assert not is_alive(pid)
+
+
+async def test_an_error_of_the_verb_arrives_as_its_own_class(tmp_path):
+    async with running(tmp_path) as node:
+        with pytest.raises(errors.NoSpace, match="full") as caught:
+            await node.workers.call(Usage(root="/refuse"))
+        assert caught.value.details == {"file": "a"}
+        assert caught.value.hint == "free some"
+
+
+async def test_a_worker_that_dies_is_replaced_and_the_request_says_so(tmp_path):
+    """F24: the caller learns that its request may or may not have been done; it decides."""
+    async with running(tmp_path) as node:
+        first = await node.workers.call(Usage(root="/a"))
+        with pytest.raises(errors.WorkerLost):
+            await node.workers.call(Usage(root="/crash"))
+        assert (await node.until("worker.lost")).data["why"] == "killed by SIGKILL"
+        second = await node.workers.call(Usage(root="/a"))
+        assert first.filesystem != second.filesystem
+        assert node.state().restarts == 1
+
+
+async def test_a_worker_that_cannot_start_is_not_started_in_a_tight_loop(tmp_path):
+    async with running(tmp_path, flags=("--die-at-start",)) as node:
+        began = anyio.current_time()
+        for _ in range(5):
+            with pytest.raises(errors.WorkerLost):
+                await node.workers.call(Usage(root="/a"))
+            await node.until("worker.lost", node.names().count("worker.started"))
+        assert anyio.current_time() - began > 0.01 + 0.02 + 0.04
+        assert node.state().pid is None
+
+
+async def test_a_slow_worker_that_tells_of_progress_is_left_alone(tmp_path):
+    """It takes three times `request_s`, but is never silent for that long."""
+    async with running(tmp_path) as node:
+        await node.workers.call(Usage(root="/slow"))
+        assert node.names() == ["worker.started"]
+
+
+async def test_a_silent_worker_is_killed_and_only_its_own_mount_notices(tmp_path):
+    """F17: one hung disk hangs one disk."""
+    async with running(tmp_path) as node:
+        pid = int((await node.workers.call(Usage(root="/a"))).filesystem)
+        fast = await node.workers.call(Usage(root="/fast/a"))
+        with pytest.raises(errors.TimedOut, match="silent"):
+            await node.workers.call(Usage(root="/hang"))
+        assert (await node.workers.call(Usage(root="/fast/a"))).filesystem == fast.filesystem
+        assert (await node.workers.call(Usage(root="/a"))).filesystem != str(pid)
+        assert not is_alive(pid)
+
+
+async def test_what_a_killed_worker_was_doing_besides_ends_with_worker_lost(tmp_path):
+    async with running(tmp_path) as node:
+        outcomes = []
+
+        async def ask(root: str) -> None:
+            try:
+                outcomes.append(await node.workers.call(Usage(root=root)))
+            except errors.Weather as error:
+                outcomes.append(type(error))
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(ask, "/hang")
+            group.start_soon(ask, "/slow")
+        assert outcomes.count(errors.TimedOut) == 1
+        assert outcomes.count(errors.WorkerLost) == 1
+
+
+async def test_after_stuck_max_silences_requests_are_refused_at_once_until_a_probe_is_answered(tmp_path):
+    async with running(tmp_path) as node:
+        root = str(tmp_path / "hang-once")
+        for _ in range(2):
+            with pytest.raises(errors.TimedOut):
+                await node.workers.call(Usage(root=root))
+        assert node.state().state == "degraded"
+        assert (await node.until("root.degraded")).data["roots"] == [root]
+        began = anyio.current_time()
+        with pytest.raises(errors.RootDegraded):
+            await node.workers.call(Usage(root=root))
+        assert anyio.current_time() - began < 0.1
+        Path(root).write_text("")  # from now on the stand-in answers
+        await node.until("root.recovered")
+        assert node.state().state == "running"
+        await node.workers.call(Usage(root="/a"))
+
+
+async def test_no_more_than_stuck_max_workers_hang_in_the_kernel(tmp_path, monkeypatch):
+    """A process in state D can't die. It can't be made here, so SIGKILL is switched off instead."""
+    held: list[child.Child] = []
+    monkeypatch.setattr(child, "KILL_GRACE_S", 0.01)
+    monkeypatch.setattr(child, "EOF_GRACE_S", 0.01)
+    monkeypatch.setattr(child, "TERM_GRACE_S", 0.01)
+    async with running(tmp_path, flags=("--ignore-eof",), request_s=0.2) as node:
+        real = child.spawn
+
+        async def unkillable(command):
+            made = await real(command)
+            made._process.kill = lambda: None
+            held.append(made)
+            return made
+
+        monkeypatch.setattr("ckptd.worker.station.spawn", unkillable)
+        for _ in range(2):
+            with pytest.raises(errors.TimedOut):
+                await node.workers.call(Usage(root="/hang"))
+        with pytest.raises(errors.RootDegraded):
+            await node.workers.call(Usage(root="/a"))
+        await anyio.sleep(QUICK.probe_s_max * 4)  # time for probes that must not happen
+        assert len(held) == 2
+        assert node.state().stuck == 2
+        for made in held:
+            os.kill(made.pid, signal.SIGKILL)
+            made._process.kill = lambda: None
+        while node.state().stuck:
+            await anyio.sleep(0.01)
+    for made in held:
+        made._process.send_signal(signal.SIGKILL)  # does nothing for those that were reaped
+        made._process.wait()
+
+
+async def test_an_arena_travels_with_the_one_request_that_names_it(tmp_path):
+    async with running(tmp_path) as node:
+        arenas = []
+        for text in ("one", "two"):
+            fd = os.memfd_create(text)
+            os.write(fd, text.encode())
+            arenas.append(fd)
+        for fd, text in zip(arenas, ("one", "two"), strict=True):
+            assert (await node.workers.call(Usage(root="/arena"), arena_fd=fd)).filesystem == text
+        before = len(os.listdir("/proc/self/fd"))
+        await node.workers.call(Usage(root="/arena"), arena_fd=arenas[0])
+        assert len(os.listdir("/proc/self/fd")) == before
+        for fd in arenas:
+            os.close(fd)
+
+
+async def test_the_worker_inherits_nothing_that_was_meant_for_the_daemon(tmp_path, monkeypatch):
+    monkeypatch.setenv("NOTIFY_SOCKET", "@x")
+    monkeypatch.setenv("LISTEN_FDS", "1")
+    monkeypatch.setenv("WATCHFILES_FORCE_POLLING", "1")
+    monkeypatch.setenv("CKPTD_FAIL", "a.b=kill")
+    async with running(tmp_path) as node:
+        used = await node.workers.call(Usage(root="/environment"))
+        assert json.loads(used.filesystem) == [[], "a.b=kill", "/"]
+
+
+async def test_parts_arrive_in_order_and_end_with_the_reply(tmp_path):
+    async with running(tmp_path) as node, node.workers.parts(Watch(root="/parts")) as parts:
+        assert [part.directories async for part in parts] == [["0"], ["1"], ["2"]]
+        assert parts.reply.count == 3
+
+
+async def test_other_verbs_work_between_two_parts(tmp_path):
+    """A scan's reader settles each candidate through the same worker: no deadlock."""
+    async with running(tmp_path) as node, node.workers.parts(Watch(root="/parts")) as parts:
+        async for _ in parts:
+            await node.workers.call(Usage(root="/a"))
+
+
+async def test_leaving_the_parts_cancels_the_verb_in_the_worker(tmp_path):
+    async with running(tmp_path) as node:
+        async with node.workers.parts(Watch(root=str(tmp_path / "until-cancelled"))) as parts:
+            async for _ in parts:
+                break
+        with anyio.fail_after(10):
+            while not (tmp_path / "cancelled").exists():
+                await anyio.sleep(0.01)
+        assert node.state().requests == 0
+
+
+async def test_a_watch_may_be_silent_for_longer_than_any_request(tmp_path):
+    async with running(tmp_path, request_s=0.1) as node:
+        async with node.workers.parts(Watch(root=str(tmp_path / "until-cancelled"))) as parts:
+            await anext(parts)
+            with anyio.move_on_after(1.0) as scope:
+                await anext(parts)
+            assert scope.cancelled_caught
+        assert node.names() == ["worker.started"]
+
+
+async def test_a_reader_that_lags_too_far_behind_gets_busy_not_the_daemons_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(child, "PARTS_BYTES_MAX", 4 << 20)
+    async with running(tmp_path, request_s=30) as node, node.workers.parts(Watch(root="/flood")) as parts:
+        with pytest.raises(errors.Busy), anyio.fail_after(20):
+            await anext(parts)
+            while parts._pending.outcome is None:
+                await anyio.sleep(0.01)
+            async for _ in parts:
+                pass
+
+
+async def test_a_reply_of_the_wrong_shape_is_our_bug(tmp_path):
+    async with running(tmp_path) as node:
+        with pytest.raises(errors.Bug, match="shape"):
+            await node.workers.call(Usage(root="/garbage"))
+
+
+async def test_a_worker_that_stops_reading_pushes_back_without_blocking_the_loop(tmp_path):
+    """Requests pile up in their callers, OUTBOX_MAX of them in the daemon, and the loop goes on."""
+    async with running(tmp_path, request_s=30) as node:
+        pid = int((await node.workers.call(Usage(root="/a"))).filesystem)
+        os.kill(pid, signal.SIGSTOP)
+        big = "/" + "x" * 100_000
+        answers = []
+
+        async def ask() -> None:
+            answers.append(await node.workers.call(Usage(root=big)))
+
+        async with anyio.create_task_group() as group:
+            for _ in range(150):
+                group.start_soon(ask)
+            began = anyio.current_time()
+            await anyio.sleep(0.3)
+            assert anyio.current_time() - began < 1.0
+            assert len(node.workers._stations) == 1
+            assert len(next(iter(node.workers._stations.values()))._child._outbox) <= child.OUTBOX_MAX
+            assert answers == []
+            os.kill(pid, signal.SIGCONT)
+        assert len(answers) == 150
+
+
+def test_the_worker_is_told_its_limits_on_its_command_line():
+    settings = config.Workers(threads=3, nice=5, idle_io=False, parser_bytes_max=1 << 20)
+    command = worker_command(settings)
+    assert "--idle-io" not in command
+    assert command[command.index("--threads") + 1] == "3"
+    assert command[command.index("--parser-bytes-max") + 1] == "1048576"
+
+
+def test_the_child_does_not_load_the_daemons_event_loop():
+    """Importing the package is what `python -m ckptd.worker` does first; anyio there costs 10 MiB a worker."""
+    import subprocess
+
+    program = "import sys, ckptd.worker; sys.exit('anyio' in sys.modules or 'asyncio' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -1,0 +1,211 @@
+"""The worker as a process: its frames, its lanes, its end."""
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from ckptd.model import new_id
+from ckptd.worker.lane import Lane
+from ckptd.worker.protocol import Digest, Link, Published, Purge, Sweep, Usage, Used, Verified, Verify
+from tests.support.arena import MIB, publish_request, sealed
+from tests.support.worker_process import Died, WorkerProcess
+
+
+@pytest.fixture
+def worker() -> Iterator[WorkerProcess]:
+    with WorkerProcess() as running:
+        yield running
+
+
+def processor(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+def await_file(parent: Path, pattern: str) -> None:
+    """Wait until a publish has made what `pattern` names; the worker has no event for that."""
+    until_s = time.monotonic() + 10
+    while not list(parent.glob(pattern)):
+        assert time.monotonic() < until_s
+        time.sleep(0.005)
+
+
+def test_an_arena_travels_with_its_request_and_the_answer_is_typed(worker: WorkerProcess, tmp_path: Path) -> None:
+    fd, images = sealed({"model.safetensors": bytes(MIB)})
+    done = worker.ask(publish_request(tmp_path, images), fd)
+    assert isinstance(done, Published)
+    assert (Path(done.path) / "model.safetensors").read_bytes() == bytes(MIB)
+    verified = worker.ask(Verify(root=str(tmp_path), path=done.path, files=done.files))
+    assert isinstance(verified, Verified)
+    assert verified.damage == []
+    os.close(fd)
+
+
+def test_each_arena_goes_to_the_request_that_names_it(worker: WorkerProcess, tmp_path: Path) -> None:
+    """Many requests in one segment, arenas between requests that have none."""
+    numbers = {}
+    for i in range(12):
+        data = {"f": bytes([i]) * 5000}
+        fd, images = sealed(data)
+        request = publish_request(tmp_path, images, target=tmp_path / f"s{i}")
+        numbers[worker.send(request, fd)] = i
+        os.close(fd)
+        worker.send(Usage(root=str(tmp_path)))
+    replies = [worker.frame() for _ in range(24)]
+    assert all(reply["ok"] for reply in replies)
+    for i in numbers.values():
+        assert (tmp_path / f"s{i}/f").read_bytes() == bytes([i]) * 5000
+
+
+def test_no_descriptor_is_left_when_a_request_is_done(worker: WorkerProcess, tmp_path: Path) -> None:
+    fd, images = sealed({"f": b"x"})
+    descriptors = Path(f"/proc/{worker.process.pid}/fd")
+    worker.ask(publish_request(tmp_path, images), fd)
+    before = len(os.listdir(descriptors))
+    for i in range(3):
+        worker.ask(publish_request(tmp_path, images, target=tmp_path / str(i)), fd)
+        worker.ask(publish_request(tmp_path, images, target=tmp_path / "0"), fd)
+        worker.ask(publish_request(tmp_path, images, target="elsewhere"), fd)
+        worker.send_raw(b'{"id":%d,"verb":"publish","fds":1,"root":1}\n' % (900 + i), fd)
+        assert worker.reply(900 + i)["error"]["code"] == "bad_request"
+    assert len(os.listdir(descriptors)) == before
+    os.close(fd)
+
+
+@pytest.mark.parametrize(
+    ("request_", "code"),
+    [
+        (Digest(root="/nowhere", path="/nowhere/x"), "not_found"),
+        (Digest(root="/proc", path="/proc/nothing"), "missing"),
+        (Digest(root="/proc", path="/etc"), "bad_path"),
+        (Digest(root="/proc", path="/proc/self/cwd"), "bad_path"),
+        (Link(root="/proc", name="/proc/x", target="y"), "missing"),
+        (Purge(root="/proc", trash="x/y"), "bad_path"),
+    ],
+)
+def test_errors_have_the_code_of_who_must_act(worker: WorkerProcess, request_: Digest, code: str) -> None:
+    assert worker.ask(request_)["code"] == code
+
+
+def test_a_request_of_another_shape_is_refused_and_the_next_one_answered(worker: WorkerProcess, tmp_path: Path) -> None:
+    for number, body in enumerate(
+        [b'"verb":"usage"', b'"verb":"nothing","root":"/"', b'"verb":"usage","root":"/","more":1'], start=50
+    ):
+        worker.send_raw(b'{"id":%d,%s}\n' % (number, body))
+        assert worker.reply(number)["error"]["code"] == "bad_request"
+    assert isinstance(worker.ask(Usage(root=str(tmp_path))), Used)
+
+
+@pytest.mark.parametrize("frame", [b"nonsense\n", b"[]\n", b'{"verb":"usage"}\n', b'{"id":1,"fds":1,"verb":"usage"}\n'])
+def test_a_broken_conversation_ends_the_worker(worker: WorkerProcess, frame: bytes) -> None:
+    """It can't be known what the next bytes mean, nor whose the next descriptor is."""
+    worker.send_raw(frame)
+    with pytest.raises(Died) as died:
+        worker.frame()
+    assert died.value.status == os.EX_PROTOCOL
+
+
+def test_the_end_of_the_socket_ends_the_worker_in_the_middle_of_a_publish(tmp_path: Path) -> None:
+    """M021. An orphan must not publish after its daemon: the next daemon may decide otherwise."""
+    fd, images = sealed({"f": bytes(MIB)})
+    with WorkerProcess(fail="copy.fsynced=delay:600") as worker:
+        worker.send(publish_request(tmp_path, images), fd)
+        await_file(tmp_path, "p/e/.*/f")
+        worker.socket.shutdown(socket.SHUT_RDWR)
+        assert worker.process.wait(timeout=5) == 0
+    assert not (tmp_path / "p/e/step_0000000001").exists()
+    os.close(fd)
+
+
+def test_ctrl_c_and_sigterm_do_not_cut_a_publish_off(tmp_path: Path) -> None:
+    """They reach the whole process group while the daemon drains; the daemon says when it is over."""
+    fd, images = sealed({"f": bytes(MIB)})
+    with WorkerProcess(fail="dir.fsynced=delay:0.5") as worker:
+        assert isinstance(worker.ask(Usage(root=str(tmp_path))), Used)
+        number = worker.send(publish_request(tmp_path, images), fd)
+        for which in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGIO):
+            worker.process.send_signal(which)
+        assert worker.reply(number)["ok"]
+    os.close(fd)
+
+
+def test_quick_questions_are_answered_while_heavy_ones_queue(tmp_path: Path) -> None:
+    fd, images = sealed({"f": bytes(MIB)})
+    with WorkerProcess(fail="copy.allocated=delay:600") as worker:
+        stuck = worker.send(publish_request(tmp_path, images, target=tmp_path / "a"), fd)
+        await_file(tmp_path, ".a.*/f")
+        assert isinstance(worker.ask(Usage(root=str(tmp_path))), Used)
+        other = worker.send(publish_request(tmp_path, images, target=tmp_path / "b"), fd)
+        assert worker.reply(other)["ok"]
+        assert isinstance(worker.ask(Sweep(root=str(tmp_path), older_s=3600)), msgspec.Struct)
+        assert stuck != other
+    os.close(fd)
+
+
+def test_a_cancelled_request_ends_with_an_error_and_leaves_nothing(tmp_path: Path) -> None:
+    fd, images = sealed({"f": bytes(MIB * 64)})
+    with WorkerProcess(fail="copy.chunk=delay:0.5") as worker:
+        number = worker.send(publish_request(tmp_path, images), fd)
+        await_file(tmp_path, "p/e/.*/f")
+        worker.cancel(number)
+        assert worker.reply(number)["error"]["code"] == "timeout"
+        worker.cancel(number)
+        worker.cancel(12345)
+        assert isinstance(worker.ask(Usage(root=str(tmp_path))), Used)
+    assert list((tmp_path / "p/e").iterdir()) == []
+    os.close(fd)
+
+
+def test_a_worker_is_nice_idle_and_small(tmp_path: Path) -> None:
+    with WorkerProcess("--nice", "13", "--idle-io") as worker:
+        fd, images = sealed({"f": bytes(MIB)})
+        worker.ask(publish_request(tmp_path, images), fd)
+        os.close(fd)
+        threads = Path(f"/proc/{worker.process.pid}/task")
+        for thread in threads.iterdir():
+            assert (thread / "stat").read_text().rpartition(")")[2].split()[16] == "13"
+        rss = int(processor(worker.process.pid)[21]) * os.sysconf("SC_PAGE_SIZE")
+        assert rss < 40 * MIB
+        loaded = Path(f"/proc/{worker.process.pid}/maps").read_text()
+        assert not any(name in loaded for name in ("numpy", "torch", "pydantic_core", "greenlet", "sqlite3"))
+
+
+def test_a_bug_in_a_verb_is_an_internal_error_and_no_death(worker: WorkerProcess, tmp_path: Path) -> None:
+    """A manifest with a number no JSON writer takes can't come from our daemon: it stands for any bug."""
+    fd, images = sealed({"f": b"x"})
+    request = publish_request(tmp_path, images, checkpoint=new_id())
+    (tmp_path / "p/e/step_0000000001").mkdir(parents=True)
+    os.symlink("manifest.json", tmp_path / "p/e/step_0000000001/manifest.json")
+    assert worker.ask(request, fd)["code"] == "exists"
+    assert isinstance(worker.ask(Usage(root=str(tmp_path))), Used)
+    os.close(fd)
+
+
+def test_a_lane_runs_in_order_with_its_threads_and_refuses_what_it_can_not_hold() -> None:
+    from threading import Event
+
+    from ckptd.errors import Busy
+
+    lane = Lane("test", threads_max=1, waiting_max=2)
+    gate, begun, done = Event(), Event(), Event()
+    order: list[int] = []
+
+    def first() -> None:
+        begun.set()
+        gate.wait(10)
+
+    lane.submit(1, first)
+    assert begun.wait(10)
+    lane.submit(2, lambda: order.append(2))
+    lane.submit(3, lambda: (order.append(3), done.set()))
+    assert lane.waiting() == [2, 3]
+    with pytest.raises(Busy):
+        lane.submit(4, lambda: None)
+    gate.set()
+    assert done.wait(10)
+    assert order == [2, 3]
