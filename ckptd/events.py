@@ -62,8 +62,6 @@ _CHECKPOINT = ("project", "name", "step", "path", "size_bytes")
 _PROBLEM = (*_CHECKPOINT, "error", "damage")
 
 EVENTS: dict[str, Declared] = {
-    "daemon.started": Declared("the daemon serves requests", ("pid", "version", "recovered")),
-    "daemon.stopping": Declared("the drain has begun", ("why",)),
     "config.reloaded": Declared("the configuration was read again and holds", ("changed",)),
     "experiment.opened": Declared("a training process opened an experiment", ("project", "name", "segment", "pid")),
     "experiment.resumed": Declared(
@@ -89,8 +87,6 @@ EVENTS: dict[str, Declared] = {
     "checkpoint.unpinned": Declared("a person let go of it", (*_CHECKPOINT, "uid")),
     "best.changed": Declared("another checkpoint is the best by a rule", (*_CHECKPOINT, "metric", "mode", "value")),
     "latest.changed": Declared("another checkpoint is the newest verified one", _CHECKPOINT),
-    "retention.planned": Declared("the rules were applied on paper", ("project", "name", "keep", "drop")),
-    "retention.applied": Declared("what no rule keeps was retired", ("project", "name", "dropped", "bytes")),
     "root.added": Declared("a directory tree is managed or watched from now on", ("root", "kind")),
     "root.degraded": Declared(
         "a mount hangs or fails; its roots are set aside", ("mount", "filesystem", "roots", "why")
@@ -98,11 +94,8 @@ EVENTS: dict[str, Declared] = {
     "root.recovered": Declared("a mount answers again", ("mount", "filesystem", "roots")),
     "worker.started": Declared("an I/O worker process runs", ("mount", "filesystem", "pid")),
     "worker.lost": Declared("an I/O worker died or was given up", ("mount", "filesystem", "pid", "why", "stuck")),
-    "disk.low": Declared("a file system is nearly full", ("root", "free_bytes", "total_bytes")),
     "job.retried": Declared("a job met a passing error and waits", ("job", "kind", "tries", "error", "retry_after_s")),
     "job.parked": Declared("a job gave up; a person must look", ("job", "kind", "tries", "error")),
-    "save.spooled": Declared("a save lies in the spool", ("file", "size_bytes")),
-    "save.adopted": Declared("a save that no daemon took was taken over", (*_CHECKPOINT, "from")),
     MISSED: Declared("this subscriber was too slow and lost the oldest events", ("count",)),
 }
 

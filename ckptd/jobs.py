@@ -111,6 +111,13 @@ class Jobs:
         tx.after(lambda: self._hold(job.id))
         return await queue.get(tx.conn, job.id)
 
+    async def move(self, tx: Tx, job: Job, stage: str, lane: str) -> Job:
+        """RUNNING -> QUEUED for `stage` in another lane, due now: its old lane is free for the next job at once.
+
+        TimedOut  the claim was lost
+        """
+        return await self._requeue(tx, job, 0.0, stage=stage, lane=queue.lane_key(lane), attempts=0, error=None)
+
     async def finish(self, tx: Tx, job: Job) -> None:
         """RUNNING -> DONE. TimedOut when the claim was lost."""
         await self._change(tx, job, state=JobState.DONE, lease_until=None)

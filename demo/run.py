@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from subprocess import SubprocessError
 from typing import Any
 
 from processes import Process, Processes
@@ -49,7 +50,9 @@ kind = "watched"
 project = "legacy"
 """
 
-console = Console(highlight=False)
+WIDTH_PIPED = 120
+
+console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDTH_PIPED)
 
 
 class Story:
@@ -62,6 +65,7 @@ class Story:
         self.losses: dict[int, float] = {}
         self.stalls: dict[int, Stall] = {}
         self.daemon_killed_at: int | None = None
+        self.healed = False
 
     def tell(self, text: str) -> None:
         """Print one line of progress."""
@@ -100,6 +104,8 @@ class Story:
                     self._kill_daemon_mid_publish(said["step"] + 1)
             elif said["event"] == "saved":
                 self.stalls[said["step"]] = Stall(said["stall_s"], said["plain_s"])
+                if self.daemon_killed_at is not None and not self.healed:
+                    self._await_healing(self.daemon_killed_at)
                 self.tell(
                     f"step {said['step']:4}  loss {self.losses[said['step']]:.3f}  val {said['val_loss']:.3f}  "
                     f"saved in {said['stall_s'] * 1000:5.1f} ms (torch.save + fsync {said['plain_s'] * 1000:.0f} ms)"
@@ -121,6 +127,13 @@ class Story:
                     self.tell(f"[red]SIGKILL to the daemon[/] (pid {pid}) while it was writing step {step}")
                 return
             time.sleep(POLL_S)
+
+    def _await_healing(self, step: int) -> None:
+        """See what became of the checkpoint that was half written."""
+        reached = self.ckpt("wait", f"demo/transformer@step:{step}", "--level", "verified", "--timeout", "60")
+        pid = self.ckpt("status")["daemon"]["pid"]
+        self.tell(f"the next daemon (pid {pid}) found the arena: step {step} is [green]{reached['level']}[/]")
+        self.healed = True
 
 
 def prepare() -> dict[str, str]:
@@ -162,7 +175,8 @@ def conclude(story: Story) -> bool:
     rows = story.ckpt("ls", scope, "--all", "--sort", "step")["checkpoints"]
     plan = story.ckpt("retention", "plan", scope)["plans"][0]
     console.print()
-    show(console, fates(rows, plan), story.stalls)
+    events = story.ckpt("log", "--limit", "500")["events"]
+    show(console, fates(rows, plan, events), story.stalls)
     console.print("\nwhat the legacy script left behind, found and verified without its help:")
     legacy = story.ckpt("ls", "legacy", "--all")["checkpoints"]
     for row in sorted(legacy, key=lambda row: row["path"]):
@@ -188,9 +202,7 @@ def play(story: Story) -> bool:
     trainer = story.start_training()
     story.follow(trainer, kill_daemon=True)
     assert trainer.wait(PATIENCE_S) == 0
-    assert story.daemon_killed_at is not None, "no publish was caught half-way"
-    reached = story.ckpt("wait", f"demo/transformer@step:{story.daemon_killed_at}", "--level", "verified")
-    story.tell(f"step {story.daemon_killed_at}, half written when the daemon died, is {reached['level']}")
+    assert story.healed, "no publish was caught half-way"
     legacy.wait(PATIENCE_S)
     story.tell("waiting for the uninterrupted training, to compare")
     equal = compare(story, collect(reference))
@@ -204,9 +216,12 @@ def main() -> int:
     try:
         with Processes(environment, DEMO / "log.txt") as processes:
             good = play(Story(processes))
-    except (AssertionError, queue.Empty, OSError) as error:
+    except (AssertionError, queue.Empty, OSError, SubprocessError) as error:
         console.print(f"[red]the demo failed:[/] {type(error).__name__}: {error} (see {DEMO / 'log.txt'})")
         return 1
+    finally:
+        if Path(environment["CKPTD_SOCKET"]).parent != DEMO:
+            shutil.rmtree(Path(environment["CKPTD_SOCKET"]).parent, ignore_errors=True)
     console.print("\n[green]nothing was lost[/]" if good else "\n[red]a promise was broken[/]")
     return 0 if good else 1
 

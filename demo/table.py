@@ -28,18 +28,17 @@ class Fate:
     why: str
 
 
-def fates(rows: list[dict[str, Any]], plan: dict[str, Any]) -> list[Fate]:
-    """Join `ckpt ls` and `ckpt retention plan` by checkpoint, in order of steps."""
+def fates(rows: list[dict[str, Any]], plan: dict[str, Any], events: list[dict[str, Any]]) -> list[Fate]:
+    """Join `ckpt ls`, `ckpt retention plan` and, for what is gone, `ckpt log`; in order of steps."""
     keep = {entry["checkpoint"]: entry["why"] for entry in plan["keep"]}
-    drop = {entry["checkpoint"]: entry["why"] for entry in plan["drop"]}
+    gone = {event["checkpoint"]: event["data"]["why"] for event in events if "why" in event["data"]}
     found = []
     for row in rows:
         reasons = keep.get(row["checkpoint"])
-        kept = reasons is not None
-        why = reasons or drop.get(row["checkpoint"]) or [row.get("why") or f"no rule keeps it ({row['state']})"]
-        best = any(reason.startswith("best") for reason in why)
-        loss = row.get("metrics", {}).get("val_loss")
-        found.append(Fate(row["step"], row["level"], loss, best and kept, kept, ", ".join(why)))
+        why = gone.get(row["checkpoint"], row["state"]) if reasons is None else ", ".join(dict.fromkeys(reasons))
+        best = any(hold.startswith("best:") for hold in row["holds"])
+        loss = row["metrics"].get("val_loss")
+        found.append(Fate(row["step"], row["level"], loss, best, reasons is not None, why))
     return sorted(found, key=lambda fate: fate.step)
 
 

@@ -25,7 +25,7 @@ from ckptd.catalog.ballast import Ballast
 from ckptd.catalog.tx import Tx
 from ckptd.catalog.writer import Writer
 from ckptd.clock import Clock
-from ckptd.errors import CatalogFault, NotFound, Unreachable
+from ckptd.errors import CatalogFault, CkptdError, NotFound, Unreachable
 from ckptd.events import Event
 
 __all__ = ["Catalog", "Tx", "open_catalog", "open_reader"]
@@ -67,7 +67,12 @@ class Catalog:
         if self._writer is None:
             raise Unreachable("the catalog is open for reading only, because no daemon runs")
         result = await self._writer.run(fn)
-        await self._upkeep(self._writer)
+        if self._upkeep_is_due(self._writer):
+            try:
+                await self._upkeep(self._writer)
+            except (CkptdError, DBAPIError, OSError) as error:
+                # The caller's write is on the disk; upkeep comes again.
+                log.warning("catalog.upkeep_failed", path=self._where, error=str(error))
         return result
 
     async def read(self, fn: Callable[[AsyncConnection], Awaitable[T]]) -> T:
@@ -91,12 +96,16 @@ class Catalog:
                     raise known from error
         return result
 
-    async def _upkeep(self, writer: Writer) -> None:
-        """Now and then, after a commit: keep WAL, event log and ballast at their sizes."""
+    def _upkeep_is_due(self, writer: Writer) -> bool:
+        """Claim the turn, so that of many writers that end together one does the upkeep."""
         now_s = writer.clock.monotonic_s()
         if writer.commits - self._upkeep_commits < UPKEEP_COMMITS and now_s - self._upkeep_s < UPKEEP_S:
-            return
+            return False
         self._upkeep_commits, self._upkeep_s = writer.commits, now_s
+        return True
+
+    async def _upkeep(self, writer: Writer) -> None:
+        """Keep event log, ballast and WAL at their sizes."""
         await writer.run(eventlog.trim)
         if writer.eased_full_disk:
             writer.eased_full_disk = not await writer.ballast.fill()

@@ -213,7 +213,7 @@ checkpoint = Table(
     Index(None, "state", "sequence"),
     Index(None, "state", "trashed_at"),
     Index(None, "uid", "sequence"),
-    Index(None, "experiment_no", "is_good", "segment", "step", "revision", "sequence"),
+    Index("ix_checkpoint_newest_good", "experiment_no", "is_good", "segment", "step", "revision", "sequence"),
     Index(None, "experiment_no", "state", "sequence"),
     Index(None, "experiment_no", "sequence"),
     Index(None, "project_no", "sequence"),
@@ -240,7 +240,7 @@ checkpoint_metric = Table(
     Column("value", Double),
     Column("special", SmallInteger, nullable=False),
     Index(None, "name", "special", "value", "checkpoint_no"),
-    Index(None, "experiment_no", "name", "special", "value", "checkpoint_no"),
+    Index("ix_checkpoint_metric_in_experiment", "experiment_no", "name", "special", "value", "checkpoint_no"),
 )
 
 file = Table(

@@ -18,10 +18,11 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from sqlalchemy.pool import StaticPool
 
 from ckptd import config
-from ckptd.errors import CatalogFault
+from ckptd.errors import Bug, CatalogFault
 from ckptd_client import places
 
 BUSY_TIMEOUT_MS = 5000  # how long one statement waits for another process's lock
+TRUNCATE_WAIT_MS = 250  # how long truncation waits for readers, while every write waits for it
 READ_WAIT_S = 10.0  # how long a read waits for a connection
 CACHE_KIB = 16 * 1024
 ALLOW_NETWORK = "network"  # in the URL's query: "allow" accepts a network file system
@@ -120,8 +121,21 @@ async def wal_bytes(path: Path) -> int:
 
 async def truncate_wal(conn: AsyncConnection) -> bool:
     """Move the WAL into the file and cut it to nothing; False when a reader's view still needs it."""
-    busy = (await conn.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")).scalar_one()
+    await pragma(conn, f"busy_timeout={TRUNCATE_WAIT_MS}")
+    try:
+        busy, *_ = await pragma(conn, "wal_checkpoint(TRUNCATE)")
+    finally:
+        await pragma(conn, f"busy_timeout={BUSY_TIMEOUT_MS}")
     return not busy
+
+
+async def pragma(conn: AsyncConnection, words: str) -> Any:
+    """Run a pragma between transactions, past SQLAlchemy, which would begin one for it; return its first row."""
+    driver = (await conn.get_raw_connection()).driver_connection
+    if driver is None:
+        raise Bug("the catalog's connection is gone")
+    async with driver.execute(f"PRAGMA {words}") as cursor:
+        return await cursor.fetchone()
 
 
 async def snapshot(path: Path, target: Path) -> None:

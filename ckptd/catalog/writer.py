@@ -101,6 +101,9 @@ class Writer:
                 await self._second_attempt(batch)
             else:
                 self._fail(batch, error)
+        except BaseException:
+            self._fail(batch, Busy("the write was interrupted; nothing of it was kept"))
+            raise
         finally:
             for pending in batch:
                 pending.done.set()
@@ -124,7 +127,7 @@ class Writer:
         transaction = await self.conn.begin()
         try:
             if len(batch) == 1:
-                await self._run_alone(batch[0])
+                await self._run(batch[0])
             else:
                 for pending in batch:
                     await self._run_in_savepoint(pending)
@@ -135,15 +138,6 @@ class Writer:
             raise
         self.commits += 1
         failpoint.hit("catalog.committed")
-
-    async def _run_alone(self, pending: _Pending) -> None:
-        try:
-            await self._run(pending)
-        except Exception as error:
-            pending.error = error
-            if faults.is_disk_full(error):
-                pending.error = None
-            raise
 
     async def _run_in_savepoint(self, pending: _Pending) -> None:
         savepoint = await self.conn.begin_nested()

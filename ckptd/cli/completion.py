@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ckptd.cli.options import verb
+from ckptd.cli.render import escape
 from ckptd.clock import SystemClock
 from ckptd.errors import CkptdError
 
@@ -82,7 +83,7 @@ def _offers(
             return []
     # A name that is not printable could break the shell's line, and nobody would type it.
     return [
-        CompletionItem(value, help=help_)
+        CompletionItem(value, help=escape(help_))
         for value, help_ in dict(offers).items()
         if value.startswith(incomplete) and value.isprintable()
     ][:OFFERED_MAX]

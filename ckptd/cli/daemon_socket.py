@@ -99,7 +99,8 @@ class Daemon:
         while True:
             while self._arrived:
                 message = self._arrived.popleft()
-                if message.get("id") == number:
+                # An error without an id answers a frame that the daemon could not read: it must be ours.
+                if message.get("id") == number or ("error" in message and message.get("id") is None):
                     self._arrived.extendleft(reversed(passed))
                     return _checked(message)
                 passed.append(message)

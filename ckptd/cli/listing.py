@@ -149,7 +149,7 @@ def _print_rows(out: Output, found: Iterator[tuple[Row, str | None]], key: str, 
 
 @verb(
     ("ckpt ls", "the newest of everything"),
-    ("ckpt ls imagenet/resnet50 --sort step", "one experiment in order of steps"),
+    ("ckpt ls imagenet/resnet50 --sort step", "one experiment, the highest step first"),
     ("ckpt ls --state corrupt --all", "whatever is damaged"),
     ("ckpt ls --level verified -q | xargs -n1 ckpt verify", "ids for another program"),
     ("ckpt ls imagenet --summary", "counts and sizes only"),

@@ -6,7 +6,6 @@ a hot copy) is missing from the answers.
 
 import os
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -14,7 +13,7 @@ import anyio
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ckptd import config, origins
-from ckptd.catalog import bests, checkpoints, eventlog, experiments, figures, holds, listing, open_reader
+from ckptd.catalog import bests, checkpoints, eventlog, experiments, figures, holds, listing, open_reader, selectors
 from ckptd.clock import SystemClock
 from ckptd.errors import BadConfig, NotFound, Unreachable
 from ckptd.intake import describe
@@ -32,18 +31,14 @@ Answer = dict[str, Any]
 
 def find_catalog() -> str | None:
     """Return the path of this user's catalog, None when there is none."""
+    named = os.environ.get("CKPTD_CONFIG")
     try:
-        state_dir = str(origins.places(_named_config()).state_dir)
+        state_dir = str(origins.places(Path(named) if named else None).state_dir)
     except BadConfig:
         # A broken configuration must not hide the checkpoints: look where they are by default.
         state_dir = places.state_dir()
     path = os.path.join(state_dir, CATALOG)
     return path if os.path.isfile(path) else None
-
-
-def _named_config() -> Path | None:
-    named = os.environ.get("CKPTD_CONFIG")
-    return Path(named) if named else None
 
 
 class OfflineCatalog:
@@ -134,25 +129,8 @@ async def _experiment(conn: AsyncConnection, row: experiments.Experiment) -> Ans
 
 
 async def _select(conn: AsyncConnection, fields: Fields) -> Checkpoint:
-    project, name = fields.get("project"), fields.get("name")
-    named = fields["selector"].partition("@")[0].split("/")
-    if len(named) == 2:  # noqa: PLR2004 - PROJECT/NAME
-        project, name = named
-    rule = _best_rule(project, name)
-    scope = listing.Scope(project=fields.get("project"), name=fields.get("name"))
-    if rule is not None:
-        scope = replace(scope, best_metric=rule.metric, best_mode=rule.mode)
-    return await listing.resolve(conn, fields["selector"], scope)
-
-
-def _best_rule(project: str | None, name: str | None) -> config.BestRule | None:
-    """Say what a bare "best" means for an experiment, as far as the configuration can be read."""
-    try:
-        settings = origins.load(_named_config()).settings
-    except BadConfig:
-        return None
-    rules = settings.retention if project is None or name is None else settings.rules_for(project, name)
-    return rules.keep_best[0] if rules.keep_best else None
+    scope = selectors.Scope(project=fields.get("project"), name=fields.get("name"))
+    return await selectors.resolve(conn, fields["selector"], scope)
 
 
 async def _resolve(conn: AsyncConnection, fields: Fields) -> Answer:

@@ -54,7 +54,7 @@ _MEANINGS = {
 def render_cli() -> str:
     """Return docs/reference/cli.md: one heading for each verb, with usage, examples and options."""
     parts = [_HEAD, *_options(global_options()), ""]
-    context = click.Context(ckpt, info_name="ckpt")
+    context = click.Context(ckpt, info_name="ckpt", **ckpt.context_settings)
     for family, verbs in VERBS.items():
         parts.append(f"## {family}\n")
         for name in verbs:

@@ -10,8 +10,6 @@ import errno
 import json
 import os
 import re
-import shlex
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -77,13 +75,23 @@ class Screen:
         """Look at standard output and the environment; --no-color and NO_COLOR beat FORCE_COLOR."""
         env = os.environ if environ is None else environ
         terminal = sys.stdout.isatty()
-        size = shutil.get_terminal_size() if terminal else os.terminal_size((80, 24))
-        return cls(terminal, wants_colour(env, terminal=terminal, no_color=no_color), size.columns, size.lines)
+        columns, lines = _terminal_size(env) if terminal else (80, 24)
+        return cls(terminal, wants_colour(env, terminal=terminal, no_color=no_color), columns, lines)
 
     def paint(self, text: str, style: str | None) -> str:
         """Return `text` in a style of _CODES or COLOURS, or as it is where colours are off."""
         code = _CODES.get(COLOURS.get(style or "", style or ""))
         return f"\x1b[{code}m{text}\x1b[0m" if self.colour and code and text else text
+
+
+def _terminal_size(env: Mapping[str, str]) -> tuple[int, int]:
+    """Return columns and lines; COLUMNS and LINES beat what the terminal says, which may be 0."""
+    try:
+        columns, lines = os.get_terminal_size(sys.stdout.fileno())
+    except (OSError, ValueError):
+        columns, lines = 0, 0
+    named = [int(env.get(name) or 0) if env.get(name, "").isdecimal() else 0 for name in ("COLUMNS", "LINES")]
+    return named[0] or columns or 80, named[1] or lines or 24
 
 
 def wants_colour(env: Mapping[str, str], *, terminal: bool, no_color: bool) -> bool:
@@ -256,7 +264,7 @@ def print_json(body: object, screen: Screen) -> None:
 
 def json_text(body: object, *, indent: int | None = None) -> str:
     """Write JSON that is plain ASCII, so that no name in it can do anything to a terminal."""
-    return json.dumps(body, indent=indent).replace("\x7f", "\\u007f")
+    return json.dumps(body, indent=indent)
 
 
 def print_lines(screen: Screen, lines: Sequence[str]) -> None:
@@ -269,6 +277,8 @@ def print_lines(screen: Screen, lines: Sequence[str]) -> None:
 
 def _paged(text: str) -> bool:
     """Show `text` in $CKPTD_PAGER, $PAGER or less; say False when there is none to be had."""
+    import shlex
+
     command = shlex.split(os.environ.get("CKPTD_PAGER", os.environ.get("PAGER", "less")))
     if not command or command == ["cat"] or os.environ.get("TERM") == "dumb":
         return False

@@ -222,23 +222,22 @@ def _print_event(event: Row, out: Output) -> None:
 def event_line(event: Row, screen: render.Screen) -> str:
     """Write one event as a line: for people aligned, in a pipe separated by tabs.
 
-    In a pipe: number, time, event, checkpoint, experiment and data.
+    In a pipe: number, time, event, checkpoint, PROJECT/EXPERIMENT, step and data.
     """
-    data = dict(event.get("data") or {})
+    data = event.get("data") or {}
+    subject = f"{event.get('project') or ''}/{event['name']}" if event.get("name") else ""
+    step = event.get("step")
     if not screen.terminal:
-        words = (event.get("seq"), event.get("at"), event.get("name"), event.get("checkpoint"), event.get("experiment"))
+        words = (*(event.get(key) for key in ("seq", "at", "event", "checkpoint")), subject, step)
         shown = [render.escape("" if word is None else word) for word in words]
         return "\t".join([*shown, render.json_text(data)])
-    kind = str(event.get("name"))
-    where = [f"{data.pop('project', '')}/{data.pop('name')}"] if data.get("name") else []
-    if data.get("step") is not None:
-        where.append(f"step {data.pop('step')}")
-    if event.get("checkpoint"):
-        where.append(render.short(event["checkpoint"]))
+    kind = str(event.get("event"))
+    where = [subject, "" if step is None else f"step {step}", render.short(event.get("checkpoint"))]
     where += [f"{key}={render.metric(value)}" for key, value in data.items() if value not in (None, "")]
     style = render.COLOURS.get(kind.rpartition(".")[2], "bold")
     time_ = screen.paint(render.moment(event.get("at")), "dim")
-    return f"{time_}  {screen.paint(render.escape(f'{kind:<22}'), style)}  {render.escape(' '.join(where))}".rstrip()
+    said = render.escape(" ".join(word for word in where if word))
+    return f"{time_}  {screen.paint(render.escape(f'{kind:<22}'), style)}  {said}".rstrip()
 
 
 def _print_audit(limit: int, out: Output) -> None:

@@ -79,7 +79,6 @@ class Arena:
     holder_ticks: int = 0
     holder_uid: int = -1  # -1: taken over from an earlier daemon, which served this daemon's own user
     checkpoint_id: str = ""
-    readers: int = 0
     reclaiming: bool = False
     used_s: float = 0.0
 
@@ -87,6 +86,11 @@ class Arena:
     def name(self) -> str:
         """Its name in the fd store."""
         return FD_PREFIX + self.id.hex()
+
+    @property
+    def readers(self) -> int:
+        """How many living processes map it; written in the control page, so that it outlives this daemon."""
+        return control.readers(self.page)
 
     def descriptor(self) -> bytes | None:
         """Return the committed descriptor, or None while the arena holds no whole save.

@@ -19,6 +19,7 @@ from ckptd.intake.listener import Listener, Peer
 from ckptd.intake.reconcile import Reconciler
 from ckptd.intake.training import Answer, Front, Handler, select
 from ckptd.model import Checkpoint, ExperimentStatus, JobState, Level, State
+from ckptd.query.totals import totals
 from ckptd.worker import Workers
 from ckptd.worker.protocol import Usage, Used
 from ckptd_client import spool
@@ -62,6 +63,7 @@ class Control:
             ask.Status: self.status,
             ask.List: self.page,
             ask.Experiments: self.page_experiments,
+            ask.Summary: self.summary,
             ask.Show: self.show,
             ask.Events: self.events,
             ask.Audit: self.audit,
@@ -266,6 +268,11 @@ class Control:
             if w.checkpoint_id in rows
         ]
         return describe.experiment(row, newest, best, await figures.on_disk(conn, experiment_id=row.id))
+
+    async def summary(self, peer: Peer, request: ask.Summary) -> Answer:
+        """Counts, sizes, the newest, the oldest and the best."""
+        uid = None if peer.uid in {0, os.getuid()} else peer.uid
+        return await self._front.catalog.read(lambda conn: totals(conn, uid, request.project, request.name))
 
     async def show(self, peer: Peer, request: ask.Show) -> Answer:
         """Everything about one checkpoint."""

@@ -169,7 +169,12 @@ class Reconciler:
         while cursor is not None:
             page, cursor = await self._catalog.read(lambda conn, at=cursor: listing.known(conn, root.id, after=at))  # type: ignore[misc]
             unseen.update({k.path: k.checkpoint_id for k in page if k.state in {State.LIVE, State.CORRUPT}})
-        complete = await self._take(root, "", result, unseen)
+        try:
+            complete = await self._take(root, "", result, unseen)
+        except CkptdError as error:
+            if error.code in {"not_found", "missing"} and not unseen:
+                return result  # a root nobody has written to yet
+            raise  # never "all its checkpoints are missing": a disk that is not mounted looks just like this
         if complete:
             await self._missing(root, unseen, result)
         await self._catalog.write(lambda tx: roots.mark_reconciled(tx, root.id))

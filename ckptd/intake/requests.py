@@ -199,6 +199,13 @@ class Experiments(Request, frozen=True, tag="experiments"):
     after: str | None = None
 
 
+class Summary(Request, frozen=True, tag="summary"):
+    """How many checkpoints are there, how large, how good?"""
+
+    project: str | None = None
+    name: str | None = None
+
+
 class Show(Selecting, frozen=True, tag="show"):
     """Everything about one checkpoint."""
 
@@ -299,7 +306,7 @@ class Reload(Request, frozen=True, tag="reload"):
 ALL: tuple[type[Request], ...] = (
     Hello, ExperimentOpen, ExperimentBeat, ExperimentClose, ExperimentTag, Lease, Commit, Abandon, Submit,
     Attach, Detach, Resolve, Follow, MetricPoints, CheckpointMetrics, Report, Replace, Status, List, Experiments,
-    Show, Verify, Wait, Pin, Unpin, Remove, Retention, Events, Audit, Doctor, Rebuild, RootAdd, Roots, Tail,
+    Summary, Show, Verify, Wait, Pin, Unpin, Remove, Retention, Events, Audit, Doctor, Rebuild, RootAdd, Roots, Tail,
     Stop, Reload,
 )  # fmt: skip
 

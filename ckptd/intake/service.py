@@ -9,6 +9,7 @@ from typing import Any
 
 import structlog
 
+from ckptd.catalog import holds
 from ckptd.errors import BadRequest, Bug, Busy, CkptdError, NotAuthorized
 from ckptd.intake import requests as ask
 from ckptd.intake.listener import REQUESTS_RUNNING_MAX, Peer
@@ -85,9 +86,10 @@ class Service:
         """A connection closed: look at what it left behind."""
         self._front.followers.remove(peer)
         self._front.presence.left(peer)
-        for checkpoint_id in tuple(peer.attached):
-            self._training.release(peer, checkpoint_id)
         self._front.pool.orphaned(peer)
+        if peer.attached:
+            # Mappings outlive the connection: the control pages say which readers still live.
+            await self._front.catalog.write(lambda tx: holds.release_all(tx, f"pid {peer.pid}"))
         await self.reap()
 
     async def reap(self) -> None:

@@ -25,7 +25,7 @@ from ckptd.intake.spooled import offer_of
 from ckptd.jobs import Jobs
 from ckptd.model import Checkpoint, ExperimentStatus, Level, State
 from ckptd.pipeline.verify import refresh_best
-from ckptd_client import wire
+from ckptd_client import control, wire
 from ckptd_client.wire import from_number, number
 
 Answer = dict[str, Any]
@@ -182,16 +182,16 @@ class Training:
         }
         arena = front.pool.of_checkpoint(row.id)
         raw = arena.descriptor() if arena is not None else None
-        if arena is None or raw is None:
+        if arena is None or raw is None or not control.add_reader(arena.page, peer.pid):
             files = await front.catalog.read(lambda conn: checkpoints.files(conn, row.id))
             listed = [{"path": f.path, "size_bytes": f.size_bytes, "sha256": f.sha256} for f in files]
+            peer.attached[row.id] = None
             return {**facts, "hot": False, "files": listed}, None
-        job_files = self._images(raw, arena)
+        images = self._images(raw, arena)
         peer.attached[row.id] = arena
-        arena.readers += 1
         # Opened anew and read-only: the reader can map it, never write what others may still read.
         fd = os.open(f"/proc/self/fd/{arena.fd}", os.O_RDONLY | os.O_CLOEXEC)
-        return {**facts, "hot": True, "files": job_files, "arena_bytes": arena.size_bytes}, fd
+        return {**facts, "hot": True, "files": images, "arena_bytes": arena.size_bytes}, fd
 
     def _images(self, raw: bytes, arena: Arena) -> list[dict[str, Any]]:
         found = descriptor.decode(raw, arena.size_bytes)
@@ -205,9 +205,9 @@ class Training:
 
     def release(self, peer: Peer, checkpoint_id: str) -> None:
         """Let go of the arena that a reader mapped."""
-        arena = peer.attached.pop(checkpoint_id, None)
+        arena = peer.attached.pop(checkpoint_id, None) or self._front.pool.of_checkpoint(checkpoint_id)
         if arena is not None:
-            arena.readers -= 1
+            control.remove_reader(arena.page, peer.pid)
             self._front.pool.wake()
 
     async def resolve(self, peer: Peer, request: ask.Resolve) -> Answer:

@@ -3,6 +3,7 @@
 import difflib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ PREFIX = "CKPTD_"
 # Variables of ckptd that are no settings: places, fail points, and what clients read.
 _OTHER_VARIABLES = frozenset({"CKPTD_DIR", "CKPTD_FAIL", "CKPTD_CONFIG"})
 _CLOSE_ENOUGH = 0.75
+_NUMBER = re.compile(r"\d{1,18}(\.\d+)?")
 
 Tree = dict[str, Any]
 
@@ -129,7 +131,9 @@ def _from_environ(environ: Mapping[str, str], errors: list[dict[str, str]], prob
 
 
 def _value(text: str) -> Any:
-    """Lists and tables are written as JSON; everything else is text that the model converts."""
+    """Read lists and tables as JSON and bare numbers as in TOML (5 is 5 seconds); the model converts the rest."""
+    if _NUMBER.fullmatch(text):
+        return float(text) if "." in text else int(text)
     if text[:1] in {"[", "{"}:
         try:
             return json.loads(text)

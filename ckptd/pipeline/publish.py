@@ -16,7 +16,7 @@ from ckptd.catalog.checkpoints import Durable
 from ckptd.catalog.tx import Tx
 from ckptd.errors import CkptdError, InvalidFormat, Missing
 from ckptd.jobs import Job
-from ckptd.model import Checkpoint, FileEntry, Identity, Level, Origin, State, step_name
+from ckptd.model import Checkpoint, FileEntry, Identity, JobState, Level, Origin, State, step_name
 from ckptd.pipeline.manifest import manifest
 from ckptd.pipeline.tools import Ended, Onward, Outcome, Tools
 from ckptd.worker.protocol import (
@@ -51,13 +51,17 @@ async def run(job: Job, tools: Tools) -> Outcome:
         found = job.payload.get("found")
         if found:
             await checkpoints.add_metrics(tx, checkpoint.id, found)
+        if checkpoint.origin is Origin.MEMORY:
+            # The experiment's next save is written while this one is read back; what follows keeps
+            # its own order in a lane of its own.
+            return await tools.jobs.move(tx, job, NEXT, f"{checkpoint.experiment_id}/after")
         return await tools.jobs.advance(tx, job, NEXT)
 
     onward = await tools.catalog.write(record)
     failpoint.hit("ack.durable")
     await tools.sources.published(checkpoint.id)
     failpoint.hit("arena.released")
-    return Onward(onward)
+    return Ended() if onward.state is JobState.QUEUED else Onward(onward)
 
 
 async def _already(job: Job, tools: Tools, checkpoint: Checkpoint) -> Outcome:

@@ -20,16 +20,14 @@ Answer = dict[str, Any]
 
 
 async def totals(
-    conn: AsyncConnection, *, uid: int | None = None, project: str | None = None, name: str | None = None
+    conn: AsyncConnection, uid: int | None = None, project: str | None = None, name: str | None = None
 ) -> Answer:
     """Return the reply of `summary` (docs/reference/wire-control.md) for what the arguments leave over.
 
     Counts are made by the database; dropped and replaced checkpoints are no longer any. `recoverable` are those in
     the trash, and invalid ones with an arena or a copy that still holds them.
     """
-    scope = await _experiments(conn, uid, project, name)
-    if uid is not None:
-        scope = scope & (_row.uid == uid)
+    scope = _scope(uid, project, name)
     here = scope & _row.state.not_in((State.DROPPED, State.REPLACED))
     counted = select(_row.state, _row.level, func.count(), func.coalesce(func.sum(_row.size_bytes), 0))
     by_state: dict[str, int] = {}
@@ -54,21 +52,14 @@ async def totals(
     }
 
 
-async def _experiments(
-    conn: AsyncConnection, uid: int | None, project: str | None, name: str | None
-) -> ColumnElement[bool]:
-    """Narrow to experiments by their row numbers, so that an index of `checkpoint` answers."""
-    if project is None and name is None:
-        return true()
-    wanted = select(_experiment.no).join(schema.project, schema.project.c.no == _experiment.project_no)
-    if uid is not None:
-        wanted = wanted.where(_experiment.uid == uid)
+def _scope(uid: int | None, project: str | None, name: str | None) -> ColumnElement[bool]:
+    """Narrow by row numbers, so that an index of `checkpoint` answers."""
+    scope = true() if uid is None else _row.uid == uid
     if project is not None:
-        wanted = wanted.where(schema.project.c.name == project)
+        scope = scope & _row.project_no.in_(select(schema.project.c.no).where(schema.project.c.name == project))
     if name is not None:
-        wanted = wanted.where(_experiment.name == name)
-    numbers = (await conn.execute(wanted)).scalars().all()
-    return _row.experiment_no.in_(numbers)
+        scope = scope & _row.experiment_no.in_(select(_experiment.no).where(_experiment.name == name))
+    return scope
 
 
 async def _rescuable(conn: AsyncConnection, scope: ColumnElement[bool]) -> int:

@@ -18,7 +18,9 @@ from ckptd_client.places import SOCKET_PATH_BYTES_MAX
 
 DATAGRAM_BYTES_MAX = 4096
 FDS_MAX = 253  # the kernel's own limit for one message
-MESSAGES_AT_ONCE = 256  # then the supervisor looks at its deadlines again
+# Then the supervisor looks at its deadlines again. More than the kernel queues for one socket (net.unix.max_dgram_qlen,
+# 512 under systemd), so that a dead daemon's last words are heard in one go.
+MESSAGES_AT_ONCE = 1024
 _CREDENTIALS = struct.Struct("3i")
 
 

@@ -210,7 +210,8 @@ class Unit:
 
     def _bury(self) -> None:
         """The daemon is dead: hear its last words, end what it left behind, decide what follows."""
-        self._hear()  # what it stored before it died counts
+        # What it stored before it died counts, also when it came after the poll looked at the mailbox.
+        self._hear()
         with suppress(ProcessLookupError):
             # Before reaping: until then the number can't belong to another process group.
             os.killpg(self._pid, signal.SIGKILL)

@@ -30,30 +30,26 @@ from ckptd_client.wire import FrameError, Splitter
 READ_BYTES = 256 << 10
 FDS_MAX = 16  # descriptors in one message; the daemon sends one with a frame
 WAITING_MAX = 1024  # requests that wait in one lane
-WATCHES_MAX = 256  # watches run until cancelled: each has a thread of its own, outside the lanes
+WATCHES_MAX = 256  # watches run until cancelled: each has a thread of its own
 
 
 @dataclass(frozen=True, slots=True)
 class Verb:
-    """Where a verb lives: it is imported when it is first asked for.
-
-    heavy  reads or writes whole files: such requests queue among themselves, so that a question
-           that takes a millisecond never waits behind a publish of minutes
-    """
+    """Where a verb lives (it is imported when it is first asked for), and the lane it runs in."""
 
     module: str
     function: str = "run"
-    heavy: bool = False
+    lane: str = "quick"
 
 
 VERBS: dict[type[protocol.Request], Verb] = {
-    protocol.Publish: Verb("publish", heavy=True),
-    protocol.Digest: Verb("digest", heavy=True),
-    protocol.Verify: Verb("verify", heavy=True),
-    protocol.Scan: Verb("scan", heavy=True),
+    protocol.Publish: Verb("publish", lane="publish"),
+    protocol.Digest: Verb("digest", lane="read"),
+    protocol.Verify: Verb("verify", lane="read"),
+    protocol.Scan: Verb("scan", lane="scan"),
+    protocol.Watch: Verb("watch", lane="watch"),
     protocol.Inspect: Verb("inspect"),
     protocol.Settle: Verb("settle"),
-    protocol.Watch: Verb("watch"),
     protocol.Link: Verb("link"),
     protocol.Trash: Verb("trash", "trash"),
     protocol.Restore: Verb("trash", "restore"),
@@ -63,22 +59,36 @@ VERBS: dict[type[protocol.Request], Verb] = {
 }
 
 
+def make_lanes(threads: int) -> dict[str, Lane]:
+    """Share the threads out, so that nothing waits behind what may take much longer, or matters less.
+
+    publish  a trainer's arena is held until it is done; each takes a second thread for its digests
+    read     scrubbing terabytes must not delay a publish
+    scan     one at a time: it has the whole tree to itself, and all of reconcile hangs on it
+    quick    questions of a millisecond, and removals, which a full disk waits for
+    watch    runs until it is cancelled
+    """
+    sizes = {
+        "publish": max(1, threads // 2),
+        "read": max(1, threads // 4),
+        "scan": 1,
+        "quick": max(2, threads // 4),
+        "watch": WATCHES_MAX,
+    }
+    return {name: Lane(name, threads_max=size, waiting_max=WAITING_MAX) for name, size in sizes.items()}
+
+
 class Loop:
     """One connection to the daemon and the requests under way."""
 
     def __init__(self, sock: socket.socket, limits: Limits, *, threads: int) -> None:
-        """Take the connected socket; half of the threads (at least one) are for heavy verbs.
-
-        Half, for a publish takes a second thread for its digests.
-        """
+        """Take the connected socket; `threads` are shared out as make_lanes says."""
         self._socket = sock
         self._limits = limits
         self._sending = threading.Lock()
         self._running: dict[int, Context] = {}
         self._table = threading.Lock()
-        self._heavy = Lane("heavy", threads_max=max(1, threads // 2), waiting_max=WAITING_MAX)
-        self._quick = Lane("quick", threads_max=max(1, threads - threads // 2), waiting_max=WAITING_MAX)
-        self._watches = Lane("watch", threads_max=WATCHES_MAX, waiting_max=WAITING_MAX)
+        self._lanes = make_lanes(threads)
 
     def run(self) -> NoReturn:
         """Serve until the socket ends, then end the process at once."""
@@ -137,8 +147,7 @@ class Loop:
         self._start(number, request, fd)
 
     def _start(self, number: int, request: protocol.Request, fd: int | None) -> None:
-        verb = VERBS[type(request)]
-        lane = self._heavy if verb.heavy else self._watches if isinstance(request, protocol.Watch) else self._quick
+        lane = self._lanes[VERBS[type(request)].lane]
         context = Context(send=partial(self._speak, number, lane), fd=fd, limits=self._limits)
         with self._table:
             self._running[number] = context

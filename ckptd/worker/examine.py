@@ -29,6 +29,13 @@ _REAP_S = 1.0
 _READ_BYTES = 1 << 16
 
 
+def command(limits: Limits) -> list[str]:
+    """Return the child's command line; as isolated from the environment as this process is."""
+    isolated = ["-I"] if sys.flags.isolated else []
+    numbers = [str(limits.parser_bytes_max), str(limits.parser_cpu_s)]
+    return [sys.executable, *isolated, "-m", "ckptd.worker.parser", *numbers]
+
+
 class _EndedError(Exception):
     """The child's stdout ended before its answer."""
 
@@ -37,16 +44,8 @@ class _Child:
     """One parser process from the outside."""
 
     def __init__(self, limits: Limits) -> None:
-        isolated = ["-I"] if sys.flags.isolated else []
         self._process = subprocess.Popen(
-            [
-                sys.executable,
-                *isolated,
-                "-m",
-                "ckptd.worker.parser",
-                str(limits.parser_bytes_max),
-                str(limits.parser_cpu_s),
-            ],
+            command(limits),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

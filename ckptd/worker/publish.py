@@ -1,5 +1,6 @@
 """Arena to final name: whole or absent, durable, and one publish however often it is asked for."""
 
+import hashlib
 import os
 from dataclasses import dataclass
 
@@ -58,31 +59,32 @@ def run(request: Publish, context: Context) -> Published:
         os.close(root_fd)
     try:
         place = _Place(parent_fd, parts[-1], checkpoint)
-        return _adopted(request, place) or _publish(request, context, place)
+        if found := _adopted(request, place):
+            return found
+        image = Image(context.fd, request.files)
+        try:
+            return _publish(request, context, place, image)
+        finally:
+            image.close()
     finally:
         os.close(parent_fd)
 
 
-def _publish(request: Publish, context: Context, place: _Place) -> Published:
-    if context.fd is None:
-        raise BadRequest("a publish needs an arena")
-    image = Image(context.fd, request.files)
-    try:
-        _admit(request, place)
-        for attempt in range(1, _TRIES + 1):
-            try:
-                return _attempt(request, context, place, image)
-            except FsyncFailed:
-                if attempt == _TRIES:
-                    raise
-            except Exists:
-                # Somebody published meanwhile: if it was this checkpoint, that publish is ours too.
-                if found := _adopted(request, place):
-                    return found
+def _publish(request: Publish, context: Context, place: _Place, image: Image) -> Published:
+    _admit(request, place)
+    tries = 1
+    while True:
+        try:
+            return _attempt(request, context, place, image)
+        except FsyncFailed:
+            if tries == _TRIES:
                 raise
-    finally:
-        image.close()
-    raise AssertionError  # the last attempt returns or raises
+            tries += 1
+        except Exists:
+            # Somebody published meanwhile: if it was this checkpoint, that publish is ours too.
+            if found := _adopted(request, place):
+                return found
+            raise
 
 
 def _admit(request: Publish, place: _Place) -> None:
@@ -150,8 +152,6 @@ def _write_manifest(directory_fd: int, text: bytes) -> None:
 
 
 def _reply(request: Publish, directory_fd: int, made: tuple[bytes, Written | None]) -> Published:
-    import hashlib  # noqa: PLC0415  loaded by hashing.py already; named here only
-
     text, written = made
     records = msgspec.json.decode(text, type=_Manifest).files if written is None else written.records
     took = written or Written(direct=False)

@@ -116,6 +116,8 @@ def run(request: Settle, context: Context) -> Settlement:
             os.close(look.fd)
     except FileNotFoundError:
         return Settlement(settled=False, reason="gone", retry_after_s=0.0, identity=None)
+    except NotADirectoryError:
+        return _refused("a file or a symlink lies on the way")
     except BadPath as error:
         return _refused(error.message)
     finally:
@@ -151,12 +153,16 @@ def _open(request: Settle, context: Context, root_fd: int, parts: tuple[str, ...
             return Settlement(
                 settled=False, reason=f"incomplete: {marker!r} marks it", retry_after_s=pause_s, identity=None
             )
-        fd = beneath.open_beneath(above, parts[-1:], beneath.READ, one_mount=True)
+        fd = os.open(parts[-1], beneath.READ | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=above)
     except BlockingIOError:  # somebody holds a write lease
         return Settlement(settled=False, reason="writer", retry_after_s=WRITER_RETRY_S[0], identity=None)
     finally:
         os.close(above)
-    return _Look(request, context, fd, _is_remote(request.root, os.fstat(fd).st_dev))
+    device = os.fstat(fd).st_dev
+    if device != os.fstat(root_fd).st_dev:
+        os.close(fd)
+        return _refused("it lies on another file system")
+    return _Look(request, context, fd, _is_remote(request.root, device))
 
 
 def _marker(directory_fd: int, name: str) -> str:

@@ -243,12 +243,10 @@ class Station:
             with anyio.move_on_after(pause_s):
                 await self._freed.wait()  # a hung process could die: the mount moves again
             pause_s = min(pause_s * 2, pace.probe_s_max)
-            if len(self._stuck) >= self._setup.settings.stuck_max:
-                continue  # a probe would only hang one more
             question = protocol.Usage(root=min(self.roots, default=self.mount.point))
             try:
                 await self._answer(question, None, min(pace.probe_answer_s, self._setup.settings.request_s))
-            except Weather:
+            except (Weather, RootDegraded):  # the latter: asking would only hang one worker more
                 continue
             except CkptdError:
                 pass  # an error is an answer: the worker came back from the file system

@@ -88,20 +88,27 @@ class _Watcher:
         before = _identity(self._root)
         if before is None:
             return "the root does not exist"
+        problem = ""
         try:
-            watcher = RustNotify([self._root], False, False, 0, True, True)
+            try:
+                watcher = _native(self._root, ignore_denied=False)
+            except PermissionError as error:
+                # Told to ignore such directories, the watcher ignores a reached watch limit as well.
+                problem = f"some directories can't be watched: {error}"
+                watcher = _native(self._root, ignore_denied=True)
         except (OSError, WatchfilesRustInternalError) as error:
             return _explained(error)
         try:
             # After the watch is in place: what was made before it is found by this scan.
-            self._context.send_part(Hints([], lost=True))
-            return self._follow(watcher, before)
+            self._context.send_part(Hints([], lost=True, problem=problem))
+            return self._follow(watcher, before, partial=bool(problem))
         except (WatchfilesRustInternalError, UnicodeError, RuntimeError) as error:
             return _explained(error)
         finally:
             watcher.close()
 
-    def _follow(self, watcher: RustNotify, before: tuple[int, int]) -> str:
+    def _follow(self, watcher: RustNotify, before: tuple[int, int], *, partial: bool) -> str:
+        scanned_s = time.monotonic()
         while True:
             changes = watcher.watch(self._debounce_ms, self._pace.step_ms, self._pace.root_check_ms, self._cancelled)
             if changes == "stop":
@@ -112,6 +119,15 @@ class _Watcher:
                     self._context.send_part(found)
             if _identity(self._root) != before:
                 return "the root was replaced"
+            if partial and time.monotonic() - scanned_s >= self._pace.restart_s[1]:
+                scanned_s = time.monotonic()
+                self._context.send_part(Hints([], lost=True))
+
+
+def _native(root: str, *, ignore_denied: bool) -> RustNotify:
+    """Make the native watcher: no debug output, no polling, recursive. Its environment variables are not read."""
+    debug, polling, poll_ms, recursive = False, False, 0, True
+    return RustNotify([root], debug, polling, poll_ms, recursive, ignore_denied)
 
 
 def hints(root: str, paths: set[str], *, burst: int) -> Hints | None:

@@ -45,7 +45,7 @@ def command() -> Optional[List[str]]:
 def start(place: places.SocketPlace, *, wait_for: Callable[[float], bool]) -> str:
     """Start a daemon that listens at `place`; return "" or why it could not be done.
 
-    wait_for  is called with START_S once the daemon is on its way and returns whether it answers
+    wait_for  is called with a limit in seconds and returns whether a daemon answers by then; 0 asks once
 
     Several processes may call this at once (the ranks of one node): one starts it, all wait.
     Blocks for at most START_S and the moment the start takes. Never raises.
@@ -60,7 +60,8 @@ def start(place: places.SocketPlace, *, wait_for: Callable[[float], bool]) -> st
     except (OSError, places.PlaceError) as error:
         return f"can't start a daemon: {error}"
     try:
-        if _is_first(lock):
+        # Asked again under the lock: whoever held it before may have started one.
+        if _is_first(lock) and not wait_for(0.0):
             _launch(program, state, place.path)
         return (
             ""

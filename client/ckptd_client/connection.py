@@ -256,7 +256,7 @@ class Connection:
             self._call(self._callbacks.push, message)
             return
         with self._changed:
-            on_reply = self._pending.pop(message["id"], None) if isinstance(message.get("id"), int) else None
+            on_reply = self._pending.pop(message["id"], None) if type(message.get("id")) is int else None
         if on_reply is None:
             close_all(fds)
         else:

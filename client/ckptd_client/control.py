@@ -16,6 +16,8 @@ An arena is a sealed memfd (or, where no daemon was to be had, a spool file with
          56   u64  descriptor offset            64  u64 descriptor size
          72   32s  SHA-256 of the descriptor bytes
         104   u64  generation the descriptor was written for
+        128   8 x (u32 pid, u32 reserved, u64 start time): processes that map the arena to read it.
+              An arena with a living reader is never lent again, whichever daemon looks at it.
 
 Who writes what. The daemon writes the page while the word is FREE or RELEASED; the lease holder
 owns it from LEASED on. COMMITTED is set last, after the descriptor and its digest, by one aligned
@@ -36,6 +38,9 @@ FREE, LEASED, WRITING, COMMITTED, RELEASED = 0, 1, 2, 3, 4
 _HEAD = struct.Struct("<8sIIQ16sIIQ")
 _DESCRIPTOR = struct.Struct("<QQ32sQ")
 _WORD = struct.Struct("<I")
+_READER = struct.Struct("<IIQ")
+_READERS_AT = 128
+READERS_MAX = 8
 _WORD_AT = 12
 _DESCRIPTOR_AT = 56
 
@@ -68,6 +73,32 @@ def write_lease(page: Any, arena: bytes, generation: int, pid: int) -> None:
     _DESCRIPTOR.pack_into(page, _DESCRIPTOR_AT, 0, 0, bytes(32), 0)
     _HEAD.pack_into(page, 0, MAGIC, LAYOUT, FREE, generation, arena, pid, 0, started_ticks(pid))
     _WORD.pack_into(page, _WORD_AT, LEASED)
+
+
+def add_reader(page: Any, pid: int) -> bool:
+    """Daemon: note that process `pid` is about to map the arena; False when all places are taken."""
+    for index in range(READERS_MAX):
+        at = _READERS_AT + index * _READER.size
+        other, _, ticks = _READER.unpack_from(page, at)
+        if not is_alive(other, ticks):
+            _READER.pack_into(page, at, pid, 0, started_ticks(pid))
+            return True
+    return False
+
+
+def remove_reader(page: Any, pid: int) -> None:
+    """Daemon: process `pid` has given one mapping up."""
+    for index in range(READERS_MAX):
+        at = _READERS_AT + index * _READER.size
+        if _READER.unpack_from(page, at)[0] == pid:
+            _READER.pack_into(page, at, 0, 0, 0)
+            return
+
+
+def readers(page: Any) -> int:
+    """Count the living processes that map the arena to read it."""
+    found = [_READER.unpack_from(page, _READERS_AT + index * _READER.size) for index in range(READERS_MAX)]
+    return sum(1 for pid, _, ticks in found if pid and is_alive(pid, ticks))
 
 
 def set_state(page: Any, state: int) -> None:

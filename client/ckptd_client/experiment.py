@@ -12,7 +12,6 @@ from ckptd_client.cadence import Cadence
 from ckptd_client.errors import Refused, UnsupportedValue
 from ckptd_client.handle import Handle
 from ckptd_client.loader import Loader, Wanted
-from ckptd_client.offers import offer
 from ckptd_client.overflow import SPOOL_BYTES_MAX
 from ckptd_client.places import PlaceError, named_place
 from ckptd_client.saver import Saver
@@ -216,7 +215,7 @@ class Experiment:
         session = self._live()
         session.note_step(checked.step)
         names: Dict[str, Optional[str]] = {"project": self._spec.project, "experiment": self._spec.name}
-        return offer(session, absolute, checked, names, checkpoint)
+        return session.offers.add(absolute, checked, names, checkpoint)
 
     def log(self, metrics: Dict[str, Any], step: Optional[int] = None) -> None:
         """Record one point per metric. Takes microseconds, never waits; NaN and infinities are kept.

@@ -60,11 +60,13 @@ class Finder:
 
     def _wait_for(self, place: SocketPlace, limit_s: float, started: List[Found]) -> bool:
         deadline_s = time.monotonic() + limit_s
-        while not self._closing.is_set() and time.monotonic() < deadline_s:
+        while not self._closing.is_set():
             found, _ = self._try(place)
             if found is not None:
                 started.append(found)
                 return True
+            if time.monotonic() >= deadline_s:
+                return False
             self._closing.wait(RETRY_S)
         return False
 

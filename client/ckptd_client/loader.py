@@ -6,10 +6,11 @@ error says what is damaged and which checkpoint is whole.
 
 import os
 import re
-from typing import TYPE_CHECKING, Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Dict, List, NamedTuple, Optional, Sequence
 
 from ckptd_client import restore
 from ckptd_client.errors import CorruptCheckpoint, MissingPart, NotFound, Refused, TimedOut, Unavailable
+from ckptd_client.find import Found, list_checkpoints
 from ckptd_client.finder import close_all
 from ckptd_client.session import OPEN_S
 from ckptd_client.wire import Message
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 ATTACH_S = 10.0
 OTHERS_MAX = 64  # checkpoints that are tried in the place of a damaged one
-_DIRECTORY = re.compile(r"step_(\d+)(?:_r(\d+))?")
 # Selectors that ask for whatever there is: nothing yet is no error.
 _ANY = re.compile(r"latest|best(?:[:_].*)?")
 
@@ -54,12 +54,13 @@ class Loader:
         try:
             if reply.get("hot") is True and reply.get("fds"):
                 state = self._map(reply, wanted)
-                if state is not None:
+                if reply.get("mapped"):
                     return state
-            return self._read(str(reply.get("path")), reply.get("files"), checkpoint, wanted)
+            # Files of a hot copy are places in the arena: the manifest knows the digests.
+            files = None if reply.get("hot") else reply.get("files")
+            return self._read(str(reply.get("path")), files, checkpoint, wanted)
         finally:
             if not reply.get("mapped"):
-                close_all(reply.pop("fds", []) if isinstance(reply.get("fds"), list) else [])
                 self._session.tell("detach", checkpoint=checkpoint)
 
     def path(self, selector: str) -> Optional[str]:
@@ -67,14 +68,16 @@ class Loader:
         session = self._session
         if session.wait_open(OPEN_S):
             try:
-                return str(session.connection.request("resolve", ATTACH_S, **self._scope(selector))["path"])
+                found = session.connection.request("resolve", ATTACH_S, **self._scope(selector)).get("path")
+                if isinstance(found, str):
+                    return found
             except NotFound:
                 _check_may_be_none(selector)
                 return None
             except (Unavailable, TimedOut, Refused) as error:
                 session.say("resolve", "the daemon could not say where %s is: %s", selector, error)
-        found = self._on_disk(selector)
-        return None if found is None else found.path
+        on_disk = self._on_disk(selector)
+        return None if on_disk is None else on_disk.path
 
     def _attach(self, selector: str) -> Optional[Message]:
         """Ask the daemon; None when it is away or has none, so that the disk is asked."""
@@ -98,16 +101,18 @@ class Loader:
         """Map the hot copy; None when that fails, for the disk has the same bytes."""
         session, checkpoint = self._session, str(reply["checkpoint"])
         fds: List[int] = reply.pop("fds")
+        token = session.hot.token()
         try:
             state = restore.map_checkpoint(
                 fds[0],
                 reply["files"],
                 keys=wanted.keys,
                 into=wanted.into,
-                # May run in a destructor, under any lock: it only appends.
-                on_release=lambda: session.detached.append(checkpoint),
+                on_release=lambda: session.hot.freed(token),
             )
-        except (OSError, CorruptCheckpoint, Refused) as error:
+            session.hot.hold(token, checkpoint, fds[0])
+        except (OSError, CorruptCheckpoint, MissingPart) as error:
+            session.hot.failed(token)
             session.say("hot", "the hot copy could not be mapped (%s); the disk is read", error)
             return None
         finally:
@@ -115,7 +120,7 @@ class Loader:
         reply["mapped"] = True
         return state
 
-    def _on_disk(self, selector: str) -> Optional[restore.Found]:
+    def _on_disk(self, selector: str) -> Optional[Found]:
         directory = self._directory()
         try:
             return restore.find_checkpoint(directory, selector)
@@ -132,61 +137,37 @@ class Loader:
         return os.path.join(spec.directory, spec.project, spec.name)
 
     def _read(self, path: str, files: Any, checkpoint: str, wanted: Wanted) -> Any:
-        self._session.resumed_from = checkpoint
+        session = self._session
+        session.resumed_from = checkpoint
         try:
             return self._read_one(path, files, wanted)
         except CorruptCheckpoint as error:
-            damage = error
-        self._report(checkpoint, damage)
-        for other, read in self._others(path, wanted):
+            problem = {"code": "corrupt", "message": error.detail, "file": error.file}
+            session.tell("report", checkpoint=checkpoint, problem=problem)
             if not wanted.fallback:
-                raise CorruptCheckpoint(damage.path, damage.file, damage.detail, newest_good=other) from damage
-            self._session.say(f"fallback {path}", "%s; loaded %s instead", damage, other)
-            return read
+                raise
+            damage = error
+        for other in _others(path):
+            try:
+                state = self._read_one(other.path, other.files, wanted._replace(verify=True))
+            except (CorruptCheckpoint, MissingPart, OSError) as error:
+                session.say(f"damaged {other.path}", "%s can't be used either: %s", other.path, error)
+                continue
+            session.say(f"fallback {path}", "%s; loaded %s instead", damage, other.path)
+            session.resumed_from = other.checkpoint
+            return state
         raise damage
 
     def _read_one(self, path: str, files: Any, wanted: Wanted) -> Any:
         return restore.read_checkpoint(path, files, verify=wanted.verify, into=wanted.into, keys=wanted.keys)
 
-    def _others(self, damaged: str, wanted: Wanted) -> Iterator[Tuple[str, Any]]:
-        """Yield checkpoints beside a damaged one that read back whole: older ones first, the newest of them first.
 
-        Without `fallback` what is read is thrown away: it only proves that the checkpoint is whole.
-        """
-        whole = wanted if wanted.fallback else wanted._replace(into=None)
-        for path in _siblings(damaged)[:OTHERS_MAX]:
-            try:
-                state = self._read_one(path, None, whole._replace(verify=True))
-            except (CorruptCheckpoint, MissingPart, NotFound, OSError) as error:
-                self._session.say(f"damaged {path}", "%s can't be used either: %s", path, error)
-                continue
-            yield path, state
-
-    def _report(self, checkpoint: str, damage: CorruptCheckpoint) -> None:
-        problem = {"code": "corrupt", "message": damage.detail, "file": damage.file}
-        self._session.tell("report", checkpoint=checkpoint, problem=problem)
-
-
-def _siblings(path: str) -> List[str]:
-    """Return the other published checkpoints beside `path`, best substitute first."""
-    parent, damaged = os.path.split(path.rstrip("/"))
-    own = _order(damaged)
-    found = []
-    try:
-        names = os.listdir(parent)
-    except OSError:
-        return []
-    for name in names:
-        order = _order(name)
-        if order is None or name == damaged or not os.path.isfile(os.path.join(parent, name, "manifest.json")):
-            continue
-        found.append((own is not None and order > own, (-order[0], -order[1]), os.path.join(parent, name)))
-    return [entry for _, _, entry in sorted(found)]
-
-
-def _order(name: str) -> Optional[Tuple[int, int]]:
-    match = _DIRECTORY.fullmatch(name)
-    return None if match is None else (int(match[1]), int(match[2] or 0))
+def _others(damaged: str) -> List[Found]:
+    """Return the checkpoints beside a damaged one: older ones first, the newest of them first of all."""
+    damaged = os.path.abspath(damaged)
+    newest_first = list_checkpoints(os.path.dirname(damaged), 1)
+    position = next((index for index, found in enumerate(newest_first) if found.path == damaged), -1)
+    return [*newest_first[position + 1 :], *reversed(newest_first[: max(0, position)])][:OTHERS_MAX]
 
 
 def _check_may_be_none(selector: str) -> None:

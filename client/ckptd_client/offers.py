@@ -1,9 +1,12 @@
 """The file hand-off: files that a caller wrote himself are offered to the daemon, or to the spool when it is away."""
 
+import atexit
 import os
 import threading
-from typing import TYPE_CHECKING, Any, Dict, List, Optional, Union
+import time
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, NamedTuple, Optional, Union
 
+from ckptd_client import arguments
 from ckptd_client.arguments import SaveFields
 from ckptd_client.errors import Refused
 from ckptd_client.finder import close_all, error_of
@@ -13,62 +16,110 @@ from ckptd_client.wire import Message, number
 if TYPE_CHECKING:
     from ckptd_client.session import Session
 
-ACKNOWLEDGE_S = 5.0
-_DIE_WITH_PROCESS_S = 10.0
+ANSWER_S = 5.0  # how long the end of a process, and a script's submit, wait for a daemon that answers
+CONNECT_S = 4.0  # how long the background waits for the first attempt to connect, a start of the daemon included
+EXIT_S = 10.0
+# The daemon's own trouble: the offer is as good as before, and its spool is read again.
+_PASSING = frozenset({"unreachable", "busy", "internal", "worker_lost", "timeout", "catalog_fault"})
 
 
-def offer(
-    session: "Session", path: str, fields: SaveFields, names: Dict[str, Optional[str]], checkpoint: str
-) -> Handle:
-    """Offer `path`, absolute, to the daemon; to the spool when no daemon takes it. Never blocks, never raises.
+class _Offer(NamedTuple):
+    handle: Handle
+    request: Dict[str, Any]
 
-    names  "project" and "experiment" of the checkpoint, where the caller gave any
-    """
-    handle = session.handles.add(Handle(checkpoint, fields.step))
-    request: Dict[str, Any] = {
-        "path": path,
-        "checkpoint": checkpoint,
-        **{key: value for key, value in names.items() if value is not None},
-        "step": fields.step,
-        "epoch": fields.epoch,
-        "metrics": {name: number(value) for name, value in fields.metrics.items()},
-        "note": fields.note,
-        "meta": fields.meta,
-        "update_best": fields.update_best,
-    }
-    session.count("saves")
 
-    def spool() -> None:
-        session.overflow.offer(checkpoint, request, spooled)
+class Offers:
+    """The offers of one session that no daemon has acknowledged yet. Thread-safe."""
 
-    def spooled(error: Optional[OSError]) -> None:
-        if error is None:
-            session.count("spooled")
-            handle.set_spooled()
-            session.tell_watch([checkpoint])
-            return
-        session.count("failed")
-        session.say("offer", "%s could not be offered: %s", path, error)
-        handle.fail(Refused("no_space", f"the spool: {error}"))
-        session.handles.settle(handle)
+    def __init__(self, session: "Session", background: Callable[[Callable[[], None]], bool]) -> None:
+        """Nothing is offered yet; `background(job)` runs a job that may block."""
+        self._session = session
+        self._background = background
+        self._changed = threading.Condition()
+        self._open: Dict[str, _Offer] = {}
 
-    def answered(reply: Message, fds: List[int]) -> None:
+    def add(self, path: str, fields: SaveFields, names: Dict[str, Optional[str]], checkpoint: str) -> Handle:
+        """Offer `path`, absolute, to the daemon; to the spool when none takes it. Never blocks, never raises.
+
+        names  "project" and "experiment" of the checkpoint, where the caller gave any
+        """
+        request: Dict[str, Any] = {
+            "path": path,
+            "checkpoint": checkpoint,
+            **{key: value for key, value in names.items() if value is not None},
+            "step": fields.step,
+            "epoch": fields.epoch,
+            "metrics": {name: number(value) for name, value in fields.metrics.items()},
+            "note": fields.note,
+            "meta": fields.meta,
+            "update_best": fields.update_best,
+        }
+        offer = _Offer(self._session.handles.add(Handle(checkpoint, fields.step)), request)
+        self._session.count("saves")
+        with self._changed:
+            self._open[checkpoint] = offer
+        if not self._send(offer) and not self._background(lambda: self._send_or_spool(offer)):
+            self._fail(offer, Refused("busy", "too much background work waits"))
+        return offer.handle
+
+    def settle(self, deadline_s: float) -> bool:
+        """Wait for answers, then write the rest to the spool; False when `deadline_s` came first."""
+        connection = self._session.connection
+        with self._changed:
+            if connection.is_up:
+                limit_s = min(ANSWER_S, deadline_s - time.monotonic())
+                self._changed.wait_for(lambda: not self._open or not connection.is_up, max(0.0, limit_s))
+            waiting = list(self._open.values())
+        for offer in waiting:
+            self._spool(offer)
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._open, max(0.0, deadline_s - time.monotonic()))
+
+    def _send(self, offer: _Offer) -> bool:
+        return self._session.connection.request_nowait(
+            "submit", lambda reply, fds: self._on_reply(offer, reply, fds), **offer.request
+        )
+
+    def _send_or_spool(self, offer: _Offer) -> None:
+        """Runs in the background: the first attempt to connect may still be under way."""
+        if not (self._session.connection.wait_up(CONNECT_S) and self._send(offer)):
+            self._spool(offer)
+
+    def _spool(self, offer: _Offer) -> None:
+        self._session.overflow.offer(offer.handle.id, offer.request, lambda error: self._spooled(offer, error))
+
+    def _spooled(self, offer: _Offer, error: Optional[OSError]) -> None:
+        if error is not None:
+            self._fail(offer, Refused("no_space", f"the spool: {error}"))
+        elif self._pop(offer):
+            self._session.count("spooled")
+            offer.handle.set_spooled()
+            self._session.tell_watch([offer.handle.id])
+
+    def _on_reply(self, offer: _Offer, reply: Message, fds: List[int]) -> None:
         close_all(fds)
         if reply.get("ok") is True:
-            session.handles.apply({"state": "pending", **reply, "checkpoint": checkpoint})
+            if self._pop(offer):
+                self._session.handles.apply({"state": "pending", **reply, "checkpoint": offer.handle.id})
             return
         error = error_of(reply)
-        if getattr(error, "code", "") in ("unreachable", "busy", "internal"):
-            spool()
-            return
-        session.count("failed")
-        session.say("submit", "%s was refused: %s", path, error)
-        handle.fail(error)
-        session.handles.settle(handle)
+        if getattr(error, "code", "timeout") in _PASSING:
+            self._spool(offer)
+        else:
+            self._fail(offer, error)
 
-    if not session.connection.request_nowait("submit", answered, **request):
-        spool()
-    return handle
+    def _fail(self, offer: _Offer, error: Any) -> None:
+        if self._pop(offer):
+            self._session.count("failed")
+            self._session.say("submit", "%s was not taken: %s", offer.request["path"], error)
+            offer.handle.fail(error)
+            self._session.handles.settle(offer.handle)
+
+    def _pop(self, offer: _Offer) -> bool:
+        with self._changed:
+            found = self._open.pop(offer.handle.id, None)
+            self._changed.notify_all()
+        return found is not None
 
 
 class _Shared:
@@ -79,8 +130,6 @@ class _Shared:
         self._session: Optional[Session] = None
 
     def get(self) -> "Session":
-        import atexit
-
         from ckptd_client.experiment import plain_spec
         from ckptd_client.session import Session
 
@@ -89,13 +138,13 @@ class _Shared:
         with self._lock:
             if self._session is None:
                 self._session = Session(plain_spec())
-                atexit.register(self._flush, self._session)
+                atexit.register(_flush, self._session)
             return self._session
 
-    @staticmethod
-    def _flush(session: "Session") -> None:
-        if session.pid == os.getpid():
-            session.flush(_DIE_WITH_PROCESS_S)
+
+def _flush(session: "Session") -> None:
+    if session.pid == os.getpid():
+        session.flush(EXIT_S)
 
 
 _shared = _Shared()
@@ -112,24 +161,20 @@ def submit(
 
     fields  step, epoch, metrics, note, meta, update_best as for Experiment.save
 
-    Waits at most ACKNOWLEDGE_S for the daemon to know of it; when none is there the offer lies in the
-    spool before this returns. Never raises for that.
+    Waits at most ANSWER_S until a daemon knows of it or the offer lies in the spool. Never raises for
+    that: `handle.acknowledged`, `handle.spooled` and `handle.error` tell.
 
     ValueError  names the bad argument
     """
-    from ckptd_client import arguments
-
     checked = arguments.save_fields(arguments.known_fields(fields))
     names = {
         "project": None if project is None else arguments.name("project", project),
         "experiment": None if experiment is None else arguments.name("experiment", experiment),
     }
     absolute = arguments.path("path", path)
-    handle = Handle(os.urandom(16).hex(), checked.step, state="disabled")
+    checkpoint = os.urandom(16).hex()
     if arguments.mode() == "disabled":
-        return handle
-    session = _shared.get()
-    session.connection.wait_up(ACKNOWLEDGE_S)
-    handle = offer(session, absolute, checked, names, handle.id)
-    handle.wait_acknowledged(ACKNOWLEDGE_S)
+        return Handle(checkpoint, checked.step, state="disabled")
+    handle = _shared.get().offers.add(absolute, checked, names, checkpoint)
+    handle.wait_acknowledged(ANSWER_S)
     return handle

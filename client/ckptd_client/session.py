@@ -22,13 +22,16 @@ from ckptd_client.connection import Callbacks, Connection, Offline, OnReply
 from ckptd_client.errors import CkptdClientError, TimedOut, Unavailable
 from ckptd_client.finder import error_of
 from ckptd_client.handle import ENDED, Following
+from ckptd_client.hot import HotCopies
 from ckptd_client.leases import LeasePool
 from ckptd_client.metrics import FLUSH_S, MetricBuffer
+from ckptd_client.offers import Offers
 from ckptd_client.overflow import Overflow
 from ckptd_client.wire import Message
 
 BEAT_S = 15.0
 OPEN_S = 4.0  # longest wait of a first save for the experiment to be opened; a start of the daemon included
+CLOSE_S = 5.0  # longest wait for the daemon to note how the experiment ended
 WATCH_MAX = 1024
 
 _log = logging.getLogger("ckptd")
@@ -73,7 +76,7 @@ class Session:
         self.counters: Counter[str] = Counter()
         self.handles = Following()
         self.metrics = MetricBuffer()
-        self.detached: Deque[str] = deque()  # read holds to give back; appended to from destructors
+        self.detached: Deque[str] = deque()  # read holds to give back
         self._changed = threading.Condition()
         self._said: set[str] = set()
         self._opened = False  # on the connection that stands
@@ -87,9 +90,11 @@ class Session:
         callbacks = Callbacks(push=self._on_push, up=self._on_up, down=self._on_down, tick=self._on_tick)
         connect = Offline if spec.offline else Connection
         self.connection = connect(spec.socket, autostart=spec.autostart, callbacks=callbacks)
+        self.hot = HotCopies(self)
         self.overflow = Overflow(self._spooler, spec.spool_bytes_max)
         self.leases = LeasePool(self.ask, self._mapper)
         self.commits = Commits(self)
+        self.offers = Offers(self, self._spooler.submit)
         self._spooler.submit(self._collect_facts)
         self.connection.start()
 
@@ -157,10 +162,12 @@ class Session:
         """
         deadline_s = time.monotonic() + timeout_s
         safe = self.commits.settle(deadline_s)
-        while len(self.metrics) and self._opened and self.connection.is_up and time.monotonic() < deadline_s:
-            self.connection.tick_within(0.0)
+        safe = self.offers.settle(deadline_s) and safe
+        if len(self.metrics) and self.wait_open(min(OPEN_S, deadline_s - time.monotonic())):
             with self._changed:
-                self._changed.wait(FLUSH_S)
+                while len(self.metrics) and self.connection.is_up and time.monotonic() < deadline_s:
+                    self.connection.tick_within(0.0)
+                    self._changed.wait(FLUSH_S)
         return self._spooler.drain(deadline_s - time.monotonic()) and safe
 
     def end(self, status: str, error: Optional[str], timeout_s: float) -> None:
@@ -169,10 +176,14 @@ class Session:
         if not self.flush(timeout_s):
             self.say("flush", "not everything was brought to safety within %g s", timeout_s)
         left_s = deadline_s - time.monotonic()
-        if self._opened and self.connection.is_up and left_s > 0:
+        if self.wait_open(min(OPEN_S, left_s)):
             try:
                 self.connection.exchange(
-                    "experiment.close", min(left_s, 5.0), experiment=self.experiment, status=status, error=error
+                    "experiment.close",
+                    max(0.0, min(left_s, CLOSE_S)),
+                    experiment=self.experiment,
+                    status=status,
+                    error=error,
                 )
             except (Unavailable, TimedOut) as problem:
                 self.say("close", "the daemon was not told how the experiment ended: %s", problem)
@@ -227,6 +238,7 @@ class Session:
         with self._changed:
             self._opened = False
             self._changed.notify_all()
+        self.hot.tend(now=True)
         self.say("down", "the daemon is gone (%s); saves go on", reason)
 
     def _on_push(self, push: Message) -> None:
@@ -303,6 +315,7 @@ class Session:
         self.commits.tend()
         self.leases.tend()
         self.overflow.tend()
+        self.hot.tend()
         while self.detached and self.connection.is_up:
             self.tell("detach", checkpoint=self.detached.popleft())
         now_s = time.monotonic()

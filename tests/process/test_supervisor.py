@@ -16,7 +16,10 @@ from typing import Any
 import pytest
 
 from ckptd import supervisor
+from ckptd.clock import SystemClock
 from ckptd.supervisor import fdstore
+from ckptd.supervisor.mailbox import Message
+from ckptd.supervisor.unit import Plan, Unit
 
 SCRIPT = Path(__file__).parents[1] / "support" / "run_supervisor.py"
 TIMING = {"restart_s": 0.05, "restart_s_max": 0.4, "good_run_s": 60, "start_s": 20, "watchdog_s": 20, "abort_s": 0.3}
@@ -103,10 +106,11 @@ def house(short_dir: Path) -> Iterator[House]:
     for process in found.started:
         if process.poll() is None:
             process.kill()
-        process.communicate()
     for life in found.diary("born"):
         if is_alive(life["pid"]):
             os.kill(life["pid"], signal.SIGKILL)
+    for process in found.started:
+        process.communicate(timeout=PATIENCE_S)  # after the daemons, which hold the same pipe
 
 
 def end(process: subprocess.Popen) -> tuple[int, str]:
@@ -133,6 +137,28 @@ def test_what_was_stored_in_the_last_moment_before_a_crash_is_kept(house):
     pid = house.tell("store", "arena-00", "x")
     house.tell("store-and-crash", "arena-aa", "just-in-time")
     assert house.next_life(pid)["stored"] == {"arena-00": "x", "arena-aa": "just-in-time"}
+
+
+def test_words_that_arrive_while_the_loop_looks_elsewhere_are_heard_before_the_burial(house):
+    """A daemon may store and die between the poll's look at the mailbox and its look at the process."""
+
+    class Mailbox:
+        address = str(house.dir / "nobody")
+
+        def fileno(self) -> int:
+            return quiet
+
+        def messages(self) -> Iterator[Message]:
+            yield Message(unit._pid, {"FDSTORE": "1", "FDNAME": "arena-aa"}, [os.memfd_create("x")])
+
+    quiet, other = os.pipe()
+    with socket.socket(socket.AF_UNIX) as listener:
+        unit = Unit(Plan(("/bin/true",), lambda *_, **__: None), listener, Mailbox(), SystemClock())
+        assert unit.run() == 0
+    assert [name for name, _ in unit.store] == ["arena-aa"]
+    unit.store.drop("arena-aa")
+    os.close(quiet)
+    os.close(other)
 
 
 def test_storing_a_name_again_replaces_it(house):
@@ -164,8 +190,8 @@ def test_a_daemon_that_keeps_dying_is_restarted_ever_more_slowly(house):
     process.send_signal(signal.SIGTERM)
     code, said = end(process)
     pauses = [json.loads(line).get("restart_in_s") for line in said.splitlines() if "daemon_died" in line]
-    assert pauses[:5] == [0.05, 0.1, 0.2, 0.4, 0.4]
-    assert code in {0, 1}
+    assert pauses[:4] == [0.05, 0.1, 0.2, 0.4]
+    assert code in {0, 1, 128 + signal.SIGTERM}  # whatever its last life was doing
 
 
 def test_a_good_run_makes_the_next_pause_short_again(house):
@@ -266,12 +292,13 @@ def test_a_second_sigterm_is_passed_on_and_shortens_the_wait(house):
 
 def test_a_daemon_that_asks_for_more_time_to_stop_gets_it(house):
     """F28: the deadline moves while the drain goes on."""
-    house.timing["stop_s"] = 0.5
+    house.timing["stop_s"] = 2
     process = house.start()
     house.tell("stubborn")
     process.send_signal(signal.SIGTERM)
+    eventually(lambda: house.diary("signal"))
     house.tell("extend", "600")
-    time.sleep(1.0)  # twice the deadline that was
+    time.sleep(2.5)  # past the deadline that was
     assert process.poll() is None
     assert house.tell("exit", "3") == ""
     assert end(process)[0] == 3

@@ -50,6 +50,7 @@ class CannedDaemon:
 
     def __enter__(self) -> Self:
         self._listener.bind(self.path)
+        Path(self.path).chmod(0o600)
         self._listener.listen(16)
         self._start(self._accept)
         return self

@@ -53,7 +53,7 @@ def main() -> None:
             notifier.watchdog()
 
 
-def obey(peer: socket.socket, words: list[str], notifier: Notifier, mode: dict) -> None:
+def obey(peer: socket.socket, words: list[str], notifier: Notifier, mode: dict) -> None:  # noqa: C901 - one order a branch
     match words:
         case ["store", name, content]:
             fd = os.memfd_create(name)

@@ -15,7 +15,15 @@ def test_the_examples_in_the_docstrings_hold():
 
 @pytest.mark.parametrize(
     ("text", "size_bytes"),
-    [("0", 0), ("512", 512), ("1K", 1024), ("64M", 64 << 20), ("1.5G", 3 << 29), ("2 TiB", 2 << 40), ("10gb", 10 << 30)],
+    [
+        ("0", 0),
+        ("512", 512),
+        ("1K", 1024),
+        ("64M", 64 << 20),
+        ("1.5G", 3 << 29),
+        ("2 TiB", 2 << 40),
+        ("10gb", 10 << 30),
+    ],
 )
 def test_sizes_are_read_as_powers_of_1024(text, size_bytes):
     assert parse_size(text) == size_bytes
@@ -28,7 +36,8 @@ def test_what_is_no_size_is_refused(text):
 
 
 @pytest.mark.parametrize(
-    ("text", "span_s"), [("50ms", 0.05), ("30s", 30), ("1h30m", 5400), ("7d12h", 648000), ("1w", 604800), ("1.5h", 5400)]
+    ("text", "span_s"),
+    [("50ms", 0.05), ("30s", 30), ("1h30m", 5400), ("7d12h", 648000), ("1w", 604800), ("1.5h", 5400)],
 )
 def test_durations_are_read_in_seconds(text, span_s):
     assert parse_span(text) == pytest.approx(span_s)

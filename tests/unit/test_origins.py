@@ -84,12 +84,14 @@ def test_the_environment_nests_with_two_underscores_and_takes_lists_as_json(home
             home,
             CKPTD_ARENAS__BYTES_MAX="4G",
             CKPTD_WORKERS__IDLE_IO="false",
+            CKPTD_DRAIN_S="5",
             CKPTD_ROOTS='[{"path": "/data", "kind": "watched"}]',
             CKPTD_RETENTION__KEEP_BEST='{"metric": "val_loss", "mode": "min"}',
         )
     )
     assert loaded.settings.arenas.bytes_max == 4 << 30
     assert not loaded.settings.workers.idle_io
+    assert loaded.settings.drain_s == 5
     assert loaded.settings.roots[0].path == Path("/data")
     assert loaded.settings.retention.keep_best[0].metric == "val_loss"
     assert loaded.origins["roots"] == "env CKPTD_ROOTS"
@@ -179,7 +181,13 @@ def test_a_socket_path_the_kernel_can_not_hold_is_refused(home):
 
 @pytest.mark.parametrize(
     "written",
-    ["", 'state_dir = "/a/b"\n', 'socket = "/a.sock"\n', 'mode = "system"\n', 'state_dir = "/a"\n[arenas]\nidle_s = 5\n'],
+    [
+        "",
+        'state_dir = "/a/b"\n',
+        'socket = "/a.sock"\n',
+        'mode = "system"\n',
+        'state_dir = "/a"\n[arenas]\nidle_s = 5\n',
+    ],
 )
 @pytest.mark.parametrize("more", [{}, {"CKPTD_DIR": "/d"}, {"CKPTD_STATE_DIR": "/e"}, {"CKPTD_SOCKET": "/f.sock"}])
 def test_the_supervisor_and_the_daemon_agree_on_the_places(home, written, more):
@@ -211,7 +219,9 @@ def test_the_example_says_the_defaults():
 def test_the_examples_commented_tables_hold(home):
     """What a person gets by taking "# " away must be accepted."""
     lines = render_example().splitlines()
-    tables = [line.removeprefix("# ") for line in lines[lines.index("# [[experiments]]") :] if "=" in line or "[[" in line]
+    tables = [
+        line.removeprefix("# ") for line in lines[lines.index("# [[experiments]]") :] if "=" in line or "[[" in line
+    ]
     settings = config.Settings.model_validate(tomllib.loads("\n".join(tables)))
     assert settings.roots[0].kind == "watched"
     assert settings.experiments[0].keep_last == 10

@@ -37,6 +37,7 @@ _MARKERS: tuple[tuple[str, str], ...] = (
 )
 _INDEX_ENDINGS = (".safetensors.index.json", ".bin.index.json")
 _SHARD = re.compile(r".+-\d{5}-of-\d{5}\.(?:safetensors|bin)")
+_TRAINER_NAME = re.compile(r"checkpoint-\d+")
 _OUR_NAME = re.compile(r"step_\d{10,}(?:_r\d+)?|ckpt_[0-9a-f]{12}(?:_r\d+)?")
 
 _TELLING = frozenset({marker for marker, _ in _MARKERS} | {"manifest.json", "state.json"})
@@ -78,13 +79,15 @@ def detect_directory(name: str, files: Collection[str], directories: Collection[
     for marker, found in _MARKERS:
         if marker in files:
             return found
+    if "training_args.bin" in files and _TRAINER_NAME.fullmatch(name):
+        return "hf-trainer"  # its trainer_state.json is still to come
     for file in files:
         if file.endswith(".distcp"):
             return "dcp"
         if file.endswith(_INDEX_ENDINGS) or _SHARD.fullmatch(file):
             return "safetensors-sharded"
     if is_step_directory(name) or name.endswith(".ckpt"):
-        return "opaque"
+        return "dcp" if ".metadata" in files else "opaque"
     return None
 
 

@@ -7,7 +7,6 @@ for a while: one that is older than any data is stale.
 
 from collections.abc import Iterator
 
-from ckptd.errors import InvalidFormat
 from ckptd.worker.formats import opcodes
 from ckptd.worker.formats.ask import Ask
 from ckptd.worker.formats.opcodes import Made, fields_of, pairs_of
@@ -27,17 +26,14 @@ Place = tuple[str, int, int]  # file, offset, length
 def read(folder: Folder, ask: Ask) -> Inspected:
     """Check that .metadata is the newest and that all data it names is there; list its tensors.
 
-    InvalidFormat  "missing", "stale" or "truncated": not whole, or not yet
-    A .metadata that can't be described leaves complete at None: only its age tells then.
+    InvalidFormat  "missing", "stale" or "truncated": not whole, or not yet; "invalid_format": damaged
+    A .metadata of another tool's classes leaves complete at None: only its age tells then.
     """
     _check_ages(folder)
-    try:
-        root = opcodes.describe(folder.read_whole(METADATA, opcodes.BYTES_MAX))
-        top = _top(root)
-    except InvalidFormat as error:
-        if error.message.startswith("truncated"):
-            raise
-        return Inspected(format="dcp", complete=None, extra={"unread": error.message})
+    root = opcodes.describe(folder.read_whole(METADATA, opcodes.BYTES_MAX))
+    if not isinstance(root, Made) or not root.is_a(_CLASSES + "Metadata"):
+        return Inspected(format="dcp", complete=None, extra={"unread": f"{METADATA} describes something else"})
+    top = fields_of(root)
     places = dict(_places(top.get("storage_data")))
     for file, offset, length in places.values():
         _check_place(folder, file, offset + length)
@@ -61,12 +57,6 @@ def _check_ages(folder: Folder) -> None:
     for path, member in by_path.items():
         if path.endswith(DATA_ENDING) and member.mtime_ns > written_ns:
             raise broken("stale", f"{path!r} is newer than {METADATA}")
-
-
-def _top(root: object) -> dict[str, object]:
-    if not isinstance(root, Made) or not root.is_a(_CLASSES + "Metadata"):
-        raise broken("invalid_format", f"{METADATA} describes something else")
-    return fields_of(root)
 
 
 def _places(storage: object) -> Iterator[tuple[tuple[str, int], Place]]:

@@ -16,9 +16,15 @@ def read(source: Source, ask: Ask) -> Inspected:  # noqa: ARG001 - every reader 
 
 
 def read_named_torch(source: Source, ask: Ask) -> Inspected:
-    """As `read`, for a file that torch's suffix is on: one that starts with zeros was never written."""
+    """As `read`, for a file that torch's suffix is on and that none of torch's formats begins.
+
+    InvalidFormat "truncated" for one too short to be anything, and for one that starts with zeros:
+    it was made, and never written.
+    """
     found = read(source, ask)
     head = source.head(_HEAD_BYTES)
-    if len(head) >= _ZEROS_MIN and not any(head):
+    if len(head) < _ZEROS_MIN:
+        raise broken("truncated", f"{len(head)} bytes are no checkpoint")
+    if not any(head):
         raise broken("truncated", f"the first {len(head)} bytes are zeros")
     return found

@@ -13,7 +13,9 @@ from tests.support.catalog import UID, StillClock, Told, an_experiment, experime
 async def test_an_experiment_opened_again_is_the_same_one_in_a_new_segment(catalog: Catalog, told: Told) -> None:
     """M113: resuming continues the run a person knows, whatever id the new process proposed."""
     first = await catalog.write(lambda tx: experiments.open_experiment(tx, an_experiment(tags=("a",))))
-    again = await catalog.write(lambda tx: experiments.open_experiment(tx, an_experiment(tags=("b",), config={"lr": 1})))
+    again = await catalog.write(
+        lambda tx: experiments.open_experiment(tx, an_experiment(tags=("b",), config={"lr": 1}))
+    )
     assert (first.existed, first.segment) == (False, 1)
     assert (again.existed, again.segment) == (True, 2)
     assert again.experiment.id == first.experiment.id

@@ -84,9 +84,7 @@ async def test_best_candidates_are_enough_for_the_pure_rule(catalog: Catalog) ->
     for mode in ("min", "max"):
         for k in (1, 2, 3, 20):
             rule = BestRule(metric="loss", mode=mode, k=k)
-            found = await catalog.read(
-                lambda conn, r=rule: bests.candidates(conn, known, r.metric, r.mode, r.k)
-            )
+            found = await catalog.read(lambda conn, r=rule: bests.candidates(conn, known, r.metric, r.mode, r.k))
             assert best(found, rule) == best(everything, rule)
             assert best(found, rule)
 
@@ -116,9 +114,7 @@ async def test_best_changed_is_told_only_for_a_new_first_place(catalog: Catalog,
 async def test_a_root_is_made_once_and_takes_the_newest_permissions(catalog: Catalog, told: Told) -> None:
     first = await catalog.write(lambda tx: roots.ensure(tx, NewRoot(path="/data", kind=RootKind.WATCHED, uid=UID)))
     again = await catalog.write(
-        lambda tx: roots.ensure(
-            tx, NewRoot(path="/data", kind=RootKind.WATCHED, uid=5, project="p", allow_delete=True)
-        )
+        lambda tx: roots.ensure(tx, NewRoot(path="/data", kind=RootKind.WATCHED, uid=5, project="p", allow_delete=True))
     )
     assert (again.id, again.uid, again.project, again.allow_delete) == (first.id, UID, "p", True)
     assert told.names == ["root.added"]
@@ -131,9 +127,7 @@ async def test_a_root_is_made_once_and_takes_the_newest_permissions(catalog: Cat
 
 async def test_paths_of_any_bytes_and_length_are_roots(catalog: Catalog) -> None:
     for path in ("/a\udcff\udcfe", "/" + "x" * 4000, "/with\nnewline"):
-        await catalog.write(
-            lambda tx, what=path: roots.ensure(tx, NewRoot(path=what, kind=RootKind.WATCHED, uid=UID))
-        )
+        await catalog.write(lambda tx, what=path: roots.ensure(tx, NewRoot(path=what, kind=RootKind.WATCHED, uid=UID)))
         found = await catalog.read(lambda conn, what=path: roots.by_path(conn, what))
         assert found is not None
         assert found.path == path

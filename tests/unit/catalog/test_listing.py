@@ -219,9 +219,7 @@ async def test_a_path_names_what_lies_there_now(catalog: Catalog) -> None:
 
 
 async def test_reconcile_gets_every_known_path_of_a_root_in_pages(catalog: Catalog) -> None:
-    root = await catalog.write(
-        lambda tx: roots.ensure(tx, NewRoot(path="/data", kind=RootKind.WATCHED, uid=UID))
-    )
+    root = await catalog.write(lambda tx: roots.ensure(tx, NewRoot(path="/data", kind=RootKind.WATCHED, uid=UID)))
     known = await experiment(catalog)
     made = [await saved(catalog, known, step, root_id=root.id, origin=Origin.WATCH) for step in range(5)]
     await saved(catalog, known, 9)  # under no root

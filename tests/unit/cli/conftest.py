@@ -1,7 +1,6 @@
 """Fixtures: run the command line in this process against a daemon that says what the wire's reference page shows."""
 
 import json
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,31 +10,9 @@ import pytest
 
 from ckptd.cli import main, render
 from tests.support.canned_daemon import CannedDaemon
+from tests.support.documented_wire import documented
 
-PAGE = Path(__file__).parents[3] / "docs/reference/wire-control.md"
 TERMINAL = render.Screen(terminal=True, colour=False, columns=160, lines=1000)
-
-
-def documented() -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
-    """Return (requests, replies) by operation: the JSON examples of docs/reference/wire-control.md."""
-    requests: dict[str, dict[str, Any]] = {}
-    replies: dict[str, dict[str, Any]] = {}
-    checkpoint: dict[str, Any] = {}
-    op = ""
-    for block in re.findall(r"```json\n(.*?)```", PAGE.read_text(), re.DOTALL):
-        body = json.loads(block)
-        if "op" in body:
-            op = body["op"]
-            requests[op] = body
-        elif op == "hello":
-            checkpoint = body
-        elif "push" not in body:
-            replies.setdefault(op, body)
-    replies["unpin"] = replies["pin"]
-    replies["list"] = {"checkpoints": [checkpoint], "next": None}
-    replies["show"]["checkpoint"] = checkpoint
-    replies["show"]["experiment"] = replies["experiments"]["experiments"][0]
-    return requests, replies
 
 
 @dataclass

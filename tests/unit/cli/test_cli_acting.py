@@ -58,7 +58,7 @@ def test_rm_asks_first_and_a_no_removes_nothing(run, daemon, answering):
 
 
 def test_rm_after_a_yes_removes_the_id_that_was_shown(run, daemon, answering):
-    """"latest" may mean another one by the time the person has answered."""
+    """ "latest" may mean another one by the time the person has answered."""
     answering("y\n")
     ran = run("rm", "imagenet/resnet50@latest")
     assert ran.code == 0

@@ -9,8 +9,7 @@ from ckptd import errors
 from ckptd.cli import reference
 from ckptd.intake import requests
 from ckptd_client import wire
-
-from .conftest import documented
+from tests.support.documented_wire import documented
 
 ROOT = Path(__file__).parents[3]
 

@@ -5,6 +5,12 @@ import pytest
 from tests.support.canned_daemon import SILENCE
 
 
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 def test_roots_lists_them(run, daemon, on_terminal):
     header, line = run("roots").out.splitlines()
     assert header.startswith("ROOT")
@@ -14,13 +20,16 @@ def test_roots_lists_them(run, daemon, on_terminal):
 
 @pytest.mark.parametrize(
     ("words", "kind"),
-    [(["roots", "add", "x"], "managed"), (["roots", "add", "x", "--watch"], "watched"), (["watch-root", "x"], "watched")],
+    [
+        (["roots", "add", "x"], "managed"),
+        (["roots", "add", "x", "--watch"], "watched"),
+        (["watch-root", "x"], "watched"),
+    ],
 )
-def test_a_root_is_added_by_its_absolute_path(run, daemon, tmp_path, monkeypatch, words, kind):
-    monkeypatch.chdir(tmp_path)
+def test_a_root_is_added_by_its_absolute_path(run, daemon, here, words, kind):
     ran = run(*words, "-p", "imagenet")
     assert (ran.code, ran.out) == (0, "")
-    assert daemon.asked("root.add") == [{"path": str(tmp_path / "x"), "kind": kind, "project": "imagenet"}]
+    assert daemon.asked("root.add") == [{"path": str(here / "x"), "kind": kind, "project": "imagenet"}]
 
 
 def test_rebuild_counts_what_it_found(run, daemon, on_terminal):

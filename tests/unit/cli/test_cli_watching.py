@@ -14,8 +14,8 @@ ID = "6f1c0e3a9b7d4c52a1e8f00d5b6c7a89"
 
 
 def _event(seq, at="2026-11-20T12:00:01+00:00"):
-    data = {"project": "imagenet", "name": "resnet50", "step": seq}
-    return {"seq": seq, "at": at, "name": "checkpoint.verified", "experiment": "e", "checkpoint": ID, "data": data}
+    subject = {"project": "imagenet", "name": "resnet50", "experiment": "e", "checkpoint": ID, "step": seq}
+    return {"seq": seq, "at": at, "event": "checkpoint.verified", **subject, "data": {"ms": 0.5}}
 
 
 def test_status_names_everything_that_is_degraded(run, daemon):
@@ -89,11 +89,11 @@ def test_log_prints_the_newest_events_oldest_first(run, daemon, on_terminal):
     assert daemon.asked("events") == [{"limit": 2, "follow": False}]
 
 
-def test_log_in_a_pipe_has_number_time_event_ids_and_data(run, daemon):
+def test_log_in_a_pipe_has_number_time_event_subject_and_data(run, daemon):
     daemon.replies["events"] = {"events": [_event(7)], "next": None}
-    seq, _, name, checkpoint, experiment, data = run("log").out.rstrip("\n").split("\t")
-    assert (seq, name, checkpoint, experiment) == ("7", "checkpoint.verified", ID, "e")
-    assert json.loads(data)["step"] == 7
+    seq, _, name, checkpoint, subject, step, data = run("log").out.rstrip("\n").split("\t")
+    assert (seq, name, checkpoint, subject, step) == ("7", "checkpoint.verified", ID, "imagenet/resnet50", "7")
+    assert json.loads(data) == {"ms": 0.5}
 
 
 def test_log_since_a_number_asks_for_what_follows_it(run, daemon):

@@ -17,7 +17,7 @@ from ckptd_client.flatten import flatten
 from ckptd_client.plan import build_plan
 
 
-def assert_same(found: Any, wanted: Any, where: str = "state") -> None:
+def assert_same(found: Any, wanted: Any, where: str = "state") -> None:  # noqa: C901  # one branch for each kind
     """Fail unless both have the same types, order, element types, shapes and bits."""
     assert type(found) is type(wanted), f"{where}: {type(found)} is not {type(wanted)}"
     if isinstance(wanted, torch.Tensor):
@@ -51,7 +51,7 @@ def assert_same(found: Any, wanted: Any, where: str = "state") -> None:
 
 def bits(tensor: torch.Tensor) -> bytes:
     """Return a tensor's bytes in row-major order, whatever its strides and element type."""
-    packed = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    packed = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach()).reshape(-1)
     return packed.view(torch.uint8).numpy().tobytes() if packed.numel() else b""
 
 
@@ -75,7 +75,14 @@ def write_checkpoint(path: Path, state: Any, **manifest: Any) -> Path:
         digest = hashlib.sha256(data).hexdigest()
         records.append({"path": file["path"], "size_bytes": len(data), "sha256": digest, "xxh3": xxh3})
     arena.close()
-    facts = {"v": 1, "checkpoint": "ab" * 16, "step": 1, "revision": 0, "created_at": "2026-01-01T00:00:00Z", **manifest}
+    facts = {
+        "v": 1,
+        "checkpoint": "ab" * 16,
+        "step": 1,
+        "revision": 0,
+        "created_at": "2026-01-01T00:00:00Z",
+        **manifest,
+    }
     (path / "manifest.json").write_text(json.dumps({**facts, "files": records}))
     return path
 

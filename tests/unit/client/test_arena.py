@@ -115,20 +115,22 @@ def test_strided_and_lazy_tensors_are_packed() -> None:
         "array": np.arange(12).reshape(3, 4)[::-1, ::2],
         "grad": torch.rand(3, 3, requires_grad=True).t(),
     }
-    found = stored_state = None
     flat = flatten(state)
     plan = build_plan(flat)
     arena = MappedArena.anonymous(plan.arena_bytes)
-    stored_state = stored(arena, copy_state(plan, flat, arena).files)
+    all_found = stored(arena, copy_state(plan, flat, arena).files)
     for name, wanted in state.items():
-        found = stored_state[name]
+        found = all_found[name]
         same = bits(found) == bits(wanted) if isinstance(wanted, torch.Tensor) else np.array_equal(found, wanted)
         assert same, name
 
 
 def test_tied_tensors_are_stored_once_and_other_views_are_not_mixed_up() -> None:
     weight = torch.rand(100, 100)
-    state = {"a": {"embed": weight, "head": weight.detach()}, "b": {"head": weight, "part": weight[:50], "t": weight.t()}}
+    state = {
+        "a": {"embed": weight, "head": weight.detach()},
+        "b": {"head": weight, "part": weight[:50], "t": weight.t()},
+    }
     plan = build_plan(state)
     assert plan.data_bytes == weight.nbytes * 2 + weight.nbytes // 2
     arena = MappedArena.anonymous(plan.arena_bytes)

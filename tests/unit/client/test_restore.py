@@ -183,7 +183,9 @@ def test_into_that_does_not_fit_is_refused_before_anything_changes(
 
 
 def test_a_module_that_does_not_fit_is_not_half_loaded(tmp_path: Path) -> None:
-    path = write_checkpoint(tmp_path / "c", {"model": torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 3))})
+    path = write_checkpoint(
+        tmp_path / "c", {"model": torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 3))}
+    )
     other = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 4))
     before = {name: value.clone() for name, value in other.state_dict().items()}
     with pytest.raises(StateMismatch) as caught:
@@ -204,7 +206,7 @@ def flip(path: Path, at: int) -> None:
 
 
 @pytest.mark.parametrize("use_mmap", [False, True])
-def test_a_flipped_byte_makes_the_load_fail_and_offers_the_newest_good_one(tmp_path: Path, use_mmap: bool) -> None:
+def test_a_flipped_byte_makes_the_load_fail_and_offers_the_newest_good_one(tmp_path: Path, *, use_mmap: bool) -> None:
     """M011, M069: names the file, the MiB and the tensor."""
     for step in (1, 2, 3):
         write_checkpoint(tmp_path / f"step_{step}", small_state(step), step=step, checkpoint=str(step) * 32)
@@ -360,7 +362,9 @@ def test_files_of_other_writers_load_by_their_format(tmp_path: Path) -> None:
     weights = {"w": torch.rand(3, 3)}
     safetensors.torch.save_file(weights, tmp_path / "model.safetensors")
     torch.save({"step": 5, **weights}, tmp_path / "trainer.pt")
-    files = [{"path": name, "size_bytes": (tmp_path / name).stat().st_size} for name in ("model.safetensors", "trainer.pt")]
+    files = [
+        {"path": name, "size_bytes": (tmp_path / name).stat().st_size} for name in ("model.safetensors", "trainer.pt")
+    ]
     assert_same(read_checkpoint(str(tmp_path), files[:1], verify=False), weights)
     both = read_checkpoint(str(tmp_path), files, verify=False)
     assert_same(both, {"model.safetensors": weights, "trainer.pt": {"step": 5, **weights}})

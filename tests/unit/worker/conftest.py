@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from ckptd.errors import InvalidFormat
-from ckptd.worker import examine, formats
+from ckptd.worker import examine, formats, settle
 from ckptd.worker.context import Context, Limits
 from ckptd.worker.formats.ask import Ask
 from ckptd.worker.formats.source import Folder, Source
 from ckptd.worker.members import members
-from ckptd.worker.protocol import Inspected
+from ckptd.worker.protocol import IdentityRecord, Inspected, Settle, Settlement
 
 EVERYTHING = Ask(tensors_max=10_000, crc=True)
 
@@ -60,6 +60,34 @@ def look_at(path: Path, ask: Ask = EVERYTHING) -> Inspected:
 def look() -> Callable[..., Inspected]:
     """See look_at."""
     return look_at
+
+
+class Asker:
+    """What the daemon does: ask again with the identity seen before and how long it stood still."""
+
+    def __init__(self, path: Path, *, told: bool = False) -> None:
+        self.path, self.told = path, told
+        self.last: IdentityRecord | None = None
+
+    def ask(self, still_s: float = 0.0) -> Settlement:
+        """Settle once, with a quiet time of 5 s."""
+        root, path = str(self.path.parent), str(self.path)
+        request = Settle(root=root, path=path, quiet_s=5.0, last=self.last, still_s=still_s, told=self.told)
+        found = settle.run(request, Context())
+        self.last = found.identity
+        return found
+
+
+@pytest.fixture
+def asker_of() -> type[Asker]:
+    """See Asker."""
+    return Asker
+
+
+@pytest.fixture
+def nothing_remembered() -> None:
+    """Verdicts of other tests are forgotten."""
+    settle._remembered.clear()
 
 
 class Puppet:

@@ -90,6 +90,10 @@ def meddle(checkpoint: Path) -> dict[str, Callable[[], object]]:
             file.write(b"!")
         os.utime(model, ns=(facts.st_atime_ns, facts.st_mtime_ns))
 
+    def replace_above() -> None:
+        checkpoint.parent.rename(checkpoint.parent.with_name("old"))
+        checkpoint.mkdir(parents=True)
+
     def append() -> None:
         with model.open("ab") as file:
             file.write(b"!")
@@ -102,6 +106,7 @@ def meddle(checkpoint: Path) -> dict[str, Callable[[], object]]:
         "file added": (checkpoint / "rank0/more").touch,
         "file replaced": lambda: (checkpoint / "empty").rename(model),
         "directory replaced": replace,
+        "a directory above replaced": replace_above,
     }
 
 

@@ -120,7 +120,7 @@ def test_a_missing_root_is_made_with_its_parents_and_their_names_are_fsynced(
     assert synced == [tmp_path.stat().st_ino, (tmp_path / "x").stat().st_ino]
 
 
-@pytest.mark.parametrize("parts", [("link", "inside"), ("link",), ("dir", "up", "inside")])
+@pytest.mark.parametrize("parts", [("link", "inside"), ("link",), ("dir", "up", "inside"), ("home", "made")])
 def test_no_symlink_below_a_root_is_followed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, both_ways: str, parts: tuple[str, ...]
 ) -> None:
@@ -131,6 +131,7 @@ def test_no_symlink_below_a_root_is_followed(
     (outside / "inside").write_bytes(b"canary")
     (root / "link").symlink_to(outside)
     (root / "dir/up").symlink_to("../..")
+    (root / "home").symlink_to("dir")  # leads nowhere else, and yet may tomorrow
     fd = beneath.open_root(str(root))
     with pytest.raises((BadPath, NotADirectoryError)):
         os.close(beneath.open_beneath(fd, parts, beneath.READ))

@@ -1,6 +1,8 @@
 """torch.save's files, written by torch, and zips and pickles that lie. Nothing in them is ever called."""
 
+import contextlib
 import io
+import os
 import pickle
 import pickletools
 import struct
@@ -137,13 +139,13 @@ def test_a_torch_file_that_was_never_written_is_not_whole(tmp_path, look, conten
 
 
 class Bomb:
-    """Makes a file when it is unpickled."""
+    """Makes a directory when it is unpickled."""
 
     def __init__(self, canary):
         self.canary = canary
 
     def __reduce__(self):
-        return open, (str(self.canary), "w")
+        return os.mkdir, (str(self.canary),)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -222,8 +224,8 @@ def test_an_end_record_in_a_comment_is_not_believed(tmp_path, look):
     """S19: two readers would see two different zips."""
     inner = zip_of(tmp_path / "inner.zip", [("m/data.pkl", b"\x80\x02].")]).read_bytes()
     outer = zip_of(tmp_path / "m.pt", GOOD, comment=inner)
-    assert look(outer).complete is False
-    assert "comment" in look(zip_of(tmp_path / "n.pt", GOOD, comment=b"hello")).problem or True
+    found = look(outer)
+    assert (found.complete, found.tensors) == (False, [])
 
 
 def patched(path, offset_from_end, fmt, *values):
@@ -303,11 +305,9 @@ def test_no_damage_to_a_zip_raises_anything_but_its_own_error(tmp_path_factory, 
         raw[at % len(raw)] = value
     path = tmp_path_factory.getbasetemp() / "fuzzed.pt"
     path.write_bytes(raw)
-    with path.open("rb") as file:
-        try:
-            formats.read_file(Source(file.fileno()), path.name, Ask(tensors_max=10, crc=True))
-        except InvalidFormat as error:
-            assert error.message.split(":")[0] in {"truncated", "invalid_format", "crc"}
+    with path.open("rb") as file, contextlib.suppress(InvalidFormat):
+        found = formats.read_file(Source(file.fileno()), path.name, Ask(tensors_max=10, crc=True))
+        assert (found.complete is False) == (found.problem != "")
 
 
 @given(st.binary(max_size=200), st.lists(st.tuples(st.integers(0, 1 << 30), st.integers(0, 255)), max_size=5))
@@ -333,13 +333,10 @@ def test_every_pickle_protocol_is_described(protocol):
 
 
 def test_a_stream_that_describes_a_billion_nodes_is_walked_in_bounds():
-    """The walk passes each container once: 64 doublings would otherwise take for ever."""
-    stream = b"\x80\x02]q\x00" + b"".join(b"(h%ch%ce]q%c" % (n, n, n + 1) for n in range(100))
-    body = b"\x80\x04](" + b"".join(b"h%ch%c" % (0, 0) for _ in range(0)) + b"e."
-    assert stream
-    assert body
-    doubled = b"\x80\x02)q\x00" + b"".join(bytes([0x68, n, 0x68, n, 0x86, 0x71, n + 1, 0x30]) for n in range(100))
-    assert list(torch_state.tensors(opcodes.describe(doubled + b"h\x64."))) == []
+    """A tuple of itself twice, doubled 100 times: the walk passes each container once."""
+    doubled = b"".join(bytes([0x68, n, 0x68, n, 0x86, 0x71, n + 1, 0x30]) for n in range(100))
+    root = opcodes.describe(b"\x80\x02)q\x00" + doubled + b"h\x64.")
+    assert list(torch_state.tensors(root)) == []
 
 
 def test_a_very_deep_stream_is_described_and_dropped():

@@ -5,14 +5,19 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from threading import Event
 
 import msgspec
 import pytest
 
-from ckptd.model import new_id
+from ckptd.errors import Busy
+from ckptd.worker.__main__ import VERBS, Loop, Verb
+from ckptd.worker.context import Context, Limits
 from ckptd.worker.lane import Lane
 from ckptd.worker.protocol import Digest, Link, Published, Purge, Sweep, Usage, Used, Verified, Verify
+from ckptd_client.wire import Splitter
 from tests.support.arena import MIB, publish_request, sealed
 from tests.support.worker_process import Died, WorkerProcess
 
@@ -137,13 +142,14 @@ def test_ctrl_c_and_sigterm_do_not_cut_a_publish_off(tmp_path: Path) -> None:
 def test_quick_questions_are_answered_while_heavy_ones_queue(tmp_path: Path) -> None:
     fd, images = sealed({"f": bytes(MIB)})
     with WorkerProcess(fail="copy.allocated=delay:600") as worker:
-        stuck = worker.send(publish_request(tmp_path, images, target=tmp_path / "a"), fd)
+        worker.send(publish_request(tmp_path, images, target=tmp_path / "a"), fd)
         await_file(tmp_path, ".a.*/f")
         assert isinstance(worker.ask(Usage(root=str(tmp_path))), Used)
         other = worker.send(publish_request(tmp_path, images, target=tmp_path / "b"), fd)
-        assert worker.reply(other)["ok"]
+        done = msgspec.convert(worker.reply(other)["result"], Published)
+        scrub = Verify(root=str(tmp_path), path=done.path, files=done.files)
+        assert worker.ask(scrub).damage == []
         assert isinstance(worker.ask(Sweep(root=str(tmp_path), older_s=3600)), msgspec.Struct)
-        assert stuck != other
     os.close(fd)
 
 
@@ -175,22 +181,67 @@ def test_a_worker_is_nice_idle_and_small(tmp_path: Path) -> None:
         assert not any(name in loaded for name in ("numpy", "torch", "pydantic_core", "greenlet", "sqlite3"))
 
 
-def test_a_bug_in_a_verb_is_an_internal_error_and_no_death(worker: WorkerProcess, tmp_path: Path) -> None:
-    """A manifest with a number no JSON writer takes can't come from our daemon: it stands for any bug."""
-    fd, images = sealed({"f": b"x"})
-    request = publish_request(tmp_path, images, checkpoint=new_id())
-    (tmp_path / "p/e/step_0000000001").mkdir(parents=True)
-    os.symlink("manifest.json", tmp_path / "p/e/step_0000000001/manifest.json")
-    assert worker.ask(request, fd)["code"] == "exists"
-    assert isinstance(worker.ask(Usage(root=str(tmp_path))), Used)
-    os.close(fd)
+@pytest.fixture
+def loop() -> Iterator[tuple[Loop, WorkerProcess]]:
+    """A loop in this process, which is never run (it would end us), and what the daemon hears of it."""
+    ours, theirs = socket.socketpair()
+    heard = WorkerProcess.__new__(WorkerProcess)
+    heard.socket, heard._splitter, heard._frames = ours, Splitter(), []
+    ours.settimeout(10)
+    yield Loop(theirs, Limits(), threads=2), heard
+    ours.close()
+    theirs.close()
+
+
+def test_a_bug_in_a_verb_is_an_internal_error_with_its_traceback_in_the_log(
+    loop: tuple[Loop, WorkerProcess], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    serving, heard = loop
+    monkeypatch.setitem(VERBS, Usage, Verb("fault", "coded"))  # takes one argument: called with two
+    serving._start(7, Usage(root="/"), None)
+    error = heard.reply(7)["error"]
+    assert error["code"] == "internal"
+    assert "Traceback" not in str(error)
+    logged = msgspec.json.decode(capfd.readouterr().err)
+    assert logged["event"] == "worker.internal"
+    assert "TypeError" in logged["traceback"]
+
+
+def test_a_request_that_finds_no_room_is_refused_and_its_arena_closed(loop: tuple[Loop, WorkerProcess]) -> None:
+    serving, heard = loop
+    serving._lanes["publish"] = Lane("full", threads_max=1, waiting_max=0)
+    fd = os.memfd_create("arena")
+    serving._start(7, publish_request(Path("/nowhere"), []), fd)
+    assert heard.reply(7)["error"]["code"] == "busy"
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
+
+
+def test_a_request_that_lives_speaks_for_those_that_wait_behind_it(
+    loop: tuple[Loop, WorkerProcess], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The daemon abandons a worker that is silent for too long; waiting is no silence."""
+    serving, heard = loop
+    monkeypatch.setattr("ckptd.worker.context.ALIVE_EVERY_S", 0.0)
+    lane, gate, begun = Lane("test", threads_max=1, waiting_max=9), Event(), Event()
+    lane.submit(1, lambda: (begun.set(), gate.wait(10)))
+    assert begun.wait(10)
+    lane.submit(2, lambda: None)
+    Context(send=partial(serving._speak, 1, lane)).alive()
+    assert [heard.frame() for _ in range(2)] == [{"id": 1, "alive": True}, {"id": 2, "alive": True}]
+    gate.set()
+
+
+def test_a_request_that_makes_no_progress_says_nothing() -> None:
+    """A timer would speak for a thread that hangs in the kernel."""
+    said: list[object] = []
+    context = Context(send=said.append)
+    for _ in range(1000):
+        context.alive()
+    assert said == []
 
 
 def test_a_lane_runs_in_order_with_its_threads_and_refuses_what_it_can_not_hold() -> None:
-    from threading import Event
-
-    from ckptd.errors import Busy
-
     lane = Lane("test", threads_max=1, waiting_max=2)
     gate, begun, done = Event(), Event(), Event()
     order: list[int] = []

@@ -1,0 +1,1 @@
+"""Alembic revisions, oldest first. A shipped step is never edited."""

@@ -1,0 +1,432 @@
+"""The client's connection: whom it trusts, what it refuses to read, how it comes back."""
+
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ckptd_client import autostart, channel, finder
+from ckptd_client import connection as connecting
+from ckptd_client.connection import Callbacks, Connection
+from ckptd_client.errors import NotFound, Refused, TimedOut, Unavailable
+from ckptd_client.places import PlaceError, SocketPlace
+from tests.support.fake_daemon import FakeDaemon
+
+
+@pytest.fixture
+def daemon(short_dir: Path) -> Iterator[FakeDaemon]:
+    with FakeDaemon(short_dir / "s") as fake:
+        yield fake
+
+
+@pytest.fixture
+def connection(daemon: FakeDaemon) -> Iterator[Connection]:
+    found = Connection(str(daemon.path))
+    yield found
+    found.close()
+
+
+def test_a_request_gets_the_reply_with_its_own_id(connection: Connection, daemon: FakeDaemon):
+    daemon.raw["status"] = b'{"v":1,"id":12345,"ok":true,"who":"not me"}\n{"v":1,"id":ID,"ok":true,"who":"me"}\n'
+    assert connection.request("status", 5)["who"] == "me"
+
+
+def test_replies_may_come_in_any_order(connection: Connection, daemon: FakeDaemon):
+    daemon.silent_on.add("wait")
+    with pytest.raises(TimedOut):
+        connection.request("wait", 0.05)
+    assert connection.request("status", 5)["ok"] is True
+
+
+def test_errors_become_exceptions_with_their_code(connection: Connection, daemon: FakeDaemon):
+    daemon.refuse.update(show="not_found", lease="quota")
+    with pytest.raises(NotFound):
+        connection.request("show", 5)
+    with pytest.raises(Refused) as caught:
+        connection.request("lease", 5, size_bytes=1, wait_s=0)
+    assert caught.value.code == "quota"
+
+
+def test_no_daemon_is_said_at_once_and_why(short_dir: Path):
+    connection = Connection(str(short_dir / "nobody"))
+    began_s = time.monotonic()
+    with pytest.raises(Unavailable, match="No such file"):
+        connection.request("status", 10)
+    assert time.monotonic() - began_s < 2
+    connection.close()
+
+
+def test_a_server_of_another_user_is_refused_before_a_byte_is_read(
+    daemon: FakeDaemon, connection: Connection, monkeypatch: pytest.MonkeyPatch
+):
+    """S27: someone else may listen where our daemon should."""
+    monkeypatch.setattr(channel, "peer_uid", lambda _sock: 4242)
+    with pytest.raises(Unavailable, match="served by uid 4242"):
+        connection.request("status", 5)
+    assert not daemon.requests, "something was said to a stranger"
+
+
+def test_root_may_serve_the_system_s_socket_and_a_named_one_and_no_other(
+    short_dir: Path, daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(channel, "peer_uid", lambda _sock: 0)
+    monkeypatch.setattr(os, "getuid", lambda: 1000)
+    named = connecting.named_place(str(daemon.path))
+    channel.dial(named).close()
+    with pytest.raises(channel.ChannelLost, match="uid 0"):
+        channel.dial(SocketPlace(str(daemon.path), (1000,), own=True))
+
+
+def test_a_line_of_a_gibibyte_is_refused_long_before_it_is_read(daemon: FakeDaemon, connection: Connection):
+    """S27: the reader's memory is bounded whatever the server sends."""
+    connection.wait_up(5)
+    sent = 0
+    ended = threading.Event()
+    (peer,) = daemon._peers
+
+    def flood() -> None:
+        nonlocal sent
+        try:
+            while sent < 1 << 30:
+                sent += peer.send(b"x" * (1 << 16))
+        except OSError:
+            ended.set()
+
+    thread = threading.Thread(target=flood)
+    thread.start()
+    assert ended.wait(20)
+    thread.join()
+    assert sent < 16 << 20
+    assert "frame over" in connection.problem or connection.is_up
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"\xff\xfe\n",
+        b"[1,2]\n",
+        b'{"id":ID,"id":ID}\n',
+        b'{"id":ID,"ok":NaN}\n',
+        b"[" * 100_000 + b"\n",
+        b'{"id":ID,"ok":true,"fds":1}\n',
+        b'{"id":ID,"ok":true,"fds":-1}\n',
+        b'{"id":ID,"ok":true,"fds":"many"}\n',
+    ],
+)
+def test_a_reply_that_breaks_the_framing_ends_the_connection(connection: Connection, daemon: FakeDaemon, answer: bytes):
+    daemon.raw["status"] = answer
+    with pytest.raises(Unavailable):
+        connection.request("status", 5)
+    del daemon.raw["status"]
+    deadline_s = time.monotonic() + 5
+    while time.monotonic() < deadline_s:
+        if connection.wait_up(1):
+            break
+        time.sleep(0.02)
+    assert connection.request("status", 5)["ok"] is True, "the session did not come back"
+
+
+@pytest.mark.parametrize("answer", [b"", b'{"id":5}\n{"v":1', b'{"push":1}\n{"id":"x","ok":true}\n{"id":true}\n'])
+def test_a_reply_that_never_becomes_whole_is_a_timeout(connection: Connection, daemon: FakeDaemon, answer: bytes):
+    daemon.raw["status"] = answer
+    with pytest.raises(TimedOut):
+        connection.request("status", 0.1)
+
+
+def test_a_version_this_client_does_not_speak_is_refused(daemon: FakeDaemon, connection: Connection):
+    daemon.raw["hello"] = b'{"v":1,"id":0,"ok":true,"version":2}\n'
+    with pytest.raises(Unavailable, match="unsupported_version"):
+        connection.request("status", 5)
+
+
+def test_descriptors_arrive_closed_on_exec_and_belong_to_the_taker(connection: Connection, daemon: FakeDaemon):
+    reply = connection.request("lease", 5, size_bytes=8192, wait_s=1)
+    (fd,) = reply["fds"]
+    assert os.fstat(fd).st_size == 8192
+    assert not os.get_inheritable(fd)
+    os.close(fd)
+
+
+def test_a_descriptor_that_comes_too_late_is_closed(connection: Connection, daemon: FakeDaemon):
+    connection.wait_up(5)
+    daemon.arenas_max = 0
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(TimedOut):
+        connection.request("lease", 0.05, size_bytes=4096, wait_s=30)
+    daemon.arenas_max = 1
+    connection.request("status", 5)
+    with daemon._changed:
+        daemon._serve_waiting()
+    connection.request("status", 5)  # handled after the late reply
+    assert len(os.listdir("/proc/self/fd")) == before + 2, "memfd and its mapping in the fake daemon, nothing here"
+
+
+def test_more_descriptors_than_there_is_room_for_end_the_connection(connection: Connection, daemon: FakeDaemon):
+    """MSG_CTRUNC: a descriptor was lost on the way, so what belongs to what is unknown."""
+    connection.wait_up(5)
+    (peer,) = daemon._peers
+    with open(os.devnull, "rb") as null:
+        socket.send_fds(peer, [b'{"push":"x"}\n'], [null.fileno()] * 64)
+    deadline_s = time.monotonic() + 5
+    while daemon.connections and time.monotonic() < deadline_s and "descriptors" not in connection.problem:
+        time.sleep(0.01)
+    assert "descriptors" in connection.problem
+
+
+def test_pushes_go_to_the_callback_and_a_failing_callback_ends_nothing(daemon: FakeDaemon):
+    heard: list[str] = []
+    came = threading.Event()
+
+    def hear(message: dict[str, object]) -> None:
+        heard.append(str(message["n"]))
+        if message["n"] == 1:
+            raise RuntimeError("a bug of the caller")
+        came.set()
+
+    connection = Connection(str(daemon.path), callbacks=Callbacks(push=hear))
+    connection.wait_up(5)
+    daemon.push({"push": "x", "n": 1})
+    daemon.push({"push": "x", "n": 2})
+    assert came.wait(5)
+    assert heard == ["1", "2"]
+    connection.close()
+
+
+def test_a_lost_daemon_is_found_again(daemon: FakeDaemon):
+    ups, downs = threading.Semaphore(0), threading.Semaphore(0)
+    callbacks = Callbacks(up=lambda _hello: ups.release(), down=lambda _reason: downs.release())
+    connection = Connection(str(daemon.path), callbacks=callbacks)
+    connection.start()
+    assert ups.acquire(timeout=5)
+    daemon.stop()
+    assert downs.acquire(timeout=5)
+    assert not connection.is_up
+    daemon.start()
+    assert ups.acquire(timeout=10)
+    assert connection.request("status", 5)["ok"] is True
+    connection.close()
+
+
+def test_a_request_under_way_learns_that_the_daemon_is_gone(connection: Connection, daemon: FakeDaemon):
+    daemon.silent_on.add("status")
+    threading.Timer(0.1, daemon.stop).start()
+    began_s = time.monotonic()
+    with pytest.raises(Unavailable):
+        connection.request("status", 30)
+    assert time.monotonic() - began_s < 5
+
+
+def test_a_daemon_that_does_not_read_never_blocks_the_sender(short_dir: Path):
+    """F22: a stopped daemon's socket buffer fills; frames are queued up to a limit and then refused."""
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(str(short_dir / "s"))
+    listening.listen(1)
+    connection = Connection(str(short_dir / "s"))
+    connection.start()
+    peer, _ = listening.accept()
+    peer.recv(4096)
+    peer.sendall(b'{"v":1,"id":0,"ok":true,"version":1}\n')
+    assert connection.wait_up(5)
+    began_s = time.monotonic()
+    taken = 0
+    while connection.request_nowait("x", lambda *_: None, body="y" * 100_000):
+        taken += 1
+    assert 40 <= taken < 100
+    assert time.monotonic() - began_s < 2
+    connection.close()
+    peer.close()
+    listening.close()
+
+
+def test_silence_with_a_request_under_way_ends_the_connection(daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(connecting, "PING_AFTER_S", 0.1)
+    monkeypatch.setattr(connecting, "HANG_S", 0.2)
+    connection = Connection(str(daemon.path))
+    connection.wait_up(5)
+    daemon.mute = True
+    with pytest.raises(Unavailable, match="has not answered"):
+        connection.request("status", 10)
+    connection.close()
+
+
+def test_a_slow_answer_is_no_silence_while_the_daemon_answers_pings(
+    daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch
+):
+    """A lease may take a minute: that must not look like a hung daemon."""
+    monkeypatch.setattr(connecting, "PING_AFTER_S", 0.1)
+    monkeypatch.setattr(connecting, "HANG_S", 0.2)
+    connection = Connection(str(daemon.path))
+    connection.wait_up(5)
+    daemon.silent_on.add("verify")
+    with pytest.raises(TimedOut):
+        connection.request("verify", 1.0)
+    assert len(daemon.of("hello")) == 1
+    assert len(daemon.of("watch")) >= 2
+    connection.close()
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_child_connects_anew_and_leaves_the_parent_s_session_alone(connection: Connection, daemon: FakeDaemon):
+    connection.request("status", 5)
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            code = 0 if connection.request("status", 5)["ok"] is True else 2
+            connection.close()
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert connection.request("status", 5)["ok"] is True
+    assert [hello["pid"] for hello in daemon.of("hello")] == [os.getpid(), pid]
+
+
+def test_many_threads_share_one_connection(connection: Connection, daemon: FakeDaemon):
+    answers: list[object] = []
+
+    def work() -> None:
+        answers.extend(connection.request("status", 10)["ok"] for _ in range(50))
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == [True] * 400
+    assert len(daemon.of("hello")) == 1
+
+
+def test_a_callback_that_waits_for_its_own_thread_is_told_so(daemon: FakeDaemon):
+    caught: list[BaseException] = []
+    done = threading.Event()
+
+    def up(_hello: object) -> None:
+        try:
+            connection.request("status", 1)
+        except RuntimeError as error:
+            caught.append(error)
+        done.set()
+
+    connection = Connection(str(daemon.path), callbacks=Callbacks(up=up))
+    connection.start()
+    assert done.wait(5)
+    assert "callback" in str(caught[0])
+    connection.close()
+
+
+def test_closing_leaves_no_descriptor_and_no_thread(daemon: FakeDaemon):
+    threads, fds = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        connection = Connection(str(daemon.path))
+        connection.request("status", 5)
+        connection.close()
+    deadline_s = time.monotonic() + 5
+    while (threading.active_count(), len(os.listdir("/proc/self/fd"))) != (
+        threads,
+        fds,
+    ) and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == (threads, fds)
+
+
+def test_a_socket_path_that_is_too_long_is_an_error_and_not_a_surprise():
+    with pytest.raises(PlaceError, match="107 at most"):
+        Connection("/tmp/" + "x" * 120)
+
+
+# starting a daemon ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def installed(short_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A `ckptd` that answers one hello and notes who started it, in a state directory of its own."""
+    script = short_dir / "ckptd"
+    script.write_text(
+        f"#!{sys.executable}\n"
+        "import os, socket, sys\n"
+        "path = os.environ['CKPTD_SOCKET']\n"
+        f"note = open({str(short_dir / 'started')!r}, 'a')\n"
+        "note.write(f'{os.getppid()} {os.getsid(0) == os.getpid()} {os.getcwd()} {os.environ.get(\"NOTIFY_SOCKET\")}\\n')\n"
+        "note.close()\n"
+        "print('says hello to its log', flush=True)\n"
+        "listening = socket.socket(socket.AF_UNIX); listening.bind(path); listening.listen(8)\n"
+        "listening.settimeout(20)\n"
+        "peer, _ = listening.accept(); peer.recv(4096)\n"
+        'peer.sendall(b\'{"v":1,"id":0,"ok":true,"version":1}\\n\')\n'
+        "peer.settimeout(20); peer.recv(1)\n"
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("CKPTD_DIR", str(short_dir / "state"))
+    monkeypatch.setenv("CKPTD_SOCKET", str(short_dir / "s"))
+    monkeypatch.setenv("NOTIFY_SOCKET", "/not/ours")
+    monkeypatch.delenv("CKPTD_AUTOSTART", raising=False)
+    monkeypatch.setattr(autostart, "command", lambda: [str(script)])
+    return short_dir
+
+
+def test_a_missing_daemon_is_started_detached_from_the_trainer(installed: Path):
+    connection = Connection(autostart=True)
+    assert connection.wait_up(10)
+    parent, _, directory, notify = (installed / "started").read_text().split()
+    assert int(parent) != os.getpid(), "the daemon is a child of the trainer"
+    assert (directory, notify) == ("/", "None")
+    assert "says hello" in (installed / "state" / "ckptd.log").read_text()
+    connection.close()
+
+
+def test_several_processes_start_one_daemon(installed: Path):
+    """The ranks of a node begin at the same moment."""
+    connections = [Connection(autostart=True) for _ in range(3)]
+    for connection in connections:
+        connection.start()
+    assert any(connection.wait_up(10) for connection in connections)
+    for connection in connections:
+        connection.close()
+    assert len((installed / "started").read_text().splitlines()) == 1
+
+
+def test_nothing_is_started_where_the_user_forbids_it(installed: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CKPTD_AUTOSTART", "0")
+    connection = Connection(autostart=True)
+    assert not connection.wait_up(5)
+    connection.close()
+    assert not (installed / "started").exists()
+
+
+def test_nothing_is_started_at_the_system_s_socket(installed: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("ckptd_client.places.SYSTEM_SOCKET", str(installed / "s"))
+    connection = Connection(autostart=True)
+    assert not connection.wait_up(5)
+    connection.close()
+    assert not (installed / "started").exists()
+
+
+def test_a_daemon_that_can_t_start_costs_its_bound_once(installed: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(autostart, "command", lambda: ["/bin/false"])
+    monkeypatch.setattr(autostart, "START_S", 0.3)
+    connection = Connection(autostart=True)
+    began_s = time.monotonic()
+    assert not connection.wait_up(10)
+    assert time.monotonic() - began_s < 3
+    assert "did not answer" in connection.problem
+    connection.close()
+
+
+def test_the_package_beside_this_interpreter_is_what_gets_started():
+    assert autostart.command() == [sys.executable, "-m", "ckptd"]
+
+
+def test_hello_has_a_limit(daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(finder, "HELLO_S", 0.2)
+    daemon.mute = True
+    connection = Connection(str(daemon.path))
+    began_s = time.monotonic()
+    with pytest.raises(Unavailable, match="no hello"):
+        connection.request("status", 30)
+    assert time.monotonic() - began_s < 3
+    connection.close()

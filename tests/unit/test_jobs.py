@@ -1,0 +1,315 @@
+"""The queue: order, leases, retries, parking, clocks that lie."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import anyio
+import pytest
+
+from ckptd import config
+from ckptd.catalog import Catalog, queue
+from ckptd.errors import Bug, NoSpace, TimedOut
+from ckptd.jobs import DONE_KEPT, JITTER, Job, Jobs, NewJob
+from ckptd.model import JobState, new_id
+from tests.support.catalog import StillClock, Told, opened
+
+SETTINGS = config.Jobs(retries_max=3, backoff_s=1.0, backoff_s_max=60.0, lease_s=600.0)
+
+
+class Queue(Jobs):
+    """The queue with one-line writes for tests."""
+
+    async def put(self, lane: str = "a", checkpoint_id: str | None = None, **payload: Any) -> Job:
+        new = NewJob(checkpoint_id=checkpoint_id or new_id(), lane=lane, stage="publish", payload=payload)
+        return await self._catalog.write(lambda tx: self.enqueue(tx, new))
+
+    async def do(self, what: str, *arguments: Any, **named: Any) -> Any:
+        return await self._catalog.write(lambda tx: getattr(self, what)(tx, *arguments, **named))
+
+    async def one(self) -> Job:
+        (job,) = await self.claim()
+        return job
+
+    async def row(self, job: Job) -> Job:
+        return await self._catalog.read(lambda conn: queue.get(conn, job.id))
+
+
+@pytest.fixture
+def clock() -> StillClock:
+    return StillClock()
+
+
+@pytest.fixture
+def told() -> Told:
+    return Told()
+
+
+@pytest.fixture
+async def catalog(tmp_path: Path, clock: StillClock, told: Told) -> AsyncIterator[Catalog]:
+    async with opened(tmp_path / "c.sqlite", told, clock) as found:
+        yield found
+
+
+@pytest.fixture
+def jobs(catalog: Catalog, clock: StillClock) -> Queue:
+    return Queue(catalog, SETTINGS, clock, Random(1))
+
+
+async def test_a_lane_runs_one_at_a_time_in_order_of_arrival(jobs: Queue) -> None:
+    first, second = await jobs.put("a"), await jobs.put("a")
+    claimed = await jobs.claim(5)
+    assert [job.id for job in claimed] == [first.id]
+    assert await jobs.claim(5) == []
+    await jobs.do("finish", claimed[0])
+    assert [job.id for job in await jobs.claim(5)] == [second.id]
+
+
+async def test_lanes_run_side_by_side(jobs: Queue) -> None:
+    made = [await jobs.put(lane) for lane in ("a", "b", "a", "c")]
+    assert [job.id for job in await jobs.claim(10)] == [made[0].id, made[1].id, made[3].id]
+
+
+async def test_a_job_that_waits_holds_its_own_lane_only(jobs: Queue, clock: StillClock) -> None:
+    """Order within an experiment is kept even while its first job backs off."""
+    await jobs.put("a")
+    await jobs.put("a")
+    other = await jobs.put("b")
+    first = (await jobs.claim(1))[0]
+    await jobs.do("retry", first, NoSpace("full"))
+    assert [job.id for job in await jobs.claim(5)] == [other.id]
+    clock.pass_s(2)
+    assert [job.id for job in await jobs.claim(5)] == [first.id]
+
+
+async def test_a_parked_job_holds_up_nobody_and_can_be_woken(jobs: Queue, told: Told) -> None:
+    await jobs.put("a")
+    second = await jobs.put("a")
+    first = await jobs.one()
+    await jobs.do("park", first, NoSpace("full"))
+    assert told.events[-1].name == "job.parked"
+    assert told.events[-1].data["error"]["code"] == "no_space"
+    assert (await jobs.one()).id == second.id
+    assert await jobs.do("wake", checkpoint_id=first.checkpoint_id) == 1
+    assert await jobs.claim(5) == [], "its lane is taken: still one at a time"
+    await jobs.do("finish", await jobs.row(second))
+    woken = await jobs.one()
+    assert (woken.id, woken.attempts) == (first.id, 0)
+
+
+async def test_retries_pause_longer_each_time_and_end_in_parking(jobs: Queue, clock: StillClock, told: Told) -> None:
+    await jobs.put()
+    pauses = []
+    for tries in range(1, 4):
+        again = await jobs.do("retry", await jobs.one(), NoSpace("full"))
+        assert (again.state, again.attempts) == (JobState.QUEUED, tries)
+        pauses.append((again.not_before - clock.now()).total_seconds())
+        assert await jobs.claim() == []
+        clock.pass_s(pauses[-1])
+    for tries, pause in enumerate(pauses):
+        assert (1 - JITTER) * 2**tries <= pause <= 2**tries
+    parked = await jobs.do("retry", await jobs.one(), NoSpace("full"))
+    assert parked.state is JobState.PARKED
+    assert parked.error["code"] == "no_space"
+    assert told.names[-4:] == ["job.retried", "job.retried", "job.retried", "job.parked"]
+
+
+async def test_no_pause_is_longer_than_the_limit_however_often_it_failed(catalog: Catalog, clock: StillClock) -> None:
+    settings = SETTINGS.model_copy(update={"retries_max": 10_000})
+    jobs = Queue(catalog, settings, clock, Random(1))
+    await jobs.put()
+    job = await jobs.one()
+    assert jobs._pause_s(5000) <= 60.0
+    again = await jobs.do("postpone", job, 1e9)
+    assert (again.not_before - clock.now()).total_seconds() == 60.0
+
+
+async def test_a_postponed_job_is_no_failed_one(jobs: Queue, clock: StillClock, told: Told) -> None:
+    """Waiting for the writer of a file is not an error, however often it is asked."""
+    await jobs.put()
+    for _ in range(10):
+        again = await jobs.do("postpone", await jobs.one(), 5.0, {"asked": True})
+        assert (again.attempts, again.payload) == (0, {"asked": True})
+        assert await jobs.next_due() == 5.0
+        clock.pass_s(5)
+    assert told.names == []
+
+
+async def test_a_checkpoint_has_one_job_at_a_time(jobs: Queue) -> None:
+    one = await jobs.put("a", "c" * 32)
+    assert (await jobs.put("a", "c" * 32)).id == one.id
+    claimed = await jobs.one()
+    assert (await jobs.put("b", "c" * 32)).id == one.id
+    await jobs.do("park", claimed, NoSpace("full"))
+    new = await jobs.put("a", "c" * 32)
+    assert new.id != one.id
+    assert (await jobs.row(one)).state is JobState.DONE
+    assert (await jobs.one()).id == new.id
+
+
+async def test_stages_go_on_under_the_same_claim(jobs: Queue) -> None:
+    await jobs.put(x=1)
+    claimed = await jobs.one()
+    onward = await jobs.do("advance", claimed, "verify")
+    assert (onward.stage, onward.payload, onward.state) == ("verify", {"x": 1}, JobState.RUNNING)
+    last = await jobs.do("advance", onward, "link", {"y": 2})
+    assert last.payload == {"y": 2}
+    await jobs.do("finish", last)
+    with pytest.raises(TimedOut):
+        await jobs.do("finish", last)
+
+
+async def test_a_claim_that_was_taken_over_can_do_nothing_more(jobs: Queue, clock: StillClock) -> None:
+    """The fence: a worker that comes back after its lease ran out must not end another's work."""
+    await jobs.put()
+    stale = await jobs.one()
+    clock.pass_s(SETTINGS.lease_s)
+    fresh = await jobs.one()
+    assert (fresh.id, fresh.claim) == (stale.id, stale.claim + 1)
+    for act in (
+        ("finish", stale),
+        ("advance", stale, "verify"),
+        ("postpone", stale, 1.0),
+        ("retry", stale, NoSpace("x")),
+        ("park", stale, NoSpace("x")),
+    ):
+        with pytest.raises(TimedOut):
+            await jobs.do(*act)
+    with pytest.raises(TimedOut):
+        await jobs.renew(stale)
+    await jobs.do("finish", fresh)
+
+
+async def test_a_renewed_job_is_not_claimed_again(jobs: Queue, clock: StillClock) -> None:
+    await jobs.put()
+    job = await jobs.one()
+    for _ in range(5):
+        clock.pass_s(SETTINGS.lease_s - 1)
+        job = await jobs.renew(job)
+        assert await jobs.claim() == []
+    await jobs.do("finish", job)
+
+
+@pytest.mark.parametrize("jump_s", [86400.0, -3600.0, -2e9])
+async def test_a_clock_that_jumps_takes_no_running_job_and_stops_no_waiting_one(
+    jobs: Queue, clock: StillClock, jump_s: float
+) -> None:
+    """F11: durations are monotonic; a stored wait further away than any wait counts as over."""
+    await jobs.put("a")
+    await jobs.put("b")
+    running, waiting = await jobs.claim(2)
+    await jobs.do("postpone", waiting, 30.0)
+    clock.step_wall_s(jump_s)
+    assert await jobs.next_due() == 0.0
+    assert [job.id for job in await jobs.claim(5)] == [waiting.id]
+    await jobs.do("finish", running)
+
+
+async def test_after_a_crash_running_jobs_are_claimed_again_and_counted(
+    jobs: Queue, catalog: Catalog, clock: StillClock
+) -> None:
+    """M021; F24: a job that takes the daemon down each time is parked in the end."""
+    await jobs.put("a")
+    await jobs.put("b")
+    await jobs.one()
+    for crash in range(1, 4):
+        reborn = Queue(catalog, SETTINGS, clock, Random(1))
+        assert reborn.boot != jobs.boot
+        assert await reborn.recover() == 1
+        (again,) = [job for job in await reborn.claim(2) if job.lane == "a"] or await reborn.claim(2)
+        assert again.attempts == crash
+        for job in await reborn.unfinished():
+            if job.state is JobState.RUNNING and job.lane == "b":
+                await reborn.do("postpone", job, 0.0)
+    assert await Queue(catalog, SETTINGS, clock, Random(1)).recover() == 1
+    assert (await jobs.counts())[JobState.PARKED] == 1
+
+
+async def test_waking_a_lane_ends_its_waits(jobs: Queue, clock: StillClock) -> None:
+    """A hint that a file was closed makes its settle job ask again at once."""
+    await jobs.put("/data/x.pt")
+    await jobs.do("postpone", await jobs.one(), 30.0)
+    assert await jobs.claim() == []
+    assert await jobs.do("wake", lane="/data/x.pt") == 1
+    assert len(await jobs.claim()) == 1
+    assert await jobs.do("wake", lane="/data/x.pt") == 0, "a running job is awake"
+    with pytest.raises(Bug):
+        await jobs.do("wake")
+
+
+async def test_a_waiting_job_can_be_cancelled_and_a_running_one_not(jobs: Queue) -> None:
+    """on_overlap = "replace" drops the oldest staged save that nobody works on."""
+    waiting = await jobs.put("a")
+    assert await jobs.do("cancel", waiting.checkpoint_id)
+    assert not await jobs.do("cancel", waiting.checkpoint_id)
+    running = await jobs.put("a")
+    await jobs.one()
+    assert not await jobs.do("cancel", running.checkpoint_id)
+
+
+async def test_lanes_of_any_length_and_bytes_are_told_apart(jobs: Queue) -> None:
+    lanes = ["/" + "x" * 4000, "/" + "x" * 3999 + "y", "/caf\udce9", "/café"]
+    for lane in lanes:
+        await jobs.put(lane)
+        await jobs.put(lane)
+    assert len(await jobs.claim(20)) == len(lanes)
+
+
+async def test_a_failed_transaction_changes_nothing_about_the_queue(jobs: Queue, catalog: Catalog) -> None:
+    await jobs.put()
+    claimed = await jobs.one()
+
+    async def fails(tx: Any) -> None:
+        await jobs.finish(tx, claimed)
+        raise ValueError
+
+    with pytest.raises(ValueError):
+        await catalog.write(fails)
+    assert (await jobs.row(claimed)).state is JobState.RUNNING
+    assert await jobs.claim() == []
+    await jobs.renew(claimed)
+
+
+async def test_waiting_ends_when_a_job_comes_or_its_lane_is_free(jobs: Queue) -> None:
+    """No polling: a pipeline with nothing to do sleeps until there is something."""
+    woken: list[int] = []
+
+    async def worker() -> None:
+        while len(woken) < 2:
+            found = await jobs.claim()
+            woken.extend(job.id for job in found)
+            if not found:
+                await jobs.wait()
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(worker)
+        await anyio.wait_all_tasks_blocked()
+        first, second = await jobs.put("a"), await jobs.put("a")
+        with anyio.fail_after(5):
+            while not woken:
+                await anyio.sleep(0.001)
+        assert woken == [first.id]
+        await jobs.do("finish", await jobs.row(first))
+    assert woken == [first.id, second.id]
+
+
+async def test_waiting_sleeps_exactly_until_the_next_job_is_due(jobs: Queue, clock: StillClock) -> None:
+    assert await jobs.next_due() is None
+    await jobs.put("a")
+    await jobs.put("a")
+    assert await jobs.next_due() == 0.0
+    job = await jobs.one()
+    assert await jobs.next_due() == SETTINGS.lease_s, "the second one waits for its lane, not for time"
+    await jobs.do("postpone", job, 12.5)
+    assert await jobs.next_due() == 12.5
+
+
+async def test_finished_jobs_do_not_pile_up(jobs: Queue, catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ckptd.jobs.TRIM_EVERY", 1)
+    monkeypatch.setattr("ckptd.jobs.DONE_KEPT", 3)
+    for _ in range(10):
+        await jobs.put()
+        await jobs.do("finish", await jobs.one())
+    left = await catalog.read(lambda conn: conn.exec_driver_sql("SELECT count(*) FROM job"))
+    assert left.scalar_one() <= 5 < DONE_KEPT
