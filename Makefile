@@ -22,7 +22,7 @@ check: $(STAMP)  ## lint, types, layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/flake8 --select=ASYNC --max-line-length=200 ckptd
+	$(BIN)/flake8 ckptd client demo
 	$(BIN)/lint-imports --no-cache
 
 test: check  ## everything that must hold on every commit, under ten minutes on two cores
@@ -35,7 +35,7 @@ test-faults: $(STAMP)  ## the long form of the crash suites
 	$(BIN)/python -m pytest -m faults
 
 bench: $(STAMP)  ## ckptd beside its peers; writes docs/benchmarks.md
-	$(BIN)/python -m tests.bench
+	$(BIN)/python -m tests.bench --out docs/benchmarks.md
 
 docs: $(STAMP)  ## regenerate the references that tests compare
 	$(BIN)/python -m ckptd.origins reference

@@ -108,7 +108,8 @@ async def run(loaded: origins.Loaded, passed: list[tuple[str, int]], options: ar
         services.start_soon(parts.followers.run)
         services.start_soon(parts.metrics.run)
         with anyio.CancelScope() as drain:
-            services.start_soon(_signals, parts, drain, options)
+            # `_signals` outlives the scope: to cancel what has ended changes nothing.
+            services.start_soon(_signals, parts, drain, options)  # noqa: ASYNC111
             await _start_up(parts, stored)
             async with anyio.create_task_group() as work:
                 work.start_soon(parts.pipeline.run, parts.stop, partial(_undone, parts))

@@ -43,7 +43,7 @@ from typing import Any, ClassVar
 class CkptdError(Exception):
     """An error with a stable code; `details` go to the wire as they are (JSON values)."""
 
-    code: ClassVar[str] = "error"
+    code: str = "error"  # of the class; only an error from the wire may bring one of its own
     exit_code: ClassVar[int] = 1
     default_hint: ClassVar[str] = ""
 
@@ -273,7 +273,10 @@ BY_CODE: dict[str, type[CkptdError]] = {cls.code: cls for cls in _all(CkptdError
 
 
 def from_wire(error: dict[str, Any]) -> CkptdError:
-    """Rebuild the error a reply carries; an unknown code becomes a plain CkptdError."""
-    details = {k: v for k, v in error.items() if k not in {"code", "message", "hint"}}
-    cls = BY_CODE.get(str(error.get("code")), CkptdError)
-    return cls(str(error.get("message", "")), hint=str(error.get("hint", "")), **details)
+    """Rebuild the error a reply carries; one of a newer peer becomes a plain CkptdError that keeps its code."""
+    details = {str(k): v for k, v in error.items() if k not in {"code", "message", "hint"}}
+    code = str(error.get("code") or CkptdError.code)
+    cls = BY_CODE.get(code, CkptdError)
+    found = cls(str(error.get("message", "")), hint=str(error.get("hint", "")))
+    found.code, found.details = code, details
+    return found

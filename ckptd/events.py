@@ -72,6 +72,7 @@ EVENTS: dict[str, Declared] = {
     "experiment.lost": Declared("its process is gone without a word", ("project", "name", "step", "pid")),
     "checkpoint.staged": Declared("committed in an arena", (*_CHECKPOINT, "revision")),
     "checkpoint.found": Declared("finished files were found or submitted", (*_CHECKPOINT, "origin", "format")),
+    "checkpoint.described": Declared("its writer said more about files that were found before", _CHECKPOINT),
     "checkpoint.published": Declared(
         "durable under its final name", (*_CHECKPOINT, "revision", "write_ms", "hash_ms", "adopted")
     ),

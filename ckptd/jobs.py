@@ -79,6 +79,11 @@ class Jobs:
         tx.after(self._wake)
         return added
 
+    async def enqueue_new(self, tx: Tx, new: Sequence[NewJob]) -> None:
+        """Add the first jobs of checkpoints that were entered in this very transaction."""
+        await queue.add_many(tx, new)
+        tx.after(self._wake)
+
     async def claim(self, limit: int = 1) -> list[Job]:
         """Take up to `limit` due jobs, longest due first; they are RUNNING and leased to the caller."""
 

@@ -77,7 +77,7 @@ class Processes:
         self._children.append(child)
         return child
 
-    def call(self, *arguments: str, timeout_s: float = 60.0) -> str:
+    def call(self, *arguments: str, timeout_s: float = 90.0) -> str:
         """Run a program to its end and return what it printed. CalledProcessError on failure."""
         done = subprocess.run(
             arguments,

@@ -65,13 +65,13 @@ class Training:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
-        return loss.item()
+        return float(loss.item())
 
     @torch.no_grad()
     def validate(self) -> float:
         """Return the mean loss on text never trained on; draws no random number."""
         self.model.eval()
-        return self.model.loss(*self.windows.validation()).item()
+        return float(self.model.loss(*self.windows.validation()).item())
 
 
 def torch_save_s(state: dict[str, Any], path: Path) -> float:

@@ -18,7 +18,7 @@ class Deed:
     uid: int
     pid: int
     verb: str  # as the wire op or the rule that did it: "pin", "retention", ...
-    subject: str  # id of what it was done to
+    subject: str  # id of what it was done to; a root's path, a project's name where there is none
     before: dict[str, Any] | None = None
     after: dict[str, Any] | None = None
     note: str = ""
@@ -42,7 +42,12 @@ async def record(tx: Tx, deed: Deed) -> None:
 
 
 async def page(
-    conn: AsyncConnection, *, limit: int = 100, after: int | None = None, subject: str | None = None
+    conn: AsyncConnection,
+    *,
+    limit: int = 100,
+    after: int | None = None,
+    subject: str | None = None,
+    uid: int | None = None,
 ) -> tuple[list[Entry], int | None]:
     """Newest first: entries with an id below `after`, and the cursor of the next page."""
     wanted = select(schema.audit).order_by(_audit.no.desc()).limit(limit + 1)
@@ -50,6 +55,8 @@ async def page(
         wanted = wanted.where(_audit.no < after)
     if subject is not None:
         wanted = wanted.where(_audit.subject == subject)
+    if uid is not None:
+        wanted = wanted.where(_audit.uid == uid)
     found = []
     for row in await conn.execute(wanted):
         deed = Deed(

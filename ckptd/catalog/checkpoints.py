@@ -32,33 +32,8 @@ from ckptd.catalog.tx import Tx
 from ckptd.errors import Bug, NotFound
 from ckptd.model import Checkpoint, Damage, FileEntry, Identity, Level, Origin, State, check_transition
 
-__all__ = [
-    "Durable",
-    "NewCheckpoint",
-    "Staged",
-    "add_metrics",
-    "arena_of",
-    "files",
-    "get",
-    "get_many",
-    "identity",
-    "mark_corrupt",
-    "mark_dropped",
-    "mark_durable",
-    "mark_failed",
-    "mark_missing",
-    "mark_pending",
-    "mark_replaced",
-    "mark_restored",
-    "mark_trashed",
-    "mark_verified",
-    "newest_good",
-    "set_arena",
-    "set_identity",
-    "set_target",
-    "stage",
-    "uid_of",
-]
+# Reading and moving are one noun to callers: these come from the file beside this one.
+__all__ = ["arena_of", "files", "get", "get_many", "identity", "newest_good", "uid_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +72,7 @@ class Staged:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Durable:
-    """What publish or digest found under the final name."""
+    """What publish or digest found under the final name. Step and epoch only where nobody had said one."""
 
     path: str
     files: Sequence[FileEntry]
@@ -105,6 +80,8 @@ class Durable:
     size_bytes: int
     format: str | None = None
     manifest_sha256: str = ""
+    step: int | None = None
+    epoch: float | None = None
 
 
 _row = schema.checkpoint.c
@@ -132,7 +109,7 @@ async def stage(tx: Tx, new: NewCheckpoint) -> Staged:
         project_no=experiment.project_no,
         experiment_no=experiment.no,
         segment=experiment.segment if new.segment is None else new.segment,
-        revision=await _revision(tx.conn, experiment.no, new),
+        revision=await _revision(tx.conn, experiment.no, new.step, new.revision),
         created_at=new.created_at or now,
         staged_at=now,
     )
@@ -198,7 +175,11 @@ async def mark_durable(tx: Tx, checkpoint_id: str, durable: Durable) -> Checkpoi
         "manifest_sha256": durable.manifest_sha256,
         "durable_at": tx.clock.now(),
         "error": None,
+        "epoch": durable.epoch if row.epoch is None else row.epoch,
     }
+    if row.step is None and durable.step is not None:
+        revision = await _revision(tx.conn, row.experiment_no, durable.step, None)
+        values |= {"step": durable.step, "revision": revision}
     moved = await _move(tx, row, State.LIVE, Level.DURABLE, values)
     _tell(tx, "checkpoint.published", moved, revision=moved.revision)
     return moved
@@ -326,14 +307,14 @@ async def _move(tx: Tx, row: Row[Any], state: State, level: Level | None, values
     return await get(tx.conn, row.id)
 
 
-async def _revision(conn: AsyncConnection, experiment_no: int, new: NewCheckpoint) -> int:
+async def _revision(conn: AsyncConnection, experiment_no: int, step: int | None, told: int | None) -> int:
     """A step saved again is a further revision, never an overwrite."""
-    if new.step is None:
+    if step is None:
         return 1
-    wanted = select(_row.revision).where(_row.experiment_no == experiment_no, _row.step == new.step)
+    wanted = select(_row.revision).where(_row.experiment_no == experiment_no, _row.step == step)
     taken = set((await conn.execute(wanted)).scalars())
-    if new.revision is not None and new.revision not in taken:
-        return new.revision
+    if told is not None and told not in taken:
+        return told
     return max(taken, default=0) + 1
 
 

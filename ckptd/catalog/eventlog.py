@@ -8,6 +8,7 @@ from sqlalchemy import Row, delete, func, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ckptd.catalog import schema
+from ckptd.catalog.owners import events_of
 from ckptd.catalog.tx import Tx
 from ckptd.events import Event
 
@@ -33,19 +34,24 @@ async def page(
     limit: int = 500,
     checkpoint_id: str | None = None,
     experiment_id: str | None = None,
+    uid: int | None = None,
 ) -> list[Logged]:
-    """Oldest first: events with a sequence above `since`, of one checkpoint or experiment where named."""
+    """Oldest first: events with a sequence above `since`, of one checkpoint, experiment or user where named."""
     wanted = select(schema.event_log).where(_event.sequence > since).order_by(_event.sequence).limit(limit)
     if checkpoint_id is not None:
         wanted = wanted.where(_event.checkpoint_id == checkpoint_id)
     if experiment_id is not None:
         wanted = wanted.where(_event.experiment_id == experiment_id)
+    if uid is not None:
+        wanted = wanted.where(events_of(uid))
     return [_from_row(row) for row in await conn.execute(wanted)]
 
 
-async def newest(conn: AsyncConnection, limit: int = 100) -> list[Logged]:
-    """Return the newest events, oldest of them first."""
+async def newest(conn: AsyncConnection, limit: int = 100, uid: int | None = None) -> list[Logged]:
+    """Return the newest events (of one user where named), oldest of them first."""
     wanted = select(schema.event_log).order_by(_event.sequence.desc()).limit(limit)
+    if uid is not None:
+        wanted = wanted.where(events_of(uid))
     return [_from_row(row) for row in reversed((await conn.execute(wanted)).all())]
 
 

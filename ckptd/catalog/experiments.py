@@ -193,16 +193,36 @@ async def change_tags(tx: Tx, experiment_id: str, add: Iterable[str], remove: It
 
 
 async def page(
-    conn: AsyncConnection, *, uid: int | None = None, limit: int = 50, after: int | None = None
+    conn: AsyncConnection,
+    *,
+    uid: int | None = None,
+    project: str | None = None,
+    limit: int = 50,
+    after: int | None = None,
 ) -> tuple[list[Experiment], int | None]:
     """Newest first: experiments with `sequence` below `after`, and the cursor of the next page."""
     wanted = _SELECT.order_by(_experiment.no.desc()).limit(limit + 1)
     if uid is not None:
         wanted = wanted.where(_experiment.uid == uid)
+    if project is not None:
+        wanted = wanted.where(schema.project.c.name == project)
     if after is not None:
         wanted = wanted.where(_experiment.no < after)
     found = [_from_row(row) for row in await conn.execute(wanted)]
     return found[:limit], found[limit - 1].sequence if len(found) > limit else None
+
+
+async def active(conn: AsyncConnection, *, uid: int | None, limit: int) -> list[Experiment]:
+    """Return those that run, then the others, each newest sign of life first."""
+    found: list[Experiment] = []
+    for running in (True, False):
+        if len(found) < limit:
+            same = _experiment.status == ExperimentStatus.RUNNING
+            wanted = _SELECT.where(same if running else ~same).order_by(_experiment.heartbeat_at.desc())
+            if uid is not None:
+                wanted = wanted.where(_experiment.uid == uid)
+            found += [_from_row(row) for row in await conn.execute(wanted.limit(limit - len(found)))]
+    return found
 
 
 async def silent_since(conn: AsyncConnection, before: datetime) -> Sequence[Experiment]:

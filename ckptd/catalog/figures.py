@@ -36,12 +36,17 @@ async def on_disk(
     return int(count), int(size_bytes)
 
 
-async def experiments(conn: AsyncConnection) -> int:
-    """Count all experiments."""
-    return int((await conn.execute(select(func.count()).select_from(schema.experiment))).scalar_one())
+async def experiments(conn: AsyncConnection, uid: int | None = None) -> int:
+    """Count all experiments, or one user's."""
+    wanted = select(func.count()).select_from(schema.experiment)
+    if uid is not None:
+        wanted = wanted.where(schema.experiment.c.uid == uid)
+    return int((await conn.execute(wanted)).scalar_one())
 
 
-async def matching(conn: AsyncConnection, project: str | None, name: str | None) -> list[tuple[str, str, str]]:
+async def matching(
+    conn: AsyncConnection, project: str | None, name: str | None, uid: int | None = None
+) -> list[tuple[str, str, str]]:
     """Return (id, project, name) of experiments by exact names; None matches every name."""
     wanted = (
         select(schema.experiment.c.id, schema.project.c.name, schema.experiment.c.name)
@@ -52,4 +57,6 @@ async def matching(conn: AsyncConnection, project: str | None, name: str | None)
         wanted = wanted.where(schema.project.c.name == project)
     if name is not None:
         wanted = wanted.where(schema.experiment.c.name == name)
+    if uid is not None:
+        wanted = wanted.where(schema.experiment.c.uid == uid)
     return [(row[0], row[1], row[2]) for row in await conn.execute(wanted)]

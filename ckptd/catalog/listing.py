@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
-from sqlalchemy import Select, and_, or_, select
+from sqlalchemy import ColumnElement, Select, and_, exists, func, or_, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ckptd.catalog import schema
@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 LIMIT_MAX = 500
+COMMON = 5000  # so many bearers of a tag are no longer collected and sorted for one page
 
 _row = schema.checkpoint.c
 _metric = schema.checkpoint_metric.c
@@ -165,19 +166,24 @@ async def unfinished(conn: AsyncConnection) -> list[Checkpoint]:
 
 async def _narrow(conn: AsyncConnection, wanted: Filter) -> Select[Any] | None:
     """Apply everything but sort and cursor; None when a name fits nothing."""
+    query = SELECT
+    if wanted.state is not None:
+        query = query.where(_row.state == wanted.state)
+    if wanted.level is not None:
+        query = query.where(_row.level_rank >= wanted.level.rank)
+    if wanted.tag is not None:
+        query = query.where(await _tagged(conn, wanted.tag))
     if wanted.experiment_id is not None or wanted.name is not None:
         column, numbers = _row.experiment_no, _experiments(wanted)
     elif wanted.project is not None:
         column, numbers = _row.project_no, _projects(wanted)
-    elif wanted.uid is not None:
-        return _narrow_more(SELECT.where(_row.uid == wanted.uid), wanted)
     else:
-        return _narrow_more(SELECT, wanted)
+        return query if wanted.uid is None else query.where(_row.uid == wanted.uid)
     found = (await conn.execute(numbers)).scalars().all()
     if not found:
         return None
     # One number, the usual case, is an equality: then the index has the order too.
-    return _narrow_more(SELECT.where(column == found[0] if len(found) == 1 else column.in_(found)), wanted)
+    return query.where(column == found[0] if len(found) == 1 else column.in_(found))
 
 
 def _experiments(wanted: Filter) -> Select[Any]:
@@ -200,20 +206,24 @@ def _projects(wanted: Filter) -> Select[Any]:
     return numbers if wanted.uid is None else numbers.where(project.uid == wanted.uid)
 
 
-def _narrow_more(query: Select[Any], wanted: Filter) -> Select[Any]:
-    if wanted.state is not None:
-        query = query.where(_row.state == wanted.state)
-    if wanted.level is not None:
-        query = query.where(_row.level_rank >= wanted.level.rank)
-    if wanted.tag is not None:
-        own, shared = schema.checkpoint_tag.c, schema.experiment_tag.c
-        query = query.where(
-            or_(
-                _row.sequence.in_(select(own.checkpoint_no).where(own.tag == wanted.tag)),
-                _row.experiment_no.in_(select(shared.experiment_no).where(shared.tag == wanted.tag)),
-            )
-        )
-    return query
+async def _tagged(conn: AsyncConnection, tag: str) -> ColumnElement[bool]:
+    """Say which checkpoints bear a tag, their own or their experiment's, in the form that is fast for it.
+
+    Of a rare tag the bearers are collected and sorted. Of a common one the list is walked in its own order
+    and each row asked (the nought added to the column keeps SQLite from collecting): the page is soon full.
+    """
+    own, shared = schema.checkpoint_tag.c, schema.experiment_tag.c
+    owners = select(own.checkpoint_no).where(own.tag == tag)
+    sharers = select(shared.experiment_no).where(shared.tag == tag)
+    some = select(_row.sequence).where(_row.experiment_no.in_(sharers)).limit(COMMON).subquery()
+    is_common = (await conn.execute(select(func.count()).select_from(some))).scalar_one() == COMMON
+    if not is_common:
+        some = owners.limit(COMMON).subquery()
+        is_common = (await conn.execute(select(func.count()).select_from(some))).scalar_one() == COMMON
+    if not is_common:
+        return or_(_row.sequence.in_(owners), _row.experiment_no.in_(sharers))
+    itself = exists().where(own.tag == tag, own.checkpoint_no == _row.sequence)
+    return or_((_row.experiment_no + 0).in_(sharers), itself)
 
 
 async def _by_arrival(conn: AsyncConnection, query: Select[Any], wanted: Filter) -> Page:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, and_, delete, exists, func, select, update
+from sqlalchemy import ColumnElement, Row, and_, delete, exists, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ckptd.catalog import schema
@@ -77,6 +77,27 @@ async def add(tx: Tx, new: NewJob) -> Job:
         queued_at=now,
     )
     return await get(tx.conn, number)
+
+
+async def add_many(tx: Tx, new: Sequence[NewJob]) -> None:
+    """Add queued jobs that are due now, of checkpoints that have none yet."""
+    now = tx.clock.now()
+    rows = [
+        {
+            "checkpoint_id": one.checkpoint_id,
+            "lane": lane_key(one.lane),
+            "stage": one.stage,
+            "state": JobState.QUEUED,
+            "attempts": 0,
+            "claim": 0,
+            "not_before": now,
+            "payload": one.payload,
+            "queued_at": now,
+        }
+        for one in new
+    ]
+    if rows:
+        await tx.conn.execute(insert(schema.job), rows)
 
 
 async def get(conn: AsyncConnection, job_id: int) -> Job:

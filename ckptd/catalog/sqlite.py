@@ -125,7 +125,7 @@ async def truncate_wal(conn: AsyncConnection) -> bool:
     try:
         busy, *_ = await pragma(conn, "wal_checkpoint(TRUNCATE)")
     finally:
-        await pragma(conn, f"busy_timeout={BUSY_TIMEOUT_MS}")
+        await pragma(conn, f"busy_timeout={BUSY_TIMEOUT_MS}")  # noqa: ASYNC102  Writer.exclusive shields it
     return not busy
 
 

@@ -51,13 +51,22 @@ class Tx:
 
     async def log_events(self) -> None:
         """Write the collected events into the log; each gets its number. For the writer, once, at the end."""
-        for at, event in enumerate(self.events):
-            number = await self.add(
-                schema.event_log,
-                at=event.at,
-                name=event.name,
-                experiment_id=event.experiment or None,
-                checkpoint_id=event.checkpoint or None,
-                data=dict(event.data),
-            )
-            self.events[at] = replace(event, seq=number)
+        if not self.events:
+            return
+        rows = [
+            {
+                "at": event.at,
+                "name": event.name,
+                "experiment_id": event.experiment or None,
+                "checkpoint_id": event.checkpoint or None,
+                "data": dict(event.data),
+            }
+            for event in self.events
+        ]
+        if len(rows) > 1 and self.conn.dialect.insert_executemany_returning_sort_by_parameter_order:
+            sequence = schema.event_log.c.sequence
+            adding = insert(schema.event_log).returning(sequence, sort_by_parameter_order=True)
+            numbers = list((await self.conn.execute(adding, rows)).scalars())
+        else:
+            numbers = [await self.add(schema.event_log, **row) for row in rows]
+        self.events[:] = [replace(event, seq=number) for event, number in zip(self.events, numbers, strict=True)]

@@ -68,7 +68,7 @@ class Writer:
                     with anyio.CancelScope(shield=True):
                         await self._commit_waiting()
         except BaseException:
-            await self._leave(mine)
+            await self._leave(mine)  # noqa: ASYNC102  it shields itself
             raise
         if mine.error is not None:
             raise mine.error
@@ -134,7 +134,7 @@ class Writer:
             failpoint.hit("catalog.commit")
             await transaction.commit()
         except BaseException:
-            await transaction.rollback()
+            await transaction.rollback()  # noqa: ASYNC102  run() shields the whole batch
             raise
         self.commits += 1
         failpoint.hit("catalog.committed")

@@ -139,7 +139,7 @@ async def _resolve(conn: AsyncConnection, fields: Fields) -> Answer:
     if row.level.rank < wanted.rank or row.state is not State.LIVE:
         raise NotFound(f"checkpoint {row.id} (step {row.step}) is {row.state}, {row.level}; {wanted} was asked for")
     whole = describe.checkpoint(row, [], hot=False)
-    keys = "checkpoint experiment project name step path level state size_bytes format metrics".split()  # noqa: SIM905
+    keys = "checkpoint experiment project name step path level state size_bytes format metrics".split()  # noqa: SIM905  reads as the reply does
     return {key: whole[key] for key in keys}
 
 

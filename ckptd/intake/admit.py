@@ -2,15 +2,15 @@
 
 Limits, names and paths are checked before anything is believed. A checkpoint's id decides what is
 a repeat: a commit sent again, an arena found after a crash and the same image in the spool are one
-checkpoint. The row and its job are made in one transaction.
+checkpoint. The row and its job are made in one transaction. Files have a door of their own: files.py.
 """
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
+import structlog
 
 from ckptd import failpoint
 from ckptd.catalog import Catalog, checkpoints, experiments, listing, roots
@@ -20,35 +20,18 @@ from ckptd.catalog.roots import NewRoot, Root
 from ckptd.catalog.tx import Tx
 from ckptd.clock import Clock
 from ckptd.config import Settings
-from ckptd.errors import BadPath, BadRequest, NotAuthorized
+from ckptd.errors import BadPath, BadRequest, Bug, CkptdError, Exists, NotAuthorized, Refused
 from ckptd.intake import descriptor as descriptors
-from ckptd.intake import manifest
 from ckptd.intake.arenas import Arena, ArenaPool, Use
 from ckptd.intake.descriptor import Descriptor, check_directory, check_name
+from ckptd.intake.follow import sees_all
 from ckptd.intake.requests import ExperimentOpen
 from ckptd.jobs import Jobs, NewJob
-from ckptd.model import Checkpoint, Level, Origin, RootKind, State, new_id
-from ckptd.worker.protocol import Candidate, IdentityRecord
+from ckptd.model import Checkpoint, Origin, RootKind, State
+from ckptd.pipeline.verify import refresh_best
 from ckptd_client.wire import from_number
 
-
-@dataclass(frozen=True, kw_only=True)
-class FileOffer:
-    """A claim that a finished checkpoint lies at `path`."""
-
-    id: str
-    path: str
-    uid: int
-    origin: Origin
-    told: bool
-    project: str | None = None
-    experiment: str | None = None
-    step: int | None = None
-    epoch: float | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
-    note: str = ""
-    meta: dict[str, Any] = field(default_factory=dict)
-    update_best: bool = True
+log = structlog.get_logger()
 
 
 class Admission:
@@ -75,18 +58,25 @@ class Admission:
         settings = self.settings()
         if settings.mode == "system":
             known = await self._catalog.read(roots.all_roots)
-            inside = [r for r in known if r.kind is RootKind.MANAGED and _under(path, r.path)]
-            if not inside:
+            if not any(r.kind is RootKind.MANAGED and under(path, r.path) for r in known):
                 raise BadPath(
                     f"{path} is under no configured root", hint="ask for a [[roots]] entry in the configuration"
                 )
-        elif uid not in {os.getuid(), 0}:
+            foreign = [r.path for r in known if not sees_all(r.uid) and r.uid != uid]
+            if not sees_all(uid) and any(under(path, other) or under(other, path) for other in foreign):
+                raise NotAuthorized(f"{path} holds checkpoints of another user")
+        elif not sees_all(uid):
             raise NotAuthorized(f"this daemon serves uid {os.getuid()}, not {uid}")
-        return await self._ensure_root(NewRoot(path=path, kind=RootKind.MANAGED, uid=uid))
+        return await self.ensure_root(NewRoot(path=path, kind=RootKind.MANAGED, uid=uid))
 
-    async def _ensure_root(self, new: NewRoot) -> Root:
+    async def ensure_root(self, new: NewRoot) -> Root:
+        """Return the root at a path, made where there is none.
+
+        A single file's directory becomes a managed one when a trainer saves there; a watched root never
+        does: what others wrote there must stay under the rules that its entry names.
+        """
         known = await self._catalog.read(lambda conn: roots.by_path(conn, new.path))
-        if known is not None and known.kind is new.kind:
+        if known is not None and (known.kind is not RootKind.SUBMITTED or new.kind is RootKind.SUBMITTED):
             return known
         root = await self._catalog.write(lambda tx: roots.ensure(tx, new))
         self.on_root(root)
@@ -133,6 +123,7 @@ class Admission:
             checkpoint = await self.memory(found, uid, arena=arena.id.hex(), size_bytes=arena.size_bytes)
         except BaseException:
             arena.use, arena.holder, arena.experiment_id = Use.LEASED, None, experiment_before
+            arena.checkpoint_id = ""
             raise
         arena.experiment_id = checkpoint.experiment_id
         if checkpoint.state is State.LIVE:
@@ -141,186 +132,120 @@ class Admission:
             self._pool.free(arena)
         return checkpoint
 
+    async def rescue(self, arena: Arena) -> None:
+        """Admit what was committed by a process that is gone, or before this daemon ran.
+
+        What can never be admitted is given up, once and loudly; what a busy or full disk delays stays
+        a lease without a holder, and is brought here again.
+        """
+        try:
+            await self.arena(arena, arena.owner_uid)
+        except (Refused, Bug) as error:
+            log.error("arena.refused", arena=arena.id.hex(), **error.to_wire())  # noqa: TRY400 - the text says it all
+            self._pool.free(arena)
+        except CkptdError as error:
+            log.warning("arena.not_admitted", cause=error.code, arena=arena.id.hex(), **error.to_wire())
+
     async def memory(self, found: Descriptor, uid: int, *, arena: str | None, size_bytes: int) -> Checkpoint:
-        """Make the rows and the job of one memory hand-off."""
+        """Make the rows and the job of one memory hand-off.
+
+        One that FAILED begins again: its bytes are here after all. Refused when its id is another user's.
+        """
         root = await self.managed_root(found.experiment.dir, uid)
-        metrics = {name: from_number(value) for name, value in found.metrics.items()}
-        who = found.experiment
 
         async def admit(tx: Tx) -> Checkpoint:
-            experiment = await experiments.ensure(
-                tx,
-                NewExperiment(
-                    id=who.id,
-                    uid=uid,
-                    project=who.project,
-                    name=who.name,
-                    root=root.path,
-                    config=who.config,
-                    tags=tuple(who.tags),
-                    parent_id=who.parent,
-                    facts=who.facts,
-                ),
-            )
-            staged = await checkpoints.stage(
-                tx,
-                NewCheckpoint(
-                    id=found.checkpoint,
-                    experiment_id=experiment.id,
-                    origin=Origin.MEMORY,
-                    root_id=root.id,
-                    step=found.step,
-                    epoch=found.epoch,
-                    segment=found.segment,
-                    size_bytes=sum(f.size_bytes for f in found.files),
-                    format=found.format,
-                    created_at=found.created_at,
-                    metrics=metrics,
-                    note=found.note,
-                    meta=found.meta,
-                    parent_id=found.parent,
-                    update_best=found.update_best,
-                    arena=arena,
-                ),
-            )
-            if not staged.existed:
+            staged = await self._stage(tx, found, uid, root, arena)
+            if staged.existed and await checkpoints.uid_of(tx.conn, found.checkpoint) != uid:
+                raise Exists(f"the id {found.checkpoint} belongs to another checkpoint")
+            revived = staged.existed and staged.checkpoint.state is State.FAILED
+            if revived:
+                await checkpoints.mark_pending(tx, found.checkpoint)
+            if revived or not staged.existed:
                 payload = {"descriptor": {"files": msgspec.to_builtins(found.files)}, "image_bytes": size_bytes}
-                lane = experiment.id
+                lane = staged.checkpoint.experiment_id
                 await self._jobs.enqueue(
                     tx, NewJob(checkpoint_id=found.checkpoint, lane=lane, stage="publish", payload=payload)
                 )
-            return staged.checkpoint
+            return await checkpoints.get(tx.conn, found.checkpoint)
 
         checkpoint = await self._catalog.write(admit)
         failpoint.hit("job.committed")
         return checkpoint
 
-    # -- files -------------------------------------------------------------------------------
-
-    async def file(self, offer: FileOffer) -> Checkpoint:
-        """Take in files that lie where they lie; the job waits until their writer is done."""
-        path = check_directory(offer.path)
-        root = await self._root_of_file(path, offer.uid)
-
-        async def admit(tx: Tx) -> Checkpoint:
-            known = await listing.by_path(tx.conn, path)
-            if known is not None and known.id != offer.id and known.state is State.PENDING:
-                # A watched root saw it first: the writer's word only adds what it knows.
-                if offer.metrics:
-                    known = await checkpoints.add_metrics(tx, known.id, offer.metrics)
-                await self._jobs.wake(tx, checkpoint_id=known.id)
-                return known
-            return await self._enter(tx, root, offer, path)
-
-        return await self._catalog.write(admit)
-
-    async def candidates(self, root: Root, found: Sequence[Candidate]) -> int:
-        """Take in what a scan of a watched root found and the catalog does not know; return how many are new."""
-
-        async def admit(tx: Tx) -> int:
-            new = 0
-            for candidate in found:
-                known = await listing.by_path(tx.conn, candidate.path)
-                if known is not None:
-                    if known.state is State.PENDING or not await self._overwritten(tx, known, candidate.identity):
-                        continue
-                    await checkpoints.mark_missing(tx, known.id, "its writer put another file in its place")
-                offer = FileOffer(
-                    id=new_id(),
-                    path=candidate.path,
-                    uid=root.uid,
-                    origin=Origin.WATCH,
-                    told=False,
-                    project=root.project or None,
-                    step=candidate.step,
-                )
-                await self._enter(tx, root, offer, candidate.path, fmt=candidate.format)
-                new += 1
-            return new
-
-        return await self._catalog.write(admit)
-
-    async def _overwritten(self, tx: Tx, known: Checkpoint, seen: IdentityRecord) -> bool:
-        """Whether other bytes lie at a known path. ctime is left out: a chmod is no new checkpoint."""
-        recorded = await checkpoints.identity(tx.conn, known.id)
-        if recorded is None or known.state is State.MISSING:
-            return True
-        return (recorded.dev, recorded.ino, recorded.size_bytes, recorded.mtime_ns) != (
-            seen.dev,
-            seen.ino,
-            seen.size_bytes,
-            seen.mtime_ns,
-        )
-
-    async def _enter(self, tx: Tx, root: Root, offer: FileOffer, path: str, fmt: str = "opaque") -> Checkpoint:
-        project, name = _names(root, path)
+    async def _stage(
+        self, tx: Tx, found: Descriptor, uid: int, root: Root, arena: str | None
+    ) -> checkpoints.Staged:
+        who = found.experiment
         experiment = await experiments.ensure(
             tx,
             NewExperiment(
-                id=new_id(),
-                uid=offer.uid,
-                project=offer.project or project,
-                name=offer.experiment or name,
+                id=who.id,
+                uid=uid,
+                project=who.project,
+                name=who.name,
                 root=root.path,
+                config=who.config,
+                tags=tuple(who.tags),
+                parent_id=who.parent,
+                facts=who.facts,
             ),
         )
-        staged = await checkpoints.stage(
+        return await checkpoints.stage(
             tx,
             NewCheckpoint(
-                id=offer.id,
+                id=found.checkpoint,
                 experiment_id=experiment.id,
-                origin=offer.origin,
+                origin=Origin.MEMORY,
                 root_id=root.id,
-                level=Level.NONE,
-                step=offer.step,
-                epoch=offer.epoch,
-                path=path,
-                format=fmt,
-                metrics=offer.metrics,
-                note=offer.note,
-                meta=offer.meta,
-                update_best=offer.update_best,
+                step=found.step,
+                epoch=found.epoch,
+                segment=found.segment,
+                size_bytes=sum(f.size_bytes for f in found.files),
+                format=found.format,
+                created_at=found.created_at,
+                metrics={name: from_number(value) for name, value in found.metrics.items()},
+                note=found.note,
+                meta=found.meta,
+                parent_id=found.parent,
+                update_best=found.update_best,
+                arena=arena,
             ),
         )
-        if not staged.existed:
-            payload: dict[str, Any] = {"root": root.path, "path": path, "told": offer.told}
-            for configured in self.settings().roots:
-                if str(configured.path) == root.path and configured.quiet_s is not None:
-                    payload["quiet_s"] = configured.quiet_s
-            await self._jobs.enqueue(tx, NewJob(checkpoint_id=offer.id, lane=path, stage="settle", payload=payload))
-        return staged.checkpoint
 
-    async def _root_of_file(self, path: str, uid: int) -> Root:
-        known = await self._catalog.read(roots.all_roots)
-        inside = [root for root in known if _under(path, root.path) and path != root.path]
-        if inside:
-            return max(inside, key=lambda root: len(root.path))
-        if self.settings().mode == "system":
-            raise BadPath(f"{path} is under no configured root", hint="ask for a [[roots]] entry in the configuration")
-        return await self._ensure_root(NewRoot(path=os.path.dirname(path), kind=RootKind.SUBMITTED, uid=uid))
+    # -- what is said later --------------------------------------------------------------------
+
+    async def late_metrics(self, checkpoint_id: str, values: dict[str, float]) -> None:
+        """Validation ended after the save: the best is decided again in the same transaction, and what hangs on it
+        (links, retention) is done anew by a job.
+        """
+
+        async def add(tx: Tx) -> None:
+            row = await checkpoints.add_metrics(tx, checkpoint_id, values)
+            rules = self.settings().rules_for(row.project, row.experiment)
+            await refresh_best(tx, row.experiment_id, rules)
+            if row.state is State.LIVE:
+                lane = f"{row.experiment_id}/after"
+                await self._jobs.enqueue(tx, NewJob(checkpoint_id=row.id, lane=lane, stage="link"))
+
+        await self._catalog.write(add)
 
     async def recheck(self, row: Checkpoint) -> None:
-        """Have one checkpoint read back soon; a job it has already does that anyway."""
-        job = NewJob(checkpoint_id=row.id, lane=f"{row.experiment_id}/recheck", stage="verify")
+        """Have one checkpoint read back soon; a job it has already does that anyway.
+
+        The job knows what the hot copy holds, so that damage can be written again from it.
+        """
+        if row.state not in {State.LIVE, State.CORRUPT, State.MISSING}:
+            return
+        held = self._pool.of_checkpoint(row.id)
+        raw = held.descriptor() if held is not None else None
+        payload: dict[str, Any] = {}
+        if held is not None and raw is not None:
+            found = descriptors.decode(raw, held.size_bytes)
+            payload = {"descriptor": {"files": msgspec.to_builtins(found.files)}}
+        job = NewJob(checkpoint_id=row.id, lane=f"{row.id}/recheck", stage="verify", payload=payload)
         await self._catalog.write(lambda tx: self._jobs.enqueue(tx, job))
 
-    # -- manifests ---------------------------------------------------------------------------
 
-    async def manifest(self, root: Root, found: Candidate) -> bool:
-        """Take a checkpoint of ours back into a catalog that forgot it; False when it is known or no manifest."""
-        if found.manifest is None:
-            return False
-        return await self._catalog.write(lambda tx: manifest.enter(tx, self._jobs, root, found))
-
-
-def _under(path: str, root: str) -> bool:
+def under(path: str, root: str) -> bool:
+    """Whether `path` is `root` or lies below it; text only."""
     return path == root or path.startswith(root.rstrip("/") + "/")
-
-
-def _names(root: Root, path: str) -> tuple[str, str]:
-    """Project and experiment of a file that nobody named: the root's name, and its directory below it."""
-    base = os.path.basename(root.path) or "root"
-    below = os.path.dirname(path)[len(root.path.rstrip("/")) + 1 :]
-    name = below.replace("/", ".").lstrip(".")[:128] or base
-    plain = "".join(c if c.isprintable() else "_" for c in name)
-    return root.project or base.lstrip(".")[:128] or "root", plain

@@ -10,13 +10,13 @@ the next daemon finds. Decisions run on the event loop; only making an arena blo
       └────────────────┘
 """
 
-import fcntl
+import math
 import mmap
 import os
 import secrets
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Protocol
 
 import anyio
@@ -26,31 +26,14 @@ from ckptd import failpoint
 from ckptd.clock import Clock
 from ckptd.config import Arenas
 from ckptd.errors import BadRequest, NoArena, OverQuota
+from ckptd.intake.arena import FD_PREFIX, Arena, Holder, Use, make, owner_of
 from ckptd_client import control
 
-_F_ADD_SEALS = 1033
-_SEAL_SEAL, _SEAL_SHRINK, _SEAL_GROW = 0x1, 0x2, 0x4
+__all__ = ["FD_PREFIX", "Arena", "ArenaPool", "Holder", "Use"]
+
 WAITERS_MAX = 4096
-FD_PREFIX = "arena-"
-
-
-class Use(StrEnum):
-    """What the daemon does with an arena."""
-
-    FREE = "free"
-    LEASED = "leased"
-    BUSY = "busy"
-    HOT = "hot"
-
-
-class Holder(Protocol):
-    """Who holds a lease: a connection."""
-
-    pid: int
-    uid: int
-
-    def push(self, message: dict[str, object]) -> None:
-        """Send without waiting."""
+RECLAIM_AGAIN_S = 1.0  # who is asked for an arena may not have it mapped yet, and is asked again
+LOOK_S = 0.25  # a waiter looks again this often: a reader that died frees memory without a word
 
 
 class Store(Protocol):
@@ -64,72 +47,12 @@ class Store(Protocol):
 
 
 @dataclass(eq=False)
-class Arena:
-    """One arena as the daemon sees it. `fd` and `page` live until `close()`."""
-
-    id: bytes
-    fd: int
-    size_bytes: int
-    page: mmap.mmap
-    use: Use = Use.FREE
-    generation: int = 0
-    experiment_id: str = ""
-    holder: Holder | None = None
-    holder_pid: int = 0
-    holder_ticks: int = 0
-    holder_uid: int = -1  # -1: taken over from an earlier daemon, which served this daemon's own user
-    checkpoint_id: str = ""
-    reclaiming: bool = False
-    used_s: float = 0.0
-
-    @property
-    def name(self) -> str:
-        """Its name in the fd store."""
-        return FD_PREFIX + self.id.hex()
-
-    @property
-    def readers(self) -> int:
-        """How many living processes map it; written in the control page, so that it outlives this daemon."""
-        return control.readers(self.page)
-
-    def descriptor(self) -> bytes | None:
-        """Return the committed descriptor, or None while the arena holds no whole save.
-
-        A released arena still holds one until it is lent again: that is the hot copy.
-        """
-        page = control.read(self.page)
-        if page is None or page.state not in {control.COMMITTED, control.RELEASED}:
-            return None
-        end = page.descriptor_offset + page.descriptor_size
-        if not control.PAGE <= page.descriptor_offset <= end <= self.size_bytes:
-            return None
-        raw = os.pread(self.fd, page.descriptor_size, page.descriptor_offset)
-        return raw if control.is_whole(page._replace(state=control.COMMITTED), raw) else None
-
-    def close(self) -> None:
-        """Give up our mapping and fd; the memory goes when the last holder's mapping does."""
-        self.page.close()
-        os.close(self.fd)
-
-
-@dataclass(eq=False)
 class _Waiter:
     experiment_id: str
     size_bytes: int
     holder: Holder
     freed: anyio.Event = field(default_factory=anyio.Event)
-
-
-def make(size_bytes: int) -> tuple[int, mmap.mmap]:
-    """Make a sealed memfd whose pages all exist. Blocks: about 0.5 s per GB. OSError when memory is short."""
-    fd = os.memfd_create("ckptd-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        os.posix_fallocate(fd, 0, size_bytes)
-        fcntl.fcntl(fd, _F_ADD_SEALS, _SEAL_SHRINK | _SEAL_GROW | _SEAL_SEAL)
-        return fd, mmap.mmap(fd, control.PAGE)
-    except BaseException:
-        os.close(fd)
-        raise
+    wants_room: bool = False  # the budget stands in its way: who came later makes no new arena before it
 
 
 class ArenaPool:
@@ -142,11 +65,10 @@ class ArenaPool:
         self._clock = clock
         self._arenas: dict[bytes, Arena] = {}
         self._making_bytes = 0
-        self._making: dict[str, int] = {}
+        self._making: Counter[str] = Counter()
         self._waiters: list[_Waiter] = []
         # One at a time: two threads that fill pages side by side take twice as long each.
         self._maker = anyio.CapacityLimiter(1)
-        self.on_committed: Callable[[Arena], None] | None = None
 
     # -- what is there ---------------------------------------------------------------------
 
@@ -174,21 +96,28 @@ class ArenaPool:
 
     def adopt(self, name: str, fd: int) -> Arena | None:
         """Take an arena back from the fd store; None (and the fd closed) when it is not one of ours."""
-        size_bytes = os.fstat(fd).st_size
-        page = mmap.mmap(fd, control.PAGE) if size_bytes > control.PAGE else None
+        facts = os.fstat(fd)
+        page = mmap.mmap(fd, control.PAGE) if facts.st_size > control.PAGE else None
         found = control.read(page) if page is not None else None
-        if page is None or found is None or FD_PREFIX + found.arena.hex() != name:
+        if page is None or found is None or FD_PREFIX + found.arena.hex() != name or found.arena in self._arenas:
             if page is not None:
                 page.close()
             os.close(fd)
-            self._store.remove(name)
+            if found is None or found.arena not in self._arenas:
+                self._store.remove(name)
             return None
-        arena = Arena(found.arena, fd, size_bytes, page, generation=found.generation)
+        arena = Arena(found.arena, fd, facts.st_size, page, owner_uid=facts.st_uid, generation=found.generation)
         arena.holder_pid, arena.holder_ticks = found.pid, found.started_ticks
         arena.used_s = self._clock.monotonic_s()
         arena.use = Use.FREE if found.state in {control.FREE, control.RELEASED} else Use.LEASED
         self._arenas[arena.id] = arena
         return arena
+
+    def rejoin(self, holder: Holder) -> None:
+        """A process is connected again: the leases that it still has can be asked back from it."""
+        for arena in self._arenas.values():
+            if arena.use is Use.LEASED and arena.holder is None and self._is_of(arena, holder):
+                arena.holder = holder
 
     # -- lending -----------------------------------------------------------------------------
 
@@ -214,14 +143,18 @@ class ArenaPool:
         try:
             with anyio.move_on_after(min(wait_s, self._settings.lease_wait_s)):
                 while True:
+                    # Taken before looking: what is freed while an arena is being made sets this one.
+                    freed = waiter.freed = anyio.Event()
+                    waiter.wants_room = False
                     arena = self._reusable(waiter) or await self._make_for(waiter)
                     if arena is not None:
                         return self._lend(arena, waiter)
                     self._ask_back(waiter)
-                    await waiter.freed.wait()
-                    waiter.freed = anyio.Event()
+                    with anyio.move_on_after(LOOK_S):
+                        await freed.wait()
         finally:
             self._waiters.remove(waiter)
+            self.wake()  # those behind it may have waited for its turn only
         raise NoArena(f"no arena of {size_bytes} bytes came free within {wait_s:g} s")
 
     def wake(self) -> None:
@@ -233,33 +166,40 @@ class ArenaPool:
         arena.generation += 1
         arena.use = Use.LEASED
         arena.experiment_id, arena.checkpoint_id = waiter.experiment_id, ""
-        arena.holder, arena.holder_pid, arena.holder_uid = waiter.holder, waiter.holder.pid, waiter.holder.uid
-        arena.reclaiming = False
+        arena.holder, arena.holder_pid = waiter.holder, waiter.holder.pid
+        arena.asked_back_s = -math.inf
         arena.used_s = self._clock.monotonic_s()
         control.write_lease(arena.page, arena.id, arena.generation, arena.holder_pid)
         arena.holder_ticks = control.started_ticks(arena.holder_pid)
         return arena
 
     def _reusable(self, waiter: _Waiter) -> Arena | None:
-        """An arena that fits without waste: the experiment's own before free ones, its newest hot copy last."""
+        """An arena whose pages are there and that fits: free ones first, then the oldest copy of its own, then,
+        when there is no room for another arena, the oldest copy of anybody's (of the same user).
+        """
+        owner = owner_of(waiter.holder.uid)
         fits = [
             arena
             for arena in self._arenas.values()
-            if waiter.size_bytes <= arena.size_bytes <= 2 * waiter.size_bytes + (64 << 20) and arena.readers == 0
+            if arena.owner_uid == owner and arena.is_idle() and arena.fits(waiter.size_bytes)
         ]
         own = [arena for arena in fits if arena.experiment_id == waiter.experiment_id]
-        free = [arena for arena in own if arena.use is Use.FREE] or [arena for arena in fits if arena.use is Use.FREE]
+        capped = self._held(waiter.experiment_id) >= self._settings.per_experiment_max
+        free = [arena for arena in (own if capped else fits) if arena.use is Use.FREE]
         if free:
-            return max(free, key=lambda arena: arena.used_s)
-        hot = sorted((arena for arena in own if arena.use is Use.HOT), key=lambda arena: arena.used_s)
-        room = self._held(waiter.experiment_id) < self._settings.per_experiment_max and self._fits(waiter.size_bytes)
+            return max(free, key=lambda arena: (arena in own, arena.used_s))
+        room = not capped and self._fits(waiter.size_bytes)
+        hot = sorted(own, key=lambda arena: arena.used_s)
         if len(hot) > 1 or (hot and not room):
             return hot[0]
+        if not capped and not room and fits:
+            return min(fits, key=lambda arena: arena.used_s)
         return None
 
     def _held(self, experiment_id: str) -> int:
-        held = sum(1 for arena in self._arenas.values() if arena.experiment_id == experiment_id)
-        return held + self._making.get(experiment_id, 0)
+        # An arena that somebody reads is out of use for saving; the two others are the experiment's.
+        held = sum(1 for a in self._arenas.values() if a.experiment_id == experiment_id and not a.readers)
+        return held + self._making[experiment_id]
 
     def _fits(self, size_bytes: int) -> bool:
         return self.bytes_used + size_bytes <= self._settings.bytes_max
@@ -270,19 +210,24 @@ class ArenaPool:
             self._drop_unfitting(waiter)
             if self._held(waiter.experiment_id) >= self._settings.per_experiment_max:
                 return None
-        self._make_room(waiter.size_bytes)
-        if not self._fits(waiter.size_bytes):
+        if any(earlier.wants_room for earlier in self._waiters[: self._waiters.index(waiter)]):
             return None
+        self._make_room(waiter.size_bytes)
+        waiter.wants_room = not self._fits(waiter.size_bytes)
+        if waiter.wants_room:
+            return None
+        owner = owner_of(waiter.holder.uid)
         self._making_bytes += waiter.size_bytes
-        self._making[waiter.experiment_id] = self._making.get(waiter.experiment_id, 0) + 1
+        self._making[waiter.experiment_id] += 1
         try:
-            fd, page = await anyio.to_thread.run_sync(make, waiter.size_bytes, limiter=self._maker)
+            fd, page = await anyio.to_thread.run_sync(make, waiter.size_bytes, owner, limiter=self._maker)
         except OSError as error:
             raise NoArena(f"memory for an arena of {waiter.size_bytes} bytes is not to be had: {error}") from error
         finally:
             self._making_bytes -= waiter.size_bytes
             self._making[waiter.experiment_id] -= 1
-        arena = Arena(secrets.token_bytes(16), fd, waiter.size_bytes, page, experiment_id=waiter.experiment_id)
+            self._making += Counter()  # forget zeros
+        arena = Arena(secrets.token_bytes(16), fd, waiter.size_bytes, page, owner, experiment_id=waiter.experiment_id)
         control.write_lease(page, arena.id, 0, 0)
         control.set_state(page, control.FREE)
         # Stored before it is lent: from here on a commit in it outlives this process.
@@ -292,18 +237,24 @@ class ArenaPool:
         return arena
 
     def _drop_unfitting(self, waiter: _Waiter) -> None:
-        for arena in self.all():
-            if (
-                arena.experiment_id == waiter.experiment_id
-                and arena.use in {Use.FREE, Use.HOT}
-                and not arena.readers
-                and not waiter.size_bytes <= arena.size_bytes <= 2 * waiter.size_bytes + (64 << 20)
-            ):
-                self.destroy(arena)
+        """Give up one arena of the experiment that the waiter can't use, the least recently used first."""
+        useless = [
+            arena
+            for arena in self._arenas.values()
+            if arena.experiment_id == waiter.experiment_id and arena.is_idle() and not arena.fits(waiter.size_bytes)
+        ]
+        if useless:
+            self.destroy(min(useless, key=lambda arena: (arena.use is Use.HOT, arena.used_s)))
 
     def _make_room(self, size_bytes: int) -> None:
-        """Give up free arenas, then hot copies, least recently used first, until `size_bytes` fit."""
-        idle = [arena for arena in self._arenas.values() if arena.use in {Use.FREE, Use.HOT} and not arena.readers]
+        """Give up free arenas, then hot copies, least recently used first, until `size_bytes` fit.
+
+        Nothing is given up when all of it together would not make the room.
+        """
+        idle = [arena for arena in self._arenas.values() if arena.is_idle()]
+        held_bytes = self.bytes_used - sum(arena.size_bytes for arena in idle)
+        if held_bytes + size_bytes > self._settings.bytes_max:
+            return
         idle.sort(key=lambda arena: (arena.use is Use.HOT, arena.used_s))
         for arena in idle:
             if self._fits(size_bytes):
@@ -311,23 +262,55 @@ class ArenaPool:
             self.destroy(arena)
 
     def _ask_back(self, waiter: _Waiter) -> None:
-        """Ask holders of leased but unwritten arenas of other experiments to give them back."""
-        for arena in self._arenas.values():
-            if arena.use is not Use.LEASED or arena.experiment_id == waiter.experiment_id or arena.reclaiming:
-                continue
-            page = control.read(arena.page)
-            if page is not None and page.state == control.LEASED and arena.holder is not None:
-                arena.reclaiming = True
-                arena.holder.push({"push": "reclaim", "arena": arena.id.hex()})
+        """Ask for a leased but unwritten arena back, the one that has waited longest for its first byte.
+
+        One at a time: who is asked and begins to write instead gives no answer, and the next look
+        asks the next. From its own experiment only who holds nothing may ask: ranks share it.
+        """
+        now_s = self._clock.monotonic_s()
+        mine = any(
+            self._is_of(arena, waiter.holder) and arena.use is not Use.FREE
+            for arena in self._arenas.values()
+            if arena.experiment_id == waiter.experiment_id
+        )
+        lent = [
+            arena
+            for arena in self._arenas.values()
+            if arena.holder is not None
+            and arena.holder is not waiter.holder
+            and now_s - arena.asked_back_s >= RECLAIM_AGAIN_S
+            and not (mine and arena.experiment_id == waiter.experiment_id)
+            and arena.is_unwritten()
+        ]
+        if lent:
+            oldest = min(lent, key=lambda arena: arena.used_s)
+            oldest.asked_back_s = now_s
+            if oldest.holder is not None:
+                oldest.holder.push({"push": "reclaim", "arena": oldest.id.hex()})
 
     # -- coming back -------------------------------------------------------------------------
 
-    def leased(self, arena_id: bytes, generation: int, pid: int) -> Arena:
-        """Find the arena that process `pid` holds under `generation`. NoArena when it does not."""
+    def leased(self, arena_id: bytes, generation: int, holder: Holder) -> Arena:
+        """Find the arena that the process of `holder` holds under `generation`. NoArena when it does not."""
         arena = self._arenas.get(arena_id)
-        if arena is None or arena.generation != generation or arena.holder_pid != pid or arena.use is not Use.LEASED:
-            raise NoArena(f"arena {arena_id.hex()[:12]} is not leased to process {pid} under generation {generation}")
+        if (
+            arena is None
+            or arena.generation != generation
+            or arena.use is not Use.LEASED
+            or not self._is_of(arena, holder)
+        ):
+            raise NoArena(
+                f"arena {arena_id.hex()[:12]} is not leased to process {holder.pid} under generation {generation}"
+            )
         return arena
+
+    def _is_of(self, arena: Arena, holder: Holder) -> bool:
+        return arena.holder_pid == holder.pid and arena.owner_uid == owner_of(holder.uid)
+
+    def undelivered(self, arena: Arena, generation: int) -> None:
+        """The answer that lent it never left this process: its holder will not miss it."""
+        if arena.use is Use.LEASED and arena.generation == generation and arena.is_unwritten():
+            self.free(arena)
 
     def commit(self, arena: Arena, experiment_id: str, checkpoint_id: str) -> None:
         """The arena's content is now the pipeline's business."""
@@ -349,22 +332,21 @@ class ArenaPool:
         """Nobody needs its content any more."""
         control.set_state(arena.page, control.FREE)
         arena.use = Use.FREE
-        arena.holder, arena.checkpoint_id, arena.reclaiming = None, "", False
+        arena.holder, arena.checkpoint_id = None, ""
         arena.used_s = self._clock.monotonic_s()
         self.wake()
 
     def free_checkpoint(self, checkpoint_id: str) -> None:
-        """Forget the copy of a checkpoint that was retired, replaced or found damaged."""
+        """Forget the copy of a checkpoint that was retired, replaced or found damaged; who maps it may read on."""
         arena = self.of_checkpoint(checkpoint_id)
-        if arena is not None and arena.readers == 0:
+        if arena is not None:
             self.free(arena)
 
-    def orphaned(self, holder: Holder) -> list[Arena]:
-        """A connection closed: its leases have no holder now. Returns them for a look at their word."""
-        orphans = [arena for arena in self._arenas.values() if arena.holder is holder and arena.use is Use.LEASED]
-        for arena in orphans:
-            arena.holder = None
-        return orphans
+    def orphaned(self, holder: Holder) -> None:
+        """A connection closed: its leases have no holder now; `reap()` sees what becomes of them."""
+        for arena in self._arenas.values():
+            if arena.holder is holder and arena.use is Use.LEASED:
+                arena.holder = None
 
     def reap(self) -> list[Arena]:
         """Free leases of dead processes; return those that died after their commit, to be admitted."""

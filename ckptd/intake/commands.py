@@ -6,7 +6,7 @@ from typing import Any
 
 import anyio
 
-from ckptd.catalog import Catalog, audits, checkpoints, figures, holds, roots
+from ckptd.catalog import Catalog, audits, checkpoints, figures, holds, listing, roots
 from ckptd.catalog.audits import Deed
 from ckptd.catalog.roots import NewRoot
 from ckptd.catalog.tx import Tx
@@ -192,7 +192,8 @@ class Commands:
         for experiment_id, project, name in rows:
             rules = self._front.settings().rules_for(project, name)
             if request.apply:
-                decided = await retain.apply(self._tools, experiment_id, rules, only=request.only)
+                linked = await self._relinked(experiment_id)
+                decided = await retain.apply(self._tools, experiment_id, rules, only=request.only, linked=linked)
             else:
 
                 async def read(conn: Any, of: str = experiment_id, rules: Rules = rules) -> Any:
@@ -215,6 +216,11 @@ class Commands:
             )
             await self._catalog.write(lambda tx: audits.record(tx, deed))
         return {"plans": plans, "applied": request.apply}
+
+    async def _relinked(self, experiment_id: str) -> list[str]:
+        """Place an experiment's links before anything of it is retired; return the ids they lead to."""
+        rows = await self._catalog.read(lambda conn: listing.of_experiment(conn, experiment_id))
+        return await link.place(self._tools, rows[-1]) if rows else []
 
     async def rebuild(self, _peer: Peer, request: ask.Rebuild) -> Answer:
         """Read every manifest under the roots back into the catalog."""

@@ -1,12 +1,12 @@
 """What a client writes into an arena about a save, checked before anything believes it."""
 
 from datetime import datetime
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
 from ckptd.errors import BadPath, BadRequest
-from ckptd.intake.requests import Id, Metrics, Name, PathText, Step, Tags, Text
+from ckptd.intake.requests import Count, Id, Metrics, Name, PathText, Step, Tags, Text, check_depth
 from ckptd_client import control
 
 FILES_MAX = 4096
@@ -14,12 +14,15 @@ NAME_CHARS_MAX = 128
 NAME_BYTES_MAX = 240  # leaves room for our suffixes within the 255 bytes of a file name
 
 
+Segment = Annotated[int, msgspec.Meta(ge=1, le=(1 << 31))]
+
+
 class FileAt(msgspec.Struct, frozen=True):
     """One file image in the arena."""
 
     path: str
-    offset: int
-    size_bytes: int
+    offset: Count
+    size_bytes: Count
 
 
 class ExperimentFacts(msgspec.Struct, frozen=True):
@@ -50,9 +53,9 @@ class Descriptor(msgspec.Struct, frozen=True):
     meta: dict[str, Any] = {}
     parent: str | None = None
     update_best: bool = True
-    segment: int | None = None
-    format: str = "safetensors"
-    sequence: int = 0
+    segment: Segment | None = None
+    format: Annotated[str, msgspec.Meta(min_length=1, max_length=32)] = "safetensors"
+    sequence: Count = 0
 
 
 def decode(raw: bytes, arena_bytes: int) -> Descriptor:
@@ -65,15 +68,17 @@ def decode(raw: bytes, arena_bytes: int) -> Descriptor:
         raise BadRequest(f"descriptor: {len(found.files)} files, 1 to {FILES_MAX} are possible")
     for image in found.files:
         end = image.offset + image.size_bytes
-        if (
-            image.offset % control.PAGE
-            or not control.PAGE <= image.offset <= end <= arena_bytes
-            or image.size_bytes < 0
-        ):
+        if image.offset % control.PAGE or not control.PAGE <= image.offset <= end <= arena_bytes:
             raise BadRequest(f"descriptor: file {image.path!r} lies outside its arena")
         check_file_name(image.path)
     if len({image.path for image in found.files}) != len(found.files):
         raise BadRequest("descriptor: two files have the same name")
+    for what, free in (
+        ("config", found.experiment.config),
+        ("facts", found.experiment.facts),
+        ("meta", found.meta),
+    ):
+        check_depth(f"descriptor: {what}", free)
     check_name("project", found.experiment.project)
     check_name("experiment", found.experiment.name)
     return found

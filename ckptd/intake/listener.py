@@ -6,13 +6,14 @@ connect time, a pidfd for its death), never by what it says of itself. The daemo
 descriptor from anyone: plain recv() lets the kernel close whatever was sent.
 """
 
+import contextlib
 import errno
 import os
 import socket
 import struct
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import anyio
 import anyio.abc
@@ -24,13 +25,21 @@ from ckptd_client import wire
 
 log = structlog.get_logger()
 
-_SO_PEERPIDFD = 77  # Linux 6.5; older kernels answer ENOPROTOOPT and the reaper polls instead
+_SO_PEERPIDFD = 77  # Linux 6.5; older kernels answer ENOPROTOOPT, and the socket's end has to do
+_SO_PASSRIGHTS = 83  # Linux 6.16
 _CREDENTIALS = struct.Struct("iII")
 _RECV_BYTES = 1 << 16
 _OUT_OF_DESCRIPTORS = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 REQUESTS_RUNNING_MAX = 64
 
 Message = dict[str, Any]
+
+
+class _Passenger(NamedTuple):
+    """A descriptor that rides with a frame, and what to do when it never leaves."""
+
+    fd: int
+    undelivered: Callable[[], None]
 
 
 class Peer:
@@ -44,13 +53,12 @@ class Peer:
         self.pidfd = self._pidfd()
         self.closed = False
         self.greeted = False
-        self.follows: set[str] = set()
+        self.follows: dict[str, None] = {}  # checkpoint ids, oldest first
         self.experiments: set[str] = set()
         self.attached: dict[str, Any] = {}  # arenas this peer reads, by checkpoint
-        self.wants_events = False
         self.group: anyio.abc.TaskGroup | None = None  # tasks of requests that may wait; ends with the connection
         self.running = 0
-        self._out: deque[tuple[bytes, int | None]] = deque()
+        self._out: deque[tuple[bytes, _Passenger | None]] = deque()
         self._out_bytes = 0
         self._out_bytes_max = settings.send_bytes_max
         self._more = anyio.Event()
@@ -62,18 +70,26 @@ class Peer:
             return None
 
     def push(self, message: Message) -> None:
-        """Send a message nobody asked for."""
-        self.send({"v": wire.VERSION, **message})
+        """Send a message nobody asked for; one that is too large for a frame is left out, and logged."""
+        try:
+            self.send({"v": wire.VERSION, **message})
+        except wire.FrameError as error:
+            log.warning("push.too_large", push=message.get("push"), why=str(error))
 
-    def send(self, message: Message, fd: int | None = None) -> None:
+    def send(self, message: Message, fd: int | None = None, undelivered: Callable[[], None] = lambda: None) -> None:
         """Queue one frame, with at most one descriptor (duplicated here). Never waits.
 
         A peer that lets more than intake.send_bytes_max pile up is cut off: it reconnects and asks.
+        `undelivered` is called when the descriptor never left: the connection ended first.
+
+        FrameError  the message is over FRAME_BYTES_MAX; nothing is sent
+        OSError     no descriptor is left to duplicate `fd`; nothing is sent
         """
-        if self.closed:
-            return
         frame = wire.encode(message)
-        self._out.append((frame, None if fd is None else os.dup(fd)))
+        if self.closed:
+            undelivered()
+            return
+        self._out.append((frame, None if fd is None else _Passenger(os.dup(fd), undelivered)))
         self._out_bytes += len(frame)
         if self._out_bytes > self._out_bytes_max:
             self.cut()
@@ -84,19 +100,20 @@ class Peer:
 
     def _flush(self) -> None:
         while self._out:
-            frame, fd = self._out[0]
+            frame, passenger = self._out[0]
             try:
-                if fd is None:
+                if passenger is None:
                     sent = self.sock.send(frame, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
                 else:
-                    sent = socket.send_fds(self.sock, [frame], [fd], socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+                    flags = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+                    sent = socket.send_fds(self.sock, [frame], [passenger.fd], flags)
             except BlockingIOError:
                 return
             except OSError:
                 self.cut()
                 return
-            if fd is not None:
-                os.close(fd)
+            if passenger is not None:
+                os.close(passenger.fd)
             self._out_bytes -= sent
             if sent < len(frame):
                 self._out[0] = (frame[sent:], None)
@@ -124,9 +141,10 @@ class Peer:
     def close(self) -> None:
         """Give its descriptors back."""
         self.closed = True
-        for _, fd in self._out:
-            if fd is not None:
-                os.close(fd)
+        for _, passenger in self._out:
+            if passenger is not None:
+                os.close(passenger.fd)
+                passenger.undelivered()
         self._out.clear()
         if self.pidfd is not None:
             os.close(self.pidfd)
@@ -148,12 +166,12 @@ class Listener:
         self._gone = gone
         self.peers: set[Peer] = set()
         self._per_uid: Counter[int] = Counter()
-        self._refused = 0
 
     async def run(self, listening: socket.socket, *, task_status: anyio.abc.TaskStatus[None]) -> None:
         """Accept until cancelled. Running out of descriptors pauses accepting, it never ends it."""
         listening.setblocking(False)
         listening.listen(self._settings.backlog)
+        _refuse_descriptors(listening)
         pause_s = 0.05
         async with anyio.create_task_group() as group:
             task_status.started()
@@ -188,7 +206,7 @@ class Listener:
             or self._per_uid[peer.uid] >= self._settings.connections_per_uid_max
         )
         if over:
-            self._refused += 1
+            log.warning("peer.refused", cause="connections", uid=peer.uid)
             peer.send(
                 _error_frame("busy", "too many connections", "close unused ones, or raise intake.connections_max")
             )
@@ -203,21 +221,27 @@ class Listener:
             async with anyio.create_task_group() as group:
                 peer.group = group
                 group.start_soon(peer.drain_queue)
+                if peer.pidfd is not None:
+                    group.start_soon(_cut_when_dead, peer, peer.pidfd)
                 await self._read(peer)
                 group.cancel_scope.cancel()
         finally:
             self.peers.discard(peer)
             self._per_uid[peer.uid] -= 1
+            if not self._per_uid[peer.uid]:
+                del self._per_uid[peer.uid]
+            peer.close()
             with anyio.CancelScope(shield=True):
                 await self._gone(peer)
-            peer.close()
 
     async def _read(self, peer: Peer) -> None:
         """Hand frames on until the peer leaves, breaks the rules, or takes too long over one frame."""
         splitter = wire.Splitter()
-        unfinished_since_s: float | None = None
+        begun_s: float | None = None  # when the unfinished frame's first bytes were seen
         while not peer.closed:
-            limit_s = None if unfinished_since_s is None else self._settings.idle_frame_s
+            limit_s = None
+            if begun_s is not None:
+                limit_s = max(0.0, begun_s + self._settings.idle_frame_s - self._clock.monotonic_s())
             try:
                 with anyio.fail_after(limit_s):
                     await anyio.wait_readable(peer.sock)
@@ -238,7 +262,25 @@ class Listener:
                 return
             for frame in frames:
                 await self._handle(peer, frame)
-            unfinished_since_s = self._clock.monotonic_s() if not data.endswith(b"\n") else None
+            if data.endswith(b"\n"):
+                begun_s = None
+            elif begun_s is None or b"\n" in data:
+                begun_s = self._clock.monotonic_s()
+
+
+async def _cut_when_dead(peer: Peer, pidfd: int) -> None:
+    """A child may have inherited the socket and keep it open: the trainer that it belonged to is dead all the same."""
+    await anyio.wait_readable(pidfd)
+    peer.cut()
+
+
+def _refuse_descriptors(listening: socket.socket) -> None:
+    """Have the kernel refuse descriptors at the sender, where it can: closing a foreign one may hang.
+
+    Accepted sockets inherit it. Older kernels close what is sent when it is received without asking for it.
+    """
+    with contextlib.suppress(OSError):
+        listening.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
 
 
 def _error_frame(code: str, message: str, hint: str) -> Message:

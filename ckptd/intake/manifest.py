@@ -14,6 +14,7 @@ from ckptd.catalog.checkpoints import Durable, NewCheckpoint
 from ckptd.catalog.experiments import NewExperiment
 from ckptd.catalog.roots import Root
 from ckptd.catalog.tx import Tx
+from ckptd.intake.descriptor import Segment
 from ckptd.intake.requests import Id, Metrics, Name, Step, Tags
 from ckptd.jobs import Jobs, NewJob
 from ckptd.model import FileEntry, Identity, Level, Origin
@@ -31,8 +32,8 @@ class Manifest(msgspec.Struct, frozen=True):
     files: list[FileRecord]
     step: Step | None = None
     epoch: float | None = None
-    revision: int = 1
-    segment: int | None = None
+    revision: Segment = 1
+    segment: Segment | None = None
     created_at: datetime | None = None
     metrics: Metrics = {}
     note: str = ""

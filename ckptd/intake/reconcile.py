@@ -21,8 +21,9 @@ from ckptd.clock import Clock
 from ckptd.config import Watching
 from ckptd.errors import CkptdError
 from ckptd.intake.admit import Admission
-from ckptd.jobs import Jobs
-from ckptd.model import RootKind, State
+from ckptd.jobs import Jobs, NewJob
+from ckptd.model import Checkpoint, RootKind, State
+from ckptd.pipeline.verify import refresh_best
 from ckptd.worker import Workers, mounts
 from ckptd.worker.protocol import Candidate, Hints, Scan, Sweep, Watch
 
@@ -229,15 +230,24 @@ class Reconciler:
 
             async def mark(tx: Tx, some: list[tuple[str, str]] = some) -> int:
                 rows = await checkpoints.get_many(tx.conn, [checkpoint_id for _, checkpoint_id in some])
-                marked = 0
+                marked = []
                 for path, checkpoint_id in some:
                     row = rows.get(checkpoint_id)
                     if row is not None and row.path == path and row.state in {State.LIVE, State.CORRUPT}:
                         await checkpoints.mark_missing(tx, checkpoint_id, f"a scan of {root.path} did not find it")
-                        marked += 1
-                return marked
+                        marked.append(row)
+                await self._decide_again(tx, marked)
+                return len(marked)
 
             result.missing += await self._catalog.write(mark)
+
+    async def _decide_again(self, tx: Tx, gone: list[Checkpoint]) -> None:
+        """What was the best or the newest may be among what is gone: flags now, links and rules by a job."""
+        for row in {row.experiment_id: row for row in gone}.values():
+            rules = self._admission.settings().rules_for(row.project, row.experiment)
+            await refresh_best(tx, row.experiment_id, rules)
+            lane = f"{row.experiment_id}/after"
+            await self._jobs.enqueue(tx, NewJob(checkpoint_id=row.id, lane=lane, stage="link"))
 
     async def sweep(self, older_s: float) -> None:
         """Remove our own temporary directories that no running job can own any more."""

@@ -3,11 +3,12 @@
 Unknown fields are allowed on purpose: a newer client may say more than this daemon knows.
 """
 
+from datetime import datetime
 from typing import Annotated, Any, Literal, Union
 
 import msgspec
 
-from ckptd.errors import BadRequest
+from ckptd.errors import BadRequest, UnsupportedVersion
 from ckptd_client import wire
 
 Id = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
@@ -15,6 +16,9 @@ Name = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
 Text = Annotated[str, msgspec.Meta(max_length=65536)]
 PathText = Annotated[str, msgspec.Meta(min_length=1, max_length=4095)]
 Step = Annotated[int, msgspec.Meta(ge=0, le=(1 << 62))]
+AnyStep = Annotated[int, msgspec.Meta(ge=-(1 << 62), le=(1 << 62))]  # of a metric: some count down
+Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 62))]
+UnixTime = Annotated[float, msgspec.Meta(ge=0, le=253_402_300_799)]  # up to the year 9999
 Number = float | Literal["NaN", "Infinity", "-Infinity"]
 Metrics = dict[Annotated[str, msgspec.Meta(max_length=256)], Number]
 Tags = Annotated[list[Annotated[str, msgspec.Meta(min_length=1, max_length=128)]], msgspec.Meta(max_length=256)]
@@ -55,7 +59,7 @@ class ExperimentBeat(Request, frozen=True, tag="experiment.beat"):
     """Still training."""
 
     experiment: Id
-    step: int | None = None
+    step: Step | None = None
 
 
 class ExperimentClose(Request, frozen=True, tag="experiment.close"):
@@ -88,14 +92,14 @@ class Commit(Request, frozen=True, tag="commit"):
     experiment: Id
     checkpoint: Id
     arena: Id
-    generation: int
+    generation: Count
 
 
 class Abandon(Request, frozen=True, tag="abandon"):
     """Take the arena back; nothing was saved in it."""
 
     arena: Id
-    generation: int
+    generation: Count
 
 
 class Submit(Request, frozen=True, tag="submit"):
@@ -149,7 +153,7 @@ class MetricPoints(Request, frozen=True, tag="metrics"):
 
     experiment: Id
     points: Annotated[
-        list[tuple[Annotated[str, msgspec.Meta(max_length=256)], int | None, Number, float]],
+        list[tuple[Annotated[str, msgspec.Meta(max_length=256)], AnyStep | None, Number, UnixTime]],
         msgspec.Meta(max_length=POINTS_MAX),
     ]
 
@@ -252,7 +256,8 @@ class Retention(Request, frozen=True, tag="retention"):
 class Events(Request, frozen=True, tag="events"):
     """Recent events; with follow, also those to come."""
 
-    since_seq: int | None = None
+    since_seq: Count | None = None
+    since: Annotated[datetime, msgspec.Meta(tz=True)] | None = None
     limit: Annotated[int, msgspec.Meta(ge=1, le=PAGE_MAX)] = 100
     follow: bool = False
 
@@ -287,11 +292,12 @@ class Roots(Request, frozen=True, tag="roots"):
 
 
 class Tail(Request, frozen=True, tag="metrics.tail"):
-    """Metric points of an experiment, newest first, after a cursor."""
+    """Metric points of an experiment that arrived after a cursor, oldest first."""
 
     project: str | None = None
     name: str | None = None
-    after: int | None = None
+    experiment: Id | None = None
+    after: Count | None = None
     limit: Annotated[int, msgspec.Meta(ge=1, le=PAGE_MAX)] = 100
 
 
@@ -335,18 +341,22 @@ def decode(frame: bytes) -> Request:
         request: Request = _decoder.decode(frame)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise BadRequest(str(error) or type(error).__name__, hint="see docs/reference/wire.md") from error
+    if request.v != wire.VERSION:
+        raise UnsupportedVersion(f"this daemon speaks version {wire.VERSION}, the frame says {request.v}")
     for free in ("config", "facts", "meta", "problem"):
         value = getattr(request, free, None)
-        if value is not None and _depth(value) > wire.DEPTH_MAX:
-            raise BadRequest(f"{free} nests deeper than {wire.DEPTH_MAX}")
+        if value is not None:
+            check_depth(free, value)
     return request
 
 
-def _depth(value: Any) -> int:
-    """Nesting of a decoded value, without recursion."""
+def check_depth(what: str, value: Any) -> None:
+    """BadRequest when a decoded value nests deeper than DEPTH_MAX. No recursion."""
     depth, level = 0, [value]
     while level:
         depth += 1
+        if depth > wire.DEPTH_MAX:
+            raise BadRequest(f"{what} nests deeper than {wire.DEPTH_MAX}")
         nested: list[Any] = []
         for item in level:
             if isinstance(item, dict):
@@ -354,4 +364,3 @@ def _depth(value: Any) -> int:
             elif isinstance(item, list):
                 nested += [v for v in item if isinstance(v, dict | list)]
         level = nested
-    return depth

@@ -5,20 +5,26 @@ a read-back) run beside the others, at most REQUESTS_RUNNING_MAX of them per con
 """
 
 import os
+from functools import partial
 from typing import Any
 
 import structlog
 
 from ckptd.catalog import holds
-from ckptd.errors import BadRequest, Bug, Busy, CkptdError, NotAuthorized
+from ckptd.errors import BadRequest, Bug, Busy, CkptdError, NotAuthorized, OverQuota
 from ckptd.intake import requests as ask
+from ckptd.intake.follow import sees_all
 from ckptd.intake.listener import REQUESTS_RUNNING_MAX, Peer
 from ckptd.intake.training import Front, Handler, Training
-from ckptd_client import wire
+from ckptd_client import control, wire
 
 log = structlog.get_logger()
 
-_WAITING = (ask.Lease, ask.Attach, ask.Verify, ask.Wait, ask.Retention, ask.Rebuild, ask.Remove, ask.RootAdd)
+_WAITING = (
+    ask.Lease, ask.Submit, ask.Attach, ask.Verify, ask.Wait, ask.Retention, ask.Rebuild, ask.Remove, ask.RootAdd,
+    ask.Status, ask.Doctor, ask.Reload,
+)  # fmt: skip
+ADMIT_AGAIN_S, ADMIT_AGAIN_S_MAX = 0.5, 30.0  # pauses between tries to admit what a dead trainer committed
 
 
 class Service:
@@ -29,6 +35,8 @@ class Service:
         self._front = front
         self._training = Training(front)
         self._handlers = {**self._training.handlers, **handlers}
+        self._not_before_s: dict[bytes, tuple[float, float]] = {}  # arena -> when to try again, and the pause then
+        self._readers: dict[int, int] = {}  # pid -> start time of processes that left with read holds
 
     async def handle(self, peer: Peer, frame: bytes) -> None:
         """Answer one frame. Errors are answers; only the framing itself can end a connection."""
@@ -52,7 +60,7 @@ class Service:
 
     def _check_peer(self, peer: Peer, request: ask.Request) -> None:
         settings = self._front.settings()
-        if settings.mode == "user" and peer.uid not in {os.getuid(), 0}:
+        if settings.mode == "user" and not sees_all(peer.uid):
             raise NotAuthorized(f"this daemon serves uid {os.getuid()}, not {peer.uid}")
         if not peer.greeted and not isinstance(request, ask.Hello):
             raise BadRequest("the first request must be hello")
@@ -66,21 +74,36 @@ class Service:
     async def _answer(self, peer: Peer, request: ask.Request) -> None:
         try:
             if isinstance(request, ask.Lease):
-                answer, arena = await self._training.lease(peer, request)
-                peer.send(_success(request.id, answer, fds=1), arena.fd)
+                await self._lend(peer, request)
             elif isinstance(request, ask.Attach):
                 answer, fd = await self._training.attach(peer, request)
-                peer.send(_success(request.id, answer, fds=0 if fd is None else 1), fd)
-                if fd is not None:
-                    os.close(fd)
+                try:
+                    peer.send(_success(request.id, answer, fds=0 if fd is None else 1), fd)
+                finally:
+                    if fd is not None:
+                        os.close(fd)
             else:
                 peer.send(_success(request.id, await self._handlers[type(request)](peer, request)))
         except CkptdError as error:
             peer.send(_failure(request.id, error))
+        except (OverflowError, UnicodeEncodeError) as error:
+            peer.send(_failure(request.id, BadRequest(f"a value is out of range: {error}")))
+        except wire.FrameError as error:
+            peer.send(_failure(request.id, OverQuota(f"the answer does not fit into a frame: {error}")))
         except Exception as error:
             # A bug in one handler must not take the daemon and every other trainer's hand-off with it.
             log.exception("request.bug", op=type(request).__struct_config__.tag)
             peer.send(_failure(request.id, Bug(f"{type(error).__name__} while answering {type(request).__name__}")))
+
+    async def _lend(self, peer: Peer, request: ask.Lease) -> None:
+        """Answer a lease with its descriptor; a lease that does not reach its trainer is none."""
+        answer, arena = await self._training.lease(peer, request)
+        back = partial(self._front.pool.undelivered, arena, arena.generation)
+        try:
+            peer.send(_success(request.id, answer, fds=1), arena.fd, back)
+        except OSError as error:
+            back()
+            raise Busy(f"the daemon has no descriptor left: {error.strerror}", retry_after_s=1.0) from error
 
     async def gone(self, peer: Peer) -> None:
         """A connection closed: look at what it left behind."""
@@ -88,17 +111,34 @@ class Service:
         self._front.presence.left(peer)
         self._front.pool.orphaned(peer)
         if peer.attached:
-            # Mappings outlive the connection: the control pages say which readers still live.
-            await self._front.catalog.write(lambda tx: holds.release_all(tx, f"pid {peer.pid}"))
+            # Mappings outlive the connection: while the process lives it may still read.
+            self._readers[peer.pid] = control.started_ticks(peer.pid)
         await self.reap()
 
     async def reap(self) -> None:
-        """Admit saves whose trainer died after its commit; free leases of the dead."""
-        for arena in self._front.pool.reap():
-            try:
-                await self._front.admission.arena(arena, os.getuid() if arena.holder_uid < 0 else arena.holder_uid)
-            except CkptdError as error:
-                log.warning("arena.not_admitted", arena=arena.id.hex(), **error.to_wire())
+        """Admit saves whose trainer died after its commit; free leases and read holds of the dead."""
+        now_s = self._front.clock.monotonic_s()
+        committed = self._front.pool.reap()
+        waiting = {arena.id for arena in committed}
+        self._not_before_s = {of: at for of, at in self._not_before_s.items() if of in waiting}
+        for arena in committed:
+            at_s, pause_s = self._not_before_s.get(arena.id, (now_s, ADMIT_AGAIN_S))
+            if at_s <= now_s:
+                self._not_before_s[arena.id] = (now_s + pause_s, min(pause_s * 2, ADMIT_AGAIN_S_MAX))
+                await self._front.admission.rescue(arena)
+        for pid, ticks in tuple(self._readers.items()):
+            if not control.is_alive(pid, ticks):
+                await self._release(pid)
+
+    async def _release(self, pid: int) -> None:
+        try:
+            await self._front.catalog.write(lambda tx: holds.release_all(tx, f"pid {pid}"))
+        except CkptdError as error:
+            log.warning(
+                "hold.not_released", cause=error.code, pid=pid, **error.to_wire()
+            )  # tried again at the next look
+        else:
+            self._readers.pop(pid, None)
 
 
 def _success(request_id: int, answer: dict[str, Any], fds: int = 0) -> dict[str, Any]:

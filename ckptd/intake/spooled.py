@@ -14,6 +14,7 @@ import anyio.to_thread
 import msgspec
 import structlog
 
+from ckptd import failpoint
 from ckptd.clock import Clock
 from ckptd.errors import BadRequest, CkptdError
 from ckptd.intake import descriptor as descriptors
@@ -71,6 +72,7 @@ class Spool:
         raw, size_bytes, uid = await anyio.to_thread.run_sync(_read_image, entry.path)
         found = descriptors.decode(raw, size_bytes)
         checkpoint = await self._admission.memory(found, uid, arena=None, size_bytes=size_bytes)
+        failpoint.hit("spool.admitted")
         self._known.add(entry.checkpoint)
         self.on_adopted(checkpoint.id, size_bytes)
         if checkpoint.state is not State.PENDING:

@@ -6,25 +6,27 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from sqlalchemy.ext.asyncio import AsyncConnection
+
 from ckptd import __version__
 from ckptd.catalog import Catalog, checkpoints, experiments, holds, listing
 from ckptd.catalog.listing import Scope
 from ckptd.catalog.metrics import Point
+from ckptd.catalog.owners import owners_of
 from ckptd.catalog.tx import Tx
 from ckptd.clock import Clock
 from ckptd.config import Settings
-from ckptd.errors import Busy, NotAuthorized, NotFound, UnsupportedVersion
+from ckptd.errors import BadRequest, Busy, NoArena, NotAuthorized, NotFound, UnsupportedVersion
 from ckptd.intake import descriptor
 from ckptd.intake import requests as ask
 from ckptd.intake.admit import Admission
-from ckptd.intake.arenas import Arena, ArenaPool
-from ckptd.intake.follow import Followers, level_of
+from ckptd.intake.arenas import Arena, ArenaPool, Use
+from ckptd.intake.follow import Followers, level_of, sees_all, visible_to
 from ckptd.intake.listener import Peer
 from ckptd.intake.presence import MetricsBuffer, Presence
 from ckptd.intake.spooled import offer_of
 from ckptd.jobs import Jobs
-from ckptd.model import Checkpoint, ExperimentStatus, Level, State
-from ckptd.pipeline.verify import refresh_best
+from ckptd.model import Checkpoint, ExperimentStatus, Level, Origin, State
 from ckptd_client import control, wire
 from ckptd_client.wire import from_number, number
 
@@ -78,6 +80,7 @@ class Training:
         if wire.VERSION not in request.versions:
             raise UnsupportedVersion(f"this daemon speaks version {wire.VERSION}, the client {request.versions}")
         peer.greeted = True
+        self._front.pool.rejoin(peer)
         settings = self._front.settings()
         return {
             "server": f"ckptd/{__version__}",
@@ -133,27 +136,29 @@ class Training:
         """Lend an arena; may wait. The caller sends the descriptor along with the answer."""
         await self._mine(peer, request.experiment)
         arena = await self._front.pool.lease(request.experiment, request.size_bytes, peer, request.wait_s)
-        if peer.closed:
-            self._front.pool.free(arena)
-            raise Busy("the connection closed while an arena was made")
         return {"arena": arena.id.hex(), "generation": arena.generation, "size_bytes": arena.size_bytes}, arena
 
     async def commit(self, peer: Peer, request: ask.Commit) -> Answer:
         """Take a save over. Repeats (after a reconnect, after a restart) are one save."""
         front = self._front
         front.followers.add(peer, [request.checkpoint])
-        known = await front.catalog.read(lambda conn: checkpoints.get_many(conn, [request.checkpoint]))
-        if request.checkpoint in known:
+        arena = front.pool.get(bytes.fromhex(request.arena))
+        if arena is not None and arena.use is Use.LEASED:
+            # Also when the row is there already (the same image came through the spool): the arena must go on.
+            row = await front.admission.arena(front.pool.leased(arena.id, request.generation, peer), peer.uid)
+        else:
+            known = await front.catalog.read(lambda conn: checkpoints.get_many(conn, [request.checkpoint]))
+            if request.checkpoint not in known:
+                raise NoArena(f"arena {request.arena[:12]} holds no save under generation {request.generation}")
             row = known[request.checkpoint]
             await self._mine(peer, row.experiment_id)
-        else:
-            arena = front.pool.leased(bytes.fromhex(request.arena), request.generation, peer.pid)
-            row = await front.admission.arena(arena, peer.uid)
         return {**level_of(row), "revision": row.revision}
 
     async def abandon(self, peer: Peer, request: ask.Abandon) -> Answer:
         """Take an unused arena back."""
-        arena = self._front.pool.leased(bytes.fromhex(request.arena), request.generation, peer.pid)
+        arena = self._front.pool.leased(bytes.fromhex(request.arena), request.generation, peer)
+        if arena.descriptor() is not None:
+            raise BadRequest("the arena holds a committed save: commit it")
         self._front.pool.free(arena)
         return {}
 
@@ -169,8 +174,15 @@ class Training:
         row = await self._selected(peer, request)
         if not row.is_good:
             raise NotFound(f"checkpoint {row.id} is {row.state}, {row.level}: nothing to load yet")
-        until = f"pid {peer.pid}"
-        await front.catalog.write(lambda tx: holds.lease(tx, row.id, until, READ_LEASE_S))
+        holder = f"pid {peer.pid}"
+
+        async def hold(tx: Tx) -> None:
+            # Looked at again in the transaction that holds it: retention may have been faster.
+            if not (await checkpoints.get(tx.conn, row.id)).is_good:
+                raise NotFound(f"checkpoint {row.id} was retired a moment ago")
+            await holds.lease(tx, row.id, holder, READ_LEASE_S)
+
+        await front.catalog.write(hold)
         facts: Answer = {
             "checkpoint": row.id,
             "experiment": row.experiment_id,
@@ -180,18 +192,32 @@ class Training:
             "size_bytes": row.size_bytes,
             "format": row.format,
         }
-        arena = front.pool.of_checkpoint(row.id)
+        peer.attached[row.id] = None
+        hot = self._hot(peer, row)
+        if hot is not None:
+            arena, images, fd = hot
+            return {**facts, "hot": True, "files": images, "arena_bytes": arena.size_bytes}, fd
+        files = await front.catalog.read(lambda conn: checkpoints.files(conn, row.id))
+        listed = [{"path": f.path, "size_bytes": f.size_bytes, "sha256": f.sha256} for f in files]
+        return {**facts, "hot": False, "files": listed}, None
+
+    def _hot(self, peer: Peer, row: Checkpoint) -> tuple[Arena, list[dict[str, Any]], int] | None:
+        """Note the peer as a reader of the arena that holds `row`; None when there is no place or no arena.
+
+        A process that /proc does not show (another pid namespace) can't be seen to end, so it gets the files.
+        """
+        arena = self._front.pool.of_checkpoint(row.id)
         raw = arena.descriptor() if arena is not None else None
-        if arena is None or raw is None or not control.add_reader(arena.page, peer.pid):
-            files = await front.catalog.read(lambda conn: checkpoints.files(conn, row.id))
-            listed = [{"path": f.path, "size_bytes": f.size_bytes, "sha256": f.sha256} for f in files]
-            peer.attached[row.id] = None
-            return {**facts, "hot": False, "files": listed}, None
+        if arena is None or raw is None or not control.started_ticks(peer.pid):
+            return None
         images = self._images(raw, arena)
-        peer.attached[row.id] = arena
         # Opened anew and read-only: the reader can map it, never write what others may still read.
         fd = os.open(f"/proc/self/fd/{arena.fd}", os.O_RDONLY | os.O_CLOEXEC)
-        return {**facts, "hot": True, "files": images, "arena_bytes": arena.size_bytes}, fd
+        if not control.add_reader(arena.page, peer.pid):
+            os.close(fd)
+            return None
+        peer.attached[row.id] = arena
+        return arena, images, fd
 
     def _images(self, raw: bytes, arena: Arena) -> list[dict[str, Any]]:
         found = descriptor.decode(raw, arena.size_bytes)
@@ -236,8 +262,13 @@ class Training:
     async def follow(self, peer: Peer, request: ask.Follow) -> Answer:
         """Follow checkpoints, and say where they are now."""
         self._front.followers.add(peer, request.checkpoints)
-        rows = await self._front.catalog.read(lambda conn: checkpoints.get_many(conn, request.checkpoints))
-        return {"states": [level_of(row) for row in rows.values()]}
+
+        async def read(conn: AsyncConnection) -> list[Checkpoint]:
+            rows = await checkpoints.get_many(conn, request.checkpoints)
+            owners = {} if sees_all(peer.uid) else await owners_of(conn, list(rows))
+            return [row for row in rows.values() if sees_all(peer.uid) or owners.get(row.id) == peer.uid]
+
+        return {"states": [level_of(row) for row in await self._front.catalog.read(read)]}
 
     async def points(self, peer: Peer, request: ask.MetricPoints) -> Answer:
         """Take metric points; answered once they wait for the next common commit."""
@@ -253,13 +284,8 @@ class Training:
     async def late_metrics(self, peer: Peer, request: ask.CheckpointMetrics) -> Answer:
         """Validation ended after the save: the best is decided again in the same transaction."""
         values = {name: from_number(value) for name, value in request.metrics.items()}
-
-        async def add(tx: Tx) -> None:
-            row = await checkpoints.add_metrics(tx, request.checkpoint, values)
-            await refresh_best(tx, row.experiment_id, self._front.settings().rules_for(row.project, row.experiment))
-
         await self._checkpoint(peer, request.checkpoint)
-        await self._front.catalog.write(add)
+        await self._front.admission.late_metrics(request.checkpoint, values)
         return {}
 
     async def report(self, peer: Peer, request: ask.Report) -> Answer:
@@ -274,8 +300,10 @@ class Training:
         front = self._front
 
         async def drop(tx: Tx) -> str | None:
-            for row in await listing.of_experiment(tx.conn, request.experiment):
-                if row.state is State.PENDING and await front.jobs.cancel(tx, row.id):
+            rows = await listing.of_experiment(tx.conn, request.experiment)
+            for row in sorted(rows, key=lambda row: row.sequence):
+                staged = row.state is State.PENDING and row.origin is Origin.MEMORY
+                if staged and await front.jobs.cancel(tx, row.id):
                     await checkpoints.mark_replaced(tx, row.id)
                     return row.id
             return None
@@ -289,7 +317,7 @@ class Training:
 
     async def _mine(self, peer: Peer, experiment_id: str) -> experiments.Experiment:
         row = await self._front.catalog.read(lambda conn: experiments.get(conn, experiment_id))
-        if peer.uid not in {row.uid, 0, os.getuid()}:
+        if peer.uid != row.uid and not sees_all(peer.uid):
             raise NotAuthorized(f"experiment {row.project}/{row.name} belongs to uid {row.uid}")
         return row
 
@@ -304,7 +332,6 @@ class Training:
 
 async def select(front: Front, peer: Peer, request: ask.Selecting) -> Checkpoint:
     """Return the checkpoint that a selector names among those the peer may see."""
-    uid = None if peer.uid in {0, os.getuid()} else peer.uid
     project, name = request.project, request.name
     settings = front.settings()
     rules = settings.retention
@@ -314,7 +341,7 @@ async def select(front: Front, peer: Peer, request: ask.Selecting) -> Checkpoint
     if project is not None and name is not None:
         rules = settings.rules_for(project, name)
     scope = Scope(
-        uid=uid,
+        uid=visible_to(peer.uid),
         project=project,
         name=name,
         experiment_id=request.experiment,

@@ -8,6 +8,7 @@ are fsynced; a crash between the two repeats the publish, which finds its own wo
 """
 
 import os
+from dataclasses import replace
 from typing import Any
 
 from ckptd import failpoint
@@ -32,6 +33,7 @@ from ckptd.worker.protocol import (
 )
 
 NEXT = "verify"
+BACK = "settle"
 COLLISIONS_MAX = 100  # directories of an older catalog that may be in the way of one step
 
 
@@ -43,7 +45,10 @@ async def run(job: Job, tools: Tools) -> Outcome:
     if checkpoint.origin is Origin.MEMORY:
         durable = await _from_image(job, tools, checkpoint)
     else:
-        durable = await _in_place(job, tools, checkpoint)
+        found = await _in_place(job, tools, checkpoint)
+        if found is None:
+            return await _unsettled(job, tools)
+        durable = found
     failpoint.hit("catalog.durable")
 
     async def record(tx: Tx) -> Job:
@@ -112,15 +117,39 @@ async def _from_image(job: Job, tools: Tools, checkpoint: Checkpoint) -> Durable
     )
 
 
-async def _in_place(job: Job, tools: Tools, checkpoint: Checkpoint) -> Durable:
+async def _in_place(job: Job, tools: Tools, checkpoint: Checkpoint) -> Durable | None:
+    """Digest files where they lie; None when they are not the ones any more that were found settled.
+
+    A writer may come back between the two looks, write half of something and pause: its bytes would
+    hold still while they are digested. So what was digested must be the identity that was settled.
+    """
     root, path = job.payload["root"], job.payload["path"]
-    digested: Digested = await tools.workers.call(Digest(root=root, path=path))
+    try:
+        digested: Digested = await tools.workers.call(Digest(root=root, path=path))
+    except CkptdError as error:
+        if error.code in {"source_changed", "missing"}:
+            return None
+        raise
+    settled = job.payload.get("identity")
+    if settled is not None and digested.identity != IdentityRecord(**settled):
+        return None
     found: Inspected = await tools.workers.call(Inspect(root=root, path=path, tensors_max=0))
     if found.complete is False:
         # The writer looked done and the structure is not: it is read again later, never called complete.
         raise InvalidFormat(f"{path}: {found.problem}", hint="its writer was interrupted; write it again")
     job.payload["found"] = {k: v for k, v in found.metrics.items() if k not in checkpoint.metrics}
-    return _durable(path, digested.files, digested.identity, "", found.format)
+    durable = _durable(path, digested.files, digested.identity, "", found.format)
+    return replace(durable, step=found.step, epoch=found.epoch)
+
+
+async def _unsettled(job: Job, tools: Tools) -> Outcome:
+    """Ask again whether its writer is done."""
+    known = {key: value for key, value in job.payload.items() if key not in {"identity", "last", "since_s"}}
+
+    async def back(tx: Tx) -> Job:
+        return await tools.jobs.advance(tx, job, BACK, known)
+
+    return Onward(await tools.catalog.write(back))
 
 
 def _durable(

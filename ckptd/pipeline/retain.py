@@ -8,6 +8,7 @@ carries on from: a tombstone whose files still stand under their name, or a purg
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
 
 import structlog
 
@@ -15,9 +16,9 @@ from ckptd import failpoint, retention
 from ckptd.catalog import audits, bests, checkpoints, experiments, holds, listing, roots
 from ckptd.catalog.tx import Tx
 from ckptd.config import Rules
-from ckptd.errors import CkptdError, Held
+from ckptd.errors import CkptdError, Held, NotFound
 from ckptd.jobs import Job
-from ckptd.model import Checkpoint, RootKind
+from ckptd.model import Checkpoint, RootKind, State
 from ckptd.pipeline.tools import Ended, Outcome, Tools
 from ckptd.worker.protocol import IdentityRecord, Purge, Trash
 
@@ -31,7 +32,7 @@ async def run(job: Job, tools: Tools) -> Outcome:
     checkpoint = await tools.catalog.read(lambda conn: checkpoints.get(conn, job.checkpoint_id))
     rules = tools.settings().rules_for(checkpoint.project, checkpoint.experiment)
     if rules.deletes:
-        await apply(tools, checkpoint.experiment_id, rules)
+        await apply(tools, checkpoint.experiment_id, rules, linked=job.payload.get("linked", ()))
     await tools.catalog.write(lambda tx: tools.jobs.finish(tx, job))
     return Ended()
 
@@ -55,16 +56,20 @@ async def plan(tx_or_conn: Tx, experiment_id: str, rules: Rules) -> retention.Pl
     return retention.plan(found, rules, now, reasons)
 
 
-async def apply(tools: Tools, experiment_id: str, rules: Rules, *, only: list[str] | None = None) -> retention.Plan:
+async def apply(
+    tools: Tools, experiment_id: str, rules: Rules, *, only: list[str] | None = None, linked: Sequence[str] = ()
+) -> retention.Plan:
     """Plan, write the tombstones, then move the files. Returns the plan that was executed.
 
-    only  the drops that a person saw and agreed to: what the new plan drops beside them stays
+    only    the drops that a person saw and agreed to: what the new plan drops beside them stays
+    linked  where links lead: a metric that came since they were placed must not leave one dangling, so
+            these stay until the links have followed
     """
 
     async def tombstones(tx: Tx) -> retention.Plan:
         decided = await plan(tx, experiment_id, rules)
-        if only is not None:
-            decided = retention.Plan(decided.keep, tuple(d for d in decided.drop if d.checkpoint.id in only))
+        drop = (d for d in decided.drop if d.checkpoint.id not in linked)
+        decided = retention.Plan(decided.keep, tuple(d for d in drop if only is None or d.checkpoint.id in only))
         for dropped in decided.drop:
             await checkpoints.mark_trashed(tx, dropped.checkpoint.id, dropped.checkpoint.id, dropped.why)
             await audits.record(
@@ -94,7 +99,13 @@ async def remove(tools: Tools, checkpoint: Checkpoint, uid: int, pid: int) -> No
 
 
 async def kept_by(tx: Tx, checkpoint: Checkpoint) -> list[str]:
-    """Promises that hold a checkpoint whatever the rules say (design 2.3), as reasons."""
+    """Promises that hold a checkpoint whatever the rules say (design 2.3), as reasons.
+
+    NotFound  nothing of it is on disk: it is on its way, gone, or retired already
+    """
+    state = (await checkpoints.get(tx.conn, checkpoint.id)).state
+    if state not in {State.LIVE, State.CORRUPT}:
+        raise NotFound(f"checkpoint {checkpoint.id} is {state}: there is nothing to remove")
     why = [f"{hold.kind} of {hold.by}" for hold in await holds.of_checkpoint(tx.conn, checkpoint.id, tx.clock.now())]
     why += [
         f"best:{w.metric}"
@@ -126,7 +137,7 @@ async def move(tools: Tools, checkpoint: Checkpoint) -> None:
             raise
         # Nothing of ours is there any more: there is nothing to move and nothing may be touched.
         log.warning("trash.not_ours", checkpoint=checkpoint.id, path=checkpoint.path, error=error.message)
-    failpoint.hit("retain.trashed")
+    failpoint.hit("retain.moved")
     await tools.sources.drop(checkpoint.id)
 
 
@@ -148,7 +159,7 @@ async def purge(tools: Tools) -> int:
             continue
         await move(tools, checkpoint)  # in case the tombstone was never carried out
         await tools.workers.call(Purge(root=checkpoint.root, trash=trash))
-        failpoint.hit("retain.unlink")
+        failpoint.hit("retain.purged")
         await tools.catalog.write(lambda tx, of=checkpoint.id: checkpoints.mark_dropped(tx, of))  # type: ignore[misc]
         purged += 1
     return purged

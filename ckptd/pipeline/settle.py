@@ -46,7 +46,8 @@ async def run(job: Job, tools: Tools) -> Outcome:
     }
 
     async def again(tx: Tx) -> None:
-        await tools.jobs.postpone(tx, job, answer.retry_after_s, waiting)
+        # A writer may stop for an hour and then finish: that is found within one reconcile as well.
+        await tools.jobs.postpone(tx, job, min(answer.retry_after_s, settings.reconcile_s), waiting)
 
     await tools.catalog.write(again)
     return Ended()
@@ -54,7 +55,8 @@ async def run(job: Job, tools: Tools) -> Outcome:
 
 async def _onward(job: Job, tools: Tools, answer: Settlement) -> Outcome:
     async def onward(tx: Tx) -> Job:
-        return await tools.jobs.advance(tx, job, NEXT, {**job.payload, "settled": answer.reason})
+        done = {"settled": answer.reason, "identity": _plain(answer.identity)}
+        return await tools.jobs.advance(tx, job, NEXT, {**job.payload, **done})
 
     return Onward(await tools.catalog.write(onward))
 

@@ -1,8 +1,11 @@
 """What a stage gets and what it answers. No behaviour."""
 
+from collections import defaultdict
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
+
+import anyio
 
 from ckptd.catalog import Catalog
 from ckptd.clock import Clock
@@ -26,7 +29,10 @@ class Sources(Protocol):
 
 @dataclass(frozen=True)
 class Tools:
-    """What every stage works with. `settings` is a call, so that a reload reaches running stages."""
+    """What every stage works with. `settings` is a call, so that a reload reaches running stages.
+
+    placing  of each root: held while links under it are placed
+    """
 
     catalog: Catalog
     jobs: Jobs
@@ -34,6 +40,7 @@ class Tools:
     sources: Sources
     clock: Clock
     settings: Callable[[], Settings]
+    placing: defaultdict[str, anyio.Lock] = field(default_factory=lambda: defaultdict(anyio.Lock))
 
 
 @dataclass(frozen=True, slots=True)

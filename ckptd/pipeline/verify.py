@@ -6,6 +6,7 @@ verified checkpoint whose best flag is still open, and nothing can retire a winn
 
 import os
 
+from ckptd import failpoint
 from ckptd.best import best
 from ckptd.catalog import bests, checkpoints
 from ckptd.catalog.tx import Tx
@@ -36,7 +37,9 @@ async def run(job: Job, tools: Tools) -> Outcome:
         await refresh_best(tx, checkpoint.experiment_id, rules)
         return await tools.jobs.advance(tx, job, NEXT)
 
-    return Onward(await tools.catalog.write(record))
+    onward = await tools.catalog.write(record)
+    failpoint.hit("verify.recorded")
+    return Onward(onward)
 
 
 async def compare(tools: Tools, checkpoint: Checkpoint) -> list[Damage]:

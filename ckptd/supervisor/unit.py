@@ -276,7 +276,7 @@ def _become(command: tuple[str, ...], fds: list[int], environ: dict[str, Any], p
         environ["LISTEN_PID"] = environ["WATCHDOG_PID"] = str(os.getpid())
         os.chdir("/")  # the daemon's directory must not keep a mount busy
         os.execve(command[0], command, environ)  # noqa: S606 - our own interpreter, no shell
-    except BaseException as error:  # noqa: BLE001 - the parent's code must not go on in the child
+    except BaseException as error:  # noqa: ASYNC103, BLE001 - the parent's code must not go on in the child
         os.write(2, f"ckptd: can't start the daemon: {error}\n".encode())
         os._exit(127)
 

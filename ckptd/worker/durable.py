@@ -257,6 +257,7 @@ def replace_symlink(directory_fd: int, name: str, target: str) -> None:
     except BaseException:
         os.unlink(temporary, dir_fd=directory_fd)
         raise
+    failpoint.hit("link.made")
     fsync_directory(directory_fd)
 
 

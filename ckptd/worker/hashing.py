@@ -94,7 +94,7 @@ class HashThread:
             try:
                 if self._error is None:
                     digest.update(buffer[:size_bytes])
-            except BaseException as error:  # noqa: BLE001  raised again in the caller's thread
+            except BaseException as error:  # noqa: ASYNC103, BLE001  raised again in the caller's thread
                 self._error = error
             self._free.put(buffer)
         self.cpu_s = time.thread_time()

@@ -174,7 +174,7 @@ class _Digests:
         try:
             while (index := self._next()) is not None:
                 self._done[index] = self._digest(self._files[index])
-        except BaseException as error:  # noqa: BLE001  raised again in the caller's thread
+        except BaseException as error:  # noqa: ASYNC103, BLE001  raised again in the caller's thread
             self._error = error
             self._stop.set()
         with self._lock:

@@ -191,7 +191,9 @@ class Station:
         self._tell("worker.started", pid=child.pid)
         await self._group.start(self._tend, child)
 
-    async def _tend(self, child: Child, *, task_status: TaskStatus[None]) -> None:
+    async def _tend(  # noqa: ASYNC128  the child's own run() says when it has started
+        self, child: Child, *, task_status: TaskStatus[None]
+    ) -> None:
         """Stay with one process from its start until it is reaped."""
         lost = False
         try:
@@ -246,10 +248,10 @@ class Station:
             question = protocol.Usage(root=min(self.roots, default=self.mount.point))
             try:
                 await self._answer(question, None, min(pace.probe_answer_s, self._setup.settings.request_s))
-            except (Weather, RootDegraded):  # the latter: asking would only hang one worker more
-                continue
-            except CkptdError:
-                pass  # an error is an answer: the worker came back from the file system
+            except CkptdError as error:
+                # Any other error is an answer: the worker came back from the file system.
+                if isinstance(error, Weather | RootDegraded):  # the latter: asking would only hang one worker more
+                    continue
             self.degraded = False
             self._silences = 0
             self._tell("root.recovered", roots=sorted(self.roots))

@@ -10,6 +10,7 @@ from typing import Literal
 
 import msgspec
 
+from ckptd import failpoint
 from ckptd.errors import BadPath, SourceChanged
 from ckptd.worker import beneath
 from ckptd.worker.context import Context
@@ -83,6 +84,7 @@ def _read_all(root_fd: int, parts: tuple[str, ...], files: list[FileRecord], con
             context.alive()
             below = (*parts, *beneath.parts_of(check.record.path)) if check.record.path else parts
             _read_one(root_fd, below, check, (hasher, context.alive))
+            failpoint.hit("verify.read")
     for check in checks:
         # Headers are looked at only where damage needs a name, and after all reading is done.
         if check.kind == "unreadable" or (check.kind is None and check.damage() is not None):

@@ -42,9 +42,10 @@ def command() -> Optional[List[str]]:
     return None
 
 
-def start(place: places.SocketPlace, *, wait_for: Callable[[float], bool]) -> str:
+def start(place: places.SocketPlace, state: str, *, wait_for: Callable[[float], bool]) -> str:
     """Start a daemon that listens at `place`; return "" or why it could not be done.
 
+    state     the state directory, for the log and the lock
     wait_for  is called with a limit in seconds and returns whether a daemon answers by then; 0 asks once
 
     Several processes may call this at once (the ranks of one node): one starts it, all wait.
@@ -54,7 +55,7 @@ def start(place: places.SocketPlace, *, wait_for: Callable[[float], bool]) -> st
     if program is None:
         return "no daemon is installed here (neither the ckptd package nor a `ckptd` on PATH)"
     try:
-        state = places.ensure_state_dir(places.state_dir())
+        places.ensure_state_dir(state)
         places.ensure_socket_dir(place.path)
         lock = os.open(os.path.join(state, "autostart.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except (OSError, places.PlaceError) as error:
@@ -101,6 +102,9 @@ def _launch(program: List[str], state: str, socket_path: str) -> None:
 
 
 def _environment(socket_path: str) -> Dict[str, str]:
+    """Return what the daemon inherits. A socket is named only where the rules would lead it elsewhere:
+    a variable would outrank the user's configuration file.
+    """
     kept = {name: value for name, value in os.environ.items() if name not in _NOT_PASSED_ON}
     if socket_path != places.socket_path():
         kept["CKPTD_SOCKET"] = socket_path

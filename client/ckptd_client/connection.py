@@ -18,10 +18,11 @@ import threading
 import time
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 
+from ckptd_client.autostart import is_allowed as may_start
 from ckptd_client.channel import Channel, ChannelLost, Received
 from ckptd_client.errors import TimedOut, Unavailable
 from ckptd_client.finder import Finder, Found, close_all, error_of
-from ckptd_client.places import SocketPlace, named_place, socket_places
+from ckptd_client.places import SocketPlace, named_place, socket_places, state_dir
 from ckptd_client.wire import VERSION, FrameError, Message, encode
 
 BACKOFF_S = 0.05
@@ -63,7 +64,8 @@ class Connection:
         PlaceError  the socket's path is too long
         """
         self.places: Sequence[SocketPlace] = [named_place(socket)] if socket else socket_places()
-        self._autostart = autostart
+        # Asked for here and not when it is needed: the environment is what it was when the caller decided.
+        self._state_to_start = state_dir() if autostart and may_start() else ""
         self._callbacks = callbacks or Callbacks()
         self._reset()
 
@@ -75,7 +77,7 @@ class Connection:
         self._pending: Dict[int, OnReply] = {}
         self._last_id = 0
         self._closing = threading.Event()
-        self._finder = Finder(self.places, self._closing, may_start=self._autostart)
+        self._finder = Finder(self.places, self._closing, self._state_to_start)
         self._tried = False
         self._broken = ""
         self._tick_at_s = 0.0

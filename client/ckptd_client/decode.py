@@ -44,7 +44,7 @@ def _named_tuple(body: List[Any], items: List[Any]) -> Any:
         found = getattr(found, part, None)
     if isinstance(found, type) and issubclass(found, tuple) and list(getattr(found, "_fields", ())) == fields:
         return tuple.__new__(found, items)
-    return collections.namedtuple(name.rpartition(".")[2], fields)(*items)  # noqa: PYI024
+    return collections.namedtuple(name.rpartition(".")[2], fields)(*items)  # noqa: PYI024  made at run time: no types to give
 
 
 Tensors = Callable[[str, List[Any]], Any]

@@ -28,11 +28,11 @@ class Found(NamedTuple):
 class Finder:
     """Tries the places; remembers when a daemon was last started. Used by one thread."""
 
-    def __init__(self, places: Sequence[SocketPlace], closing: threading.Event, *, may_start: bool) -> None:
-        """Look at `places`, in order, until `closing` is set."""
+    def __init__(self, places: Sequence[SocketPlace], closing: threading.Event, state_to_start: str) -> None:
+        """Look at `places`, in order, until `closing` is set; `state_to_start` "" forbids to start a daemon."""
         self._places = places
         self._closing = closing
-        self._may_start = may_start
+        self._state_to_start = state_to_start
         self._start_after_s = 0.0
         self.problem = "not connected yet"
 
@@ -48,10 +48,12 @@ class Finder:
                 return found
             problems.append(problem)
         own = self._places[0]
-        if self._may_start and own.own and autostart.is_allowed() and time.monotonic() >= self._start_after_s:
+        if self._state_to_start and own.own and time.monotonic() >= self._start_after_s:
             self._start_after_s = time.monotonic() + START_AGAIN_S
             started: List[Found] = []
-            problem = autostart.start(own, wait_for=lambda limit_s: self._wait_for(own, limit_s, started))
+            problem = autostart.start(
+                own, self._state_to_start, wait_for=lambda limit_s: self._wait_for(own, limit_s, started)
+            )
             if started:
                 return started[0]
             problems.append(problem)

@@ -237,7 +237,7 @@ class _Walk:
             error.where = f"[{quote(key) if type(key) is str else repr(key)}]" + error.where
             raise
         if extra is True:
-            self.child(value._metadata)  # noqa: SLF001
+            self.child(value._metadata)  # noqa: SLF001  where torch keeps its versions
         return self._leave(token, mark, hole_mark)
 
     def _sequence(self, name: str, extra: Optional[str], value: Any) -> Optional[str]:

@@ -157,6 +157,8 @@ class LeasePool:
         with self._changed:
             self._in_use.discard(lease.name)
             self._idle_since_s[lease.name] = time.monotonic()
+            if self._closed:  # there will be no next lease
+                self._unmap(lease.name)
             self._drop_idle()
 
     def reclaim(self, arena: str) -> None:

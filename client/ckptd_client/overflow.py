@@ -37,13 +37,14 @@ class Overflow:
         self._arena: Optional[MappedArena] = None
         self._busy = False
         self._used_s = 0.0
+        self._state = places.state_dir()
         self.directory = ""  # set when a daemon says where its spool is; else the user's own
 
     def where(self) -> str:
         """Return the spool's directory, made and checked. OSError, PlaceError when it can't be used."""
         if self.directory and os.access(self.directory, os.W_OK | os.X_OK):
             return self.directory
-        return places.spool_dir(places.ensure_state_dir(places.state_dir()))
+        return places.spool_dir(places.ensure_state_dir(self._state))
 
     def take(self, size_bytes: int, wait_s: float) -> Optional[MappedArena]:
         """Return memory for one image, its control page LEASED to this process; None when the last one is still busy.

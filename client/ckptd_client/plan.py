@@ -71,7 +71,7 @@ class Plan(NamedTuple):
         return sum(map(len, self.fragments)) + sum(map(len, flat.holes))
 
 
-def build_plan(state: Any, format: str = "safetensors") -> Plan:  # noqa: A002
+def build_plan(state: Any, format: str = "safetensors") -> Plan:  # noqa: A002  the word everybody uses
     """Lay out `state`, a nested state or its `flatten(state)`.
 
     UnsupportedValue names the path of what can't be kept. format="torch" takes any picklable state and
@@ -93,7 +93,7 @@ class PlanCache:
         self._max = max_entries
         self._plans: collections.OrderedDict[Hashable, Plan] = collections.OrderedDict()
 
-    def get(self, state: Any, format: str = "safetensors") -> Plan:  # noqa: A002
+    def get(self, state: Any, format: str = "safetensors") -> Plan:  # noqa: A002  the word everybody uses
         """Return the plan for `state`: the one made before when its structure is known.
 
         Pass `flatten(state)` here and to copy_state, and the state is walked once instead of twice.

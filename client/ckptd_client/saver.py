@@ -11,7 +11,7 @@ What it waits for, and for how long:
 import logging
 import threading
 import time
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, Dict, Optional, Tuple
 
 from ckptd_client.arena import CopiedImage, MappedArena, commit_image, copy_state
@@ -191,7 +191,7 @@ class Saver:
         return {
             "v": 1,
             "checkpoint": handle.id,
-            "created_at": datetime.now(UTC).isoformat(),
+            "created_at": datetime.now(timezone.utc).isoformat(),
             "experiment": {
                 "id": session.experiment,
                 "project": spec.project,

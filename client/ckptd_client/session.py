@@ -32,6 +32,7 @@ from ckptd_client.wire import Message
 BEAT_S = 15.0
 OPEN_S = 4.0  # longest wait of a first save for the experiment to be opened; a start of the daemon included
 CLOSE_S = 5.0  # longest wait for the daemon to note how the experiment ended
+FOLLOW_S = 30.0  # how long handles of an ended experiment wait for a daemon that went away
 WATCH_MAX = 1024
 
 _log = logging.getLogger("ckptd")
@@ -83,7 +84,7 @@ class Session:
         self._known = False  # a daemon has confirmed the id in this process
         self._facts_done = False
         self._sending = self._ended = False
-        self._beat_at_s = 0.0
+        self._beat_at_s = self._down_s = 0.0
         self.refused: Optional[CkptdClientError] = None
         self._mapper = Background("ckptd-arenas")
         self._spooler = Background("ckptd-spool")
@@ -189,10 +190,16 @@ class Session:
                 self.say("close", "the daemon was not told how the experiment ended: %s", problem)
         self.leases.close()
         self._ended = True
+        self._down_s = time.monotonic()
         self._close_when_settled()
 
     def _close_when_settled(self) -> None:
-        if self._ended and not (self.connection.is_up and self.handles.unsettled()):
+        """After the end: hang up once nothing is followed any more, or no daemon came back for FOLLOW_S."""
+        if not self._ended:
+            return
+        if not self.handles.unsettled() or (
+            not self.connection.is_up and time.monotonic() - self._down_s > (FOLLOW_S if self._known else 0.0)
+        ):
             self.connection.close()
 
     def stats(self) -> Dict[str, Any]:
@@ -239,6 +246,9 @@ class Session:
             self._opened = False
             self._changed.notify_all()
         self.hot.tend(now=True)
+        self._down_s = time.monotonic()
+        if self._ended:
+            return
         self.say("down", "the daemon is gone (%s); saves go on", reason)
 
     def _on_push(self, push: Message) -> None:
@@ -312,6 +322,7 @@ class Session:
                 self._on_push({"push": "level", **state})
 
     def _on_tick(self) -> float:
+        self._close_when_settled()
         self.commits.tend()
         self.leases.tend()
         self.overflow.tend()

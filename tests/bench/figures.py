@@ -41,7 +41,7 @@ def raw_limit_s(row: Row) -> float:
 
 def loop_ratio(row: Row) -> float:
     """Wall time of a loop with one save over the same steps undisturbed."""
-    return float(row["wall_s"]) / (row["steps"] * row["step_s"])
+    return float(row["wall_s"]) / (int(row["steps"]) * float(row["step_s"]))
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,11 @@ class Figure:
 
 def _second_ratio(row: Row) -> float | None:
     """A stall counts only when both saves could be loaded back: losing one of them is no feat."""
-    return row["stall_s"] / row["memcpy_s"] if set(row["outcomes"]) == {"exact"} else None
+    return float(row["stall_s"]) / row["memcpy_s"] if set(row["outcomes"]) == {"exact"} else None
 
 
 def _saved(row: Row, *, first: bool) -> bool:
-    return (row["index"] == 0) == first
+    return (int(row["index"]) == 0) == first
 
 
 FIGURES = [

@@ -111,5 +111,7 @@ def run(job: Job, bench: Bench) -> str:
 
 
 def _last_words(log: Path) -> str:
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    """Return the line that says most about why a case died: its last before the interpreter's own clean-up."""
+    said, _, _ = log.read_text(errors="replace").partition("Exception ignored in")
+    lines = [line for line in said.splitlines() if line.strip()]
     return lines[-1].strip()[:300] if lines else "it said nothing"

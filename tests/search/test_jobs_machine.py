@@ -67,7 +67,7 @@ class Queue(RuleBasedStateMachine):
             self.state[job.id], self.claims[job.id] = JobState.RUNNING, job
 
     @precondition(lambda self: self.claims)
-    @rule(pick=st.integers(0, 9), how=st.sampled_from(["finish", "advance", "postpone", "retry", "park"]))
+    @rule(pick=st.integers(0, 9), how=st.sampled_from(["finish", "advance", "move", "postpone", "retry", "park"]))
     def end(self, pick: int, how: str) -> None:
         job = self.running(pick)
         if how == "finish":
@@ -76,6 +76,9 @@ class Queue(RuleBasedStateMachine):
         elif how == "advance":
             self.claims[job.id] = self.do("advance", job, "verify")
             return
+        elif how == "move":
+            self.lanes[job.id] += "+"
+            self.state[job.id] = self.do("move", job, "verify", self.lanes[job.id]).state
         elif how == "postpone":
             self.state[job.id] = self.do("postpone", job, 3.0).state
         elif how == "retry":

@@ -28,21 +28,20 @@ RULES = st.builds(
 @st.composite
 def saves(draw: st.DrawFn) -> list[Checkpoint]:
     """One experiment's checkpoints in any condition; steps, revisions and segments as they may come."""
-    found = []
-    for sequence in range(draw(st.integers(0, 14))):
-        found.append(
-            a_save(
-                draw(st.none() | st.integers(0, 12)),
-                id=f"{sequence:032x}",
-                sequence=sequence,
-                revision=draw(st.integers(1, 3)),
-                segment=draw(st.integers(1, 3)),
-                state=draw(st.sampled_from([State.LIVE] * 6 + list(State))),
-                level=draw(st.sampled_from([Level.VERIFIED] * 6 + list(Level))),
-                metrics=draw(st.dictionaries(st.sampled_from(["loss", "acc"]), VALUES)),
-                update_best=draw(st.sampled_from([True, True, False])),
-            )
+    found = [
+        a_save(
+            draw(st.none() | st.integers(0, 12)),
+            id=f"{sequence:032x}",
+            sequence=sequence,
+            revision=draw(st.integers(1, 3)),
+            segment=draw(st.integers(1, 3)),
+            state=draw(st.sampled_from([State.LIVE] * 6 + list(State))),
+            level=draw(st.sampled_from([Level.VERIFIED] * 6 + list(Level))),
+            metrics=draw(st.dictionaries(st.sampled_from(["loss", "acc"]), VALUES)),
+            update_best=draw(st.sampled_from([True, True, False])),
         )
+        for sequence in range(draw(st.integers(0, 14)))
+    ]
     return draw(st.permutations(found))
 
 

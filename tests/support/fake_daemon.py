@@ -103,10 +103,11 @@ class FakeDaemon:
 
     def lose_arenas(self) -> None:
         """Forget all arenas, as a daemon does that nobody keeps descriptors for."""
-        for arena in self.arenas.values():
-            arena.page.close()
-            os.close(arena.fd)
-        self.arenas.clear()
+        with self._changed:
+            for arena in self.arenas.values():
+                arena.page.close()
+                os.close(arena.fd)
+            self.arenas.clear()
 
     # what a test looks at ---------------------------------------------------------------------
 
@@ -166,20 +167,26 @@ class FakeDaemon:
                 return
             pid = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
             with self._changed:
+                if not self._open:  # it died between the accept and here
+                    peer.close()
+                    return
                 self._peers[peer] = pid
             threading.Thread(target=self._serve, args=(peer, pid), daemon=True).start()
 
     def _serve(self, peer: socket.socket, pid: int) -> None:
         splitter = wire.Splitter()
-        with suppress(OSError):
+        try:
             while data := peer.recv(1 << 16):
                 for frame in splitter.feed(data):
                     self._handle(peer, pid, wire.decode(frame))
-        with self._changed:
-            self._peers.pop(peer, None)
-            self._waiting = [entry for entry in self._waiting if entry[0] is not peer]
-            self._changed.notify_all()
-        peer.close()
+        except OSError:
+            return
+        finally:
+            with self._changed:
+                self._peers.pop(peer, None)
+                self._waiting = [entry for entry in self._waiting if entry[0] is not peer]
+                self._changed.notify_all()
+            peer.close()
 
     def _handle(self, peer: socket.socket, pid: int, message: Message) -> None:
         op = message["op"]

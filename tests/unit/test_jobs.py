@@ -273,25 +273,23 @@ async def test_a_failed_transaction_changes_nothing_about_the_queue(jobs: Queue,
 
 async def test_waiting_ends_when_a_job_comes_or_its_lane_is_free(jobs: Queue) -> None:
     """No polling: a pipeline with nothing to do sleeps until there is something."""
-    woken: list[int] = []
+    send, receive = anyio.create_memory_object_stream[int](2)
 
     async def worker() -> None:
-        while len(woken) < 2:
-            found = await jobs.claim()
-            woken.extend(job.id for job in found)
-            if not found:
+        for _ in range(2):
+            while not (found := await jobs.claim()):
                 await jobs.wait()
+            await send.send(found[0].id)
 
-    async with anyio.create_task_group() as group:
-        group.start_soon(worker)
-        await anyio.wait_all_tasks_blocked()
-        first, second = await jobs.put("a"), await jobs.put("a")
-        with anyio.fail_after(5):
-            while not woken:
-                await anyio.sleep(0.001)
-        assert woken == [first.id]
-        await jobs.do("finish", await jobs.row(first))
-    assert woken == [first.id, second.id]
+    with send, receive, anyio.fail_after(5):
+        async with anyio.create_task_group() as group:
+            group.start_soon(worker)
+            await anyio.wait_all_tasks_blocked()
+            first, second = await jobs.put("a"), await jobs.put("a")
+            assert await receive.receive() == first.id
+            await anyio.wait_all_tasks_blocked()
+            await jobs.do("finish", await jobs.row(first))
+            assert await receive.receive() == second.id
 
 
 async def test_waiting_sleeps_exactly_until_the_next_job_is_due(jobs: Queue, clock: StillClock) -> None:

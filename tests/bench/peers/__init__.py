@@ -63,6 +63,7 @@ class Entry:
     needs: str = "torch"
     only_first: bool = False
     sizes_mb: tuple[int, ...] = (64, 1024, 4096)
+    shapes: tuple[str, ...] = ("large", "small")
 
 
 ENTRIES = [
@@ -79,7 +80,7 @@ ENTRIES = [
     Entry("dlrover", "DLRover Flash Checkpoint", "dlrover:Dlrover", "dlrover"),
     Entry("torchsnapshot", "torchsnapshot async_take", "snapshot:TorchSnapshot", "torchsnapshot", sizes_mb=(64, 1024)),
     Entry("lightning", "Lightning AsyncCheckpointIO", "lightning:Lightning", "lightning", sizes_mb=(64, 1024)),
-    Entry("orbax", "Orbax (JAX, not comparable)", "orbax:Orbax", "orbax", sizes_mb=(64, 1024)),
+    Entry("orbax", "Orbax (JAX, not comparable)", "orbax:Orbax", "orbax", sizes_mb=(64, 1024), shapes=("large",)),
 ]
 BY_NAME = {entry.name: entry for entry in ENTRIES}
 

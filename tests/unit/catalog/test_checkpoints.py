@@ -231,7 +231,7 @@ async def test_the_event_log_is_bounded(catalog: Catalog) -> None:
     for step in range(5):
         await saved(catalog, known, step)
     await catalog.write(lambda tx: eventlog.trim(tx, 3))
-    assert len(await catalog.read(lambda conn: eventlog.page(conn))) == 3
+    assert len(await catalog.read(eventlog.page)) == 3
 
 
 async def test_get_many_returns_what_exists(catalog: Catalog) -> None:

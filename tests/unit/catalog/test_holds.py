@@ -79,6 +79,8 @@ async def test_best_candidates_are_enough_for_the_pure_rule(catalog: Catalog) ->
     made = [await saved(catalog, known, 100 - n, metrics={"loss": v}) for n, v in enumerate(values)]
     made.append(await saved(catalog, known, 200, metrics={"loss": 0.0}, update_best=False))
     made.append(await saved(catalog, known, 201))
+    # A rebuild finds revisions in any order: of equal values the earlier revision wins, not the earlier row.
+    made += [await saved(catalog, known, 5, revision=number, metrics={"loss": 1.0}) for number in (3, 1, 2)]
     await catalog.write(lambda tx: checkpoints.mark_corrupt(tx, made[5].id, []))
     everything = [await catalog.read(lambda conn, of=one.id: checkpoints.get(conn, of)) for one in made]
     for mode in ("min", "max"):

@@ -62,7 +62,7 @@ async def test_pages_by_metric_leave_out_what_cannot_be_compared(catalog: Catalo
         assert [one.metrics["loss"] for one in best_first] == [3.0, 0.1 + 0.2, 0.3, 0.3, -1e-300]
 
 
-async def test_filters_narrow(catalog: Catalog) -> None:
+async def test_filters_narrow_what_is_listed(catalog: Catalog) -> None:
     """M114: a tag is the checkpoint's own or its experiment's."""
     first = await experiment(catalog, name="a", tags=("base",))
     second = await experiment(catalog, name="b", uid=UID + 1)
@@ -81,6 +81,25 @@ async def test_filters_narrow(catalog: Catalog) -> None:
     assert await ids(level=Level.DURABLE) == {one.id, two.id}
     assert await ids(experiment_id=first) == {one.id}
     assert await ids(project="nothing") == set()
+
+
+@pytest.mark.parametrize("common", [1, 5000])
+async def test_a_common_tag_and_a_rare_one_give_the_same_list(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch, common: int
+) -> None:
+    """Two forms of the query, one meaning."""
+    monkeypatch.setattr(listing, "COMMON", common)
+    shared, other = await experiment(catalog, name="a", tags=("t",)), await experiment(catalog, name="b")
+    made = [
+        await saved(catalog, shared, 1),
+        await saved(catalog, other, 1, tags=("t", "u")),
+        await saved(catalog, shared, 2, tags=("t",)),
+    ]
+    await saved(catalog, other, 2, tags=("u",))
+    for limit in (1, 50):
+        assert [one.id for one in await pages(catalog, tag="t", limit=limit)] == [one.id for one in made[::-1]]
+    assert [one.id for one in await pages(catalog, tag="t", name="b")] == [made[1].id]
+    assert await pages(catalog, tag="v") == []
 
 
 async def test_bad_cursors_and_limits_are_refused(catalog: Catalog) -> None:

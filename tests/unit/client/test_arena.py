@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from exact import assert_same, bits, memory_file
 
 from ckptd_client import arena as arena_module
 from ckptd_client import control
@@ -18,6 +17,7 @@ from ckptd_client.errors import Refused
 from ckptd_client.flatten import flatten
 from ckptd_client.plan import PlanCache, build_plan
 from ckptd_client.restore import map_checkpoint
+from tests.unit.client.exact import assert_same, bits, memory_file
 
 
 def leased(size_bytes: int) -> MappedArena:

@@ -74,11 +74,19 @@ def test_secrets_are_masked_by_name(name: str):
 
 
 @pytest.mark.parametrize(
-    "name", ["max_tokens", "token_ids", "tokenizer", "n_tokens", "key_dim", "num_keys", "monkey", "keyboard", "author",
+    "name", ["max_tokens", "token_ids", "tokenizer", "n_tokens", "key_dim", "monkey", "keyboard", "author",
              "tokens_per_batch", "compass"]
 )  # fmt: skip
 def test_training_words_are_not_secrets(name: str):
     assert capture.config_of({name: 5, "x": {name: "v"}}) == {name: 5, "x": {name: "v"}}
+
+
+def test_a_number_under_a_weak_name_is_a_size_and_under_a_strong_one_a_secret():
+    assert capture.config_of({"num_keys": 5, "key": "v", "password": 1234}) == {
+        "num_keys": 5,
+        "key": "***",
+        "password": "***",
+    }
 
 
 def test_passwords_in_urls_and_command_lines_are_masked():

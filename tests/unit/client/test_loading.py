@@ -4,7 +4,6 @@ import gc
 import hashlib
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,24 +15,9 @@ from tests.support.fake_daemon import FakeDaemon, descriptor_of, files_of, write
 
 
 @pytest.fixture
-def home(short_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("CKPTD_DIR", str(short_dir / "state"))
-    monkeypatch.setenv("CKPTD_SOCKET", str(short_dir / "s"))
-    monkeypatch.setenv("CKPTD_AUTOSTART", "0")
-    return short_dir
-
-
-@pytest.fixture
-def daemon(home: Path) -> Iterator[FakeDaemon]:
-    with FakeDaemon(home / "s", arenas_max=8) as fake:
-        yield fake
-
-
-@pytest.fixture
-def run(home: Path, daemon: FakeDaemon) -> Iterator[ckptd.Experiment]:
-    experiment = ckptd.Experiment("net", project="vision", dir=home / "runs")
-    yield experiment
-    experiment.close(timeout_s=5)
+def daemon(daemon: FakeDaemon) -> FakeDaemon:
+    daemon.arenas_max = 8
+    return daemon
 
 
 def state(value: float) -> dict[str, object]:

@@ -17,13 +17,13 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from exact import assert_same, image, write_checkpoint
 
 from ckptd_client import plan as plan_module
 from ckptd_client.control import PAGE
 from ckptd_client.errors import UnsupportedValue
 from ckptd_client.flatten import flatten
 from ckptd_client.plan import PlanCache, build_plan
+from tests.unit.client.exact import assert_same, image, write_checkpoint
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "state"
 CLIENT = Path(__file__).parents[3] / "client"

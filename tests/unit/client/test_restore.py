@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from exact import assert_same, image, memory_file, write_checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_plan import golden_state
 
 from ckptd_client import readback
 from ckptd_client.errors import CorruptCheckpoint, MissingPart, NotFound, StateMismatch, Unavailable
 from ckptd_client.find import newest_intact
 from ckptd_client.readback import Order, is_intact
 from ckptd_client.restore import find_checkpoint, map_checkpoint, read_checkpoint
+from tests.unit.client.exact import assert_same, image, memory_file, write_checkpoint
+from tests.unit.client.test_plan import golden_state
 
 
 def small_state(value: float = 1.0) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import pickle
 import pickletools
 import struct
 import zipfile
+import zlib
 
 import pytest
 from hypothesis import given
@@ -274,14 +275,34 @@ def test_a_zip64_record_that_lies_is_refused(tmp_path, look, offset_from_end, fm
 
 
 def test_entries_that_share_bytes_are_refused(tmp_path, look):
-    """S19: the trick of the densest zip bombs."""
-    path = zip_of(tmp_path / "m.pt", [*GOOD, ("m/data/1", b"\1" * 64)])
+    """S19: the trick of the densest zip bombs. Sizes and checksum agree everywhere; the place does not."""
+    path = zip_of(tmp_path / "m.pt", [*GOOD, ("m/data/1", b"\2" * 64)])
     raw = bytearray(path.read_bytes())
-    second = raw.rindex(b"PK\x01\x02")
-    (first_header,) = struct.unpack_from("<I", raw, raw.index(b"m/data/0", raw.index(b"PK\x01\x02")) - 4)
-    struct.pack_into("<I", raw, second + 42, first_header)
+    header = raw.index(b"m/data/0") - 30
+    start = header + 30 + len("m/data/0")
+    size = raw.index(b"m/data/1") + len("m/data/1") + 64 - start
+    facts = (zlib.crc32(raw[start : start + size]), size, size)
+    struct.pack_into("<III", raw, header + 14, *facts)
+    struct.pack_into("<III", raw, raw.rindex(b"m/data/0") - 46 + 16, *facts)
     path.write_bytes(raw)
-    assert look(path).complete is False
+    found = look(path)
+    assert (found.complete, "overlaps" in found.problem) == (False, True)
+
+
+def test_bytes_between_the_directory_and_its_end_record_are_refused(tmp_path, look):
+    """S19: room for a second directory, which another reader might find first."""
+    path = zip_of(tmp_path / "m.pt", GOOD)
+    raw = path.read_bytes()
+    path.write_bytes(raw[:-22] + b"room" + raw[-22:])
+    assert "does not end at" in look(path).problem
+
+
+def test_two_end_records_that_disagree_are_refused(tmp_path, look):
+    """S19: an old reader would believe the plain one, a new one the wide one."""
+    path = tmp_path / "m.pt"
+    torch.save({"w": torch.ones(2)}, path)
+    patched(path, 14, "<HH", 3, 3)
+    assert "disagree" in look(path).problem
 
 
 def test_too_many_entries_are_refused_by_their_count(tmp_path, look):
@@ -337,6 +358,16 @@ def test_a_stream_that_describes_a_billion_nodes_is_walked_in_bounds():
     doubled = b"".join(bytes([0x68, n, 0x68, n, 0x86, 0x71, n + 1, 0x30]) for n in range(100))
     root = opcodes.describe(b"\x80\x02)q\x00" + doubled + b"h\x64.")
     assert list(torch_state.tensors(root)) == []
+
+
+def test_a_shared_container_is_walked_once():
+    """Forty doublings of one container are one container, not a trillion."""
+    storage = opcodes.Stored(("storage", opcodes.Name("torch", "FloatStorage"), "0", "cpu", 1))
+    tensor = opcodes.Made(opcodes.Name("torch._utils", "_rebuild_tensor_v2"), (storage, 0, (1,), (1,), False, None))
+    value = (tensor,)
+    for _ in range(40):
+        value = (value, value)
+    assert len(list(torch_state.tensors(value))) == 1
 
 
 def test_a_very_deep_stream_is_described_and_dropped():

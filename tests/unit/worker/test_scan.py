@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import subprocess
+import sys
 import time
 from functools import partial
 
@@ -157,6 +159,36 @@ def test_a_tree_of_a_thousand_levels_is_cut_at_its_limit(tmp_path):
         assert (found, answer.complete, answer.skipped) == ({}, False, {"too deep": 1})
     finally:
         subprocess.run(["rm", "-rf", tmp_path / "d"], check=True)  # Python's own removal recurses
+
+
+def test_another_file_system_is_not_entered(tmp_path):
+    """S14: mounted below the root, in a namespace of its own."""
+    code = f"""
+import os, subprocess
+from ckptd.worker import scan, settle
+from ckptd.worker.context import Context
+from ckptd.worker.protocol import Scan, Settle
+root = {str(tmp_path)!r}
+os.mkdir(root + "/mounted")
+subprocess.run(["mount", "-t", "tmpfs", "none", root + "/mounted"], check=True)
+for name in ("here.pt", "mounted/there.pt"):
+    open(root + "/" + name, "w").close()
+paths = []
+context = Context(send=lambda frame: paths.extend(c.path for c in frame["part"].found))
+answer = scan.run(Scan(root=root, managed=False), context)
+print(paths == [root + "/here.pt"], answer.skipped)
+print(settle.run(Settle(root=root, path=root + "/mounted/there.pt", quiet_s=0.0), Context()).reason)
+"""
+    unshare = shutil.which("unshare")
+    if unshare is None:
+        pytest.skip("no unshare")
+    run = [unshare, "--user", "--map-root-user", "--mount", sys.executable, "-c", code]
+    done = subprocess.run(run, capture_output=True, check=False, text=True, timeout=60)
+    if "unshare" in done.stderr or "mount" in done.stderr:
+        pytest.skip("no user namespaces here")
+    first, second = done.stdout.splitlines()
+    assert first == "True {'other device': 1}"
+    assert second.startswith("refused: ")
 
 
 def test_a_directory_without_permission_is_told(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import itertools
 import os
 import signal
+import time
 
 import msgspec
 import pytest
@@ -202,6 +203,22 @@ def test_a_torn_file_is_not_read_again_while_it_is_the_same(state, monkeypatch, 
     assert asker.ask().settled
 
 
+def test_without_leases_a_torn_file_is_read_again_each_time(weights, asker_of, monkeypatch):
+    """A shared mapping may fill it without touching its times, and nothing tells that it is there."""
+    raw = weights.read_bytes()
+    weights.write_bytes(b"\0" * len(raw))
+    monkeypatch.setattr(settle, "probe", lambda _: Writer.UNKNOWN)
+    asker = asker_of(weights)
+    for _ in range(2):
+        assert asker.ask(1000.0).reason.startswith("incomplete")
+    facts = weights.stat()
+    real = settle.identity
+    monkeypatch.setattr(settle, "identity", lambda *_: asker.last)
+    weights.write_bytes(raw)
+    assert real(facts) == asker.last
+    assert asker.ask(1000.0).settled
+
+
 def test_without_leases_a_whole_file_waits_for_quiet(weights, monkeypatch, asker_of):
     """Another user's file, or a network file system: whole and quiet, and reported as that."""
     monkeypatch.setattr(settle, "probe", lambda _: Writer.UNKNOWN)
@@ -254,7 +271,9 @@ def test_a_probe_leaves_no_lease_behind(weights, puppet):
     """A writer that comes right after it is not kept waiting (it would be for 45 s)."""
     with weights.open("rb") as file:
         assert lease.probe(file.fileno()) is Writer.NONE
+        started_s = time.monotonic()
         puppet.do(f"f = open({str(weights)!r}, 'r+b')")
+        assert time.monotonic() - started_s < 10
         assert lease.probe(file.fileno()) is Writer.OPEN
 
 

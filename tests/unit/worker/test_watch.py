@@ -28,7 +28,7 @@ class Watched:
         self.parts = queue.Queue()
         self.context = Context(send=lambda frame: self.parts.put(frame["part"]))
         self.result = None
-        self.thread = threading.Thread(target=self._run)
+        self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
     def _run(self):
@@ -66,9 +66,11 @@ def watched(tmp_path):
     root = tmp_path / "root"
     root.mkdir()
     found = Watched(root)
-    assert found.until(lambda _: True) == Hints([], lost=True)
-    yield found
-    found.end()
+    try:
+        assert found.until(lambda _: True) == Hints([], lost=True)
+        yield found
+    finally:
+        found.end()
 
 
 def test_a_watch_starts_with_lost_so_that_what_was_before_is_scanned(watched):
