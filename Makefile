@@ -38,8 +38,9 @@ bench: $(STAMP)  ## ckptd beside its peers; writes docs/benchmarks.md
 	$(BIN)/python -m tests.bench --out docs/benchmarks.md
 
 docs: $(STAMP)  ## regenerate the references that tests compare
-	$(BIN)/python -m ckptd.origins reference
-	$(BIN)/python -m ckptd.origins example
+	$(BIN)/python -m ckptd.origins reference example
+	$(BIN)/python -m ckptd.cli.reference
+	$(BIN)/python docs/generate.py
 
 clean:
 	rm -rf $(VENV) .demo .bench .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

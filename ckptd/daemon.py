@@ -15,44 +15,45 @@ This process never touches a storage root, never hashes, never parses foreign by
 """
 
 import argparse
-import fcntl
 import os
 import signal
-import socket
-import stat
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from random import SystemRandom
-from typing import Any
+from typing import Any, NamedTuple
 
 import anyio
 import anyio.abc
 import anyio.to_thread
 import structlog
+from pydantic import BaseModel
 
 from ckptd import __version__, failpoint, origins
 from ckptd import log as logging
-from ckptd.catalog import Catalog, open_catalog, roots
+from ckptd.catalog import Catalog, holds, open_catalog, roots
 from ckptd.catalog.roots import NewRoot
+from ckptd.catalog.tx import Tx
 from ckptd.clock import Clock, SystemClock
 from ckptd.config import Settings
-from ckptd.errors import AlreadyRunning, BadConfig, CkptdError
-from ckptd.events import Bus
-from ckptd.intake import recover
+from ckptd.errors import BadConfig, CkptdError
+from ckptd.events import Bus, Event
+from ckptd.intake import premises, recover
 from ckptd.intake.admit import Admission
 from ckptd.intake.arenas import ArenaPool, Use
 from ckptd.intake.commands import Commands
-from ckptd.intake.control import Control, Plant, Vitals
+from ckptd.intake.control import Control
 from ckptd.intake.doctor import Doctor
+from ckptd.intake.files import Files
 from ckptd.intake.follow import Followers
 from ckptd.intake.listener import Listener
 from ckptd.intake.presence import MetricsBuffer, Presence
 from ckptd.intake.reconcile import Reconciler
 from ckptd.intake.service import Service
 from ckptd.intake.spooled import Spool
+from ckptd.intake.status import Plant, Status, Vitals
 from ckptd.intake.training import Front
 from ckptd.jobs import Jobs
 from ckptd.notify import Notifier, passed_fds
@@ -62,7 +63,6 @@ from ckptd.worker import Workers
 
 log = structlog.get_logger()
 
-SOCKET_NAME = "ckptd.socket"
 REAP_S = 0.5
 TEND_S = 10.0
 
@@ -93,17 +93,25 @@ class Parts:
     stop: anyio.Event
 
 
+class Said(NamedTuple):
+    """What the parts share before there is any part: the time, and who is told."""
+
+    clock: Clock
+    notifier: Notifier
+    bus: Bus
+
+
 async def run(loaded: origins.Loaded, passed: list[tuple[str, int]], options: argparse.Namespace) -> None:
     """Serve until SIGTERM; drain; return. Every error that ends the daemon comes out of here."""
     clock, notifier, bus = SystemClock(), Notifier(), Bus()
     settings = loaded.settings
-    listening, stored = _listening(passed, settings.socket)
+    listening, stored = premises.listening(passed, settings.socket, settings.mode)
     target = settings.catalog.url or settings.state_dir / "catalog.sqlite"
     async with (
         open_catalog(target, settings.catalog, clock, bus.publish) as catalog,
         anyio.create_task_group() as services,
     ):
-        parts = _assemble(loaded, catalog, clock, notifier, bus)
+        parts = _assemble(loaded, options, catalog, Said(clock, notifier, bus))
         await services.start(parts.workers.run)
         services.start_soon(parts.followers.run)
         services.start_soon(parts.metrics.run)
@@ -135,30 +143,31 @@ async def run(loaded: origins.Loaded, passed: list[tuple[str, int]], options: ar
     log.info("daemon.stopped")
 
 
-def _assemble(loaded: origins.Loaded, catalog: Catalog, clock: Clock, notifier: Notifier, bus: Bus) -> Parts:
+def _assemble(loaded: origins.Loaded, options: argparse.Namespace, catalog: Catalog, said: Said) -> Parts:
     """Make every part and tell each what it works with. Nothing runs and nothing is read yet."""
-    settings = loaded.settings
+    settings, clock, notifier, bus = loaded.settings, said.clock, said.notifier, said.bus
     vitals = Vitals(socket=str(settings.socket), started_s=clock.monotonic_s())
     jobs = Jobs(catalog, settings.jobs, clock, SystemRandom())
-    workers = Workers(settings.workers, clock, bus.publish)
+    workers = Workers(settings.workers, clock, partial(_announce, bus))
     pool = ArenaPool(settings.arenas, notifier, clock)
-    admission = Admission(catalog, jobs, pool, clock)
-    spool = Spool(str(settings.state_dir / "spool"), admission, pool, clock)
+    admission = Admission(catalog, jobs, pool)
+    # The settings are asked for anew at each use, so that a reload reaches everything at once.
+    admission.current = settings
+    files = Files(catalog, jobs, admission, workers)
+    spool = Spool(str(settings.state_dir / "spool"), admission, files, pool)
     followers = Followers(catalog, bus, settings.intake.pushes_max)
     presence = Presence(catalog, clock, settings.intake.lost_after_s)
     metrics = MetricsBuffer(catalog, settings.catalog.metrics_flush_s)
-    reconciler = Reconciler(catalog, workers, admission, jobs, clock)
-    # The settings are asked for anew at each use, so that a reload reaches everything at once.
-    admission.current = settings
-    parts_settings = admission.settings
-    tools = Tools(catalog, jobs, workers, spool, clock, parts_settings)
+    reconciler = Reconciler(catalog, workers, files, admission.settings)
+    tools = Tools(catalog, jobs, workers, spool, clock, admission.settings)
     front = Front(
-        catalog, jobs, pool, admission, followers, presence, metrics, clock, parts_settings, str(settings.state_dir)
-    )
+        catalog, jobs, pool, admission, files, followers, presence, metrics, clock, admission.settings,
+        str(settings.state_dir),
+    )  # fmt: skip
     plant = Plant(front, workers, reconciler, vitals, lambda: listener)
-    control = Control(plant)
-    commands = Commands(plant, tools, Doctor(plant, control, notifier).examine)
-    service = Service(front, {**control.handlers, **commands.handlers})
+    status = Status(plant)
+    commands = Commands(plant, tools, Doctor(plant, status, notifier, spool).examine)
+    service = Service(front, {**Control(front).handlers, **status.handlers, **commands.handlers})
     listener = Listener(settings.intake, clock, service.handle, service.gone)
     admission.on_root = reconciler.add
     stop = anyio.Event()
@@ -167,8 +176,15 @@ def _assemble(loaded: origins.Loaded, catalog: Catalog, clock: Clock, notifier: 
         settings, clock, notifier, bus, catalog, jobs, workers, pool, admission, spool, followers,
         presence, metrics, reconciler, Pipeline(tools), tools, service, listener, vitals, stop,
     )  # fmt: skip
-    commands.reload = partial(_reload, parts, loaded)
+    commands.reload = partial(_reload, parts, options)
     return parts
+
+
+def _announce(bus: Bus, event: Event) -> None:
+    """Publish what workers and disks do; there is no row for it, so the log keeps it."""
+    bus.publish(event)
+    say = log.warning if event.name in {"worker.lost", "root.degraded"} else log.info
+    say(event.name, **event.data)
 
 
 async def _start_up(parts: Parts, stored: list[tuple[str, int]]) -> None:
@@ -177,25 +193,33 @@ async def _start_up(parts: Parts, stored: list[tuple[str, int]]) -> None:
         log.warning("failpoints.armed", points=failpoint.armed())
     adopted = recover.adopt(parts.pool, stored)
     running = await parts.jobs.recover()
-    uid = os.getuid()
-    for root in parts.settings.roots:
-        new = NewRoot(
-            path=str(root.path),
-            kind=root.kind,
-            uid=uid,
-            project=root.project,
-            allow_delete=root.allow_delete,
-            allow_links=root.allow_links,
-        )
-        await parts.catalog.write(partial(_ensure, new))
-    for known in await parts.catalog.read(roots.all_roots):
-        parts.reconciler.add(known)
+    await _enter_roots(parts, parts.settings)
     found = await recover.recover(parts.catalog, parts.admission, parts.pool, parts.spool)
     log.info("daemon.recovered", arenas=len(adopted), jobs_interrupted=running, saves_found=found)
 
 
-async def _ensure(new: NewRoot, tx: Any) -> None:
-    await roots.ensure(tx, new)
+async def _enter_roots(parts: Parts, settings: Settings) -> None:
+    """Bring the configured roots into the catalog, and have every known one looked after."""
+    configured = [
+        NewRoot(
+            path=str(root.path),
+            kind=root.kind,
+            uid=os.getuid(),
+            project=root.project,
+            allow_delete=root.allow_delete,
+            allow_links=root.allow_links,
+        )
+        for root in settings.roots
+    ]
+
+    async def ensure(tx: Tx) -> None:
+        for new in configured:
+            await roots.ensure(tx, new)
+
+    if configured:
+        await parts.catalog.write(ensure)
+    for known in await parts.catalog.read(roots.all_roots):
+        parts.reconciler.add(known)
 
 
 def _undone(parts: Parts) -> bool:
@@ -205,10 +229,17 @@ def _undone(parts: Parts) -> bool:
 
 async def _spill(parts: Parts) -> None:
     """Put what the drain did not get to into the spool, so that a clean stop loses nothing either."""
+    for arena in parts.pool.reap():
+        await parts.admission.rescue(arena)  # committed since the front closed, by a trainer that may be dead by now
     for arena in parts.pool.all():
         if arena.use is Use.BUSY:
-            await parts.spool.spill(arena)
-            log.warning("save.spilled", checkpoint=arena.checkpoint_id, bytes=arena.size_bytes)
+            try:
+                await parts.spool.spill(arena)
+            except (CkptdError, OSError) as error:
+                # The service manager's copy is all that is left of it; the other saves are still written.
+                log.critical("save.not_spilled", checkpoint=arena.checkpoint_id, error=str(error))
+            else:
+                log.warning("save.spilled", checkpoint=arena.checkpoint_id, bytes=arena.size_bytes)
 
 
 def _say_goodbye(parts: Parts, drain: anyio.CancelScope) -> None:
@@ -239,38 +270,36 @@ async def _signals(parts: Parts, drain: anyio.CancelScope, options: argparse.Nam
 
 async def _reload_logged(parts: Parts, options: argparse.Namespace) -> None:
     try:
-        changed = await _reload(parts, _load(options))
+        changed = await _reload(parts, options)
     except CkptdError as error:
         log.error("config.not_reloaded", **error.to_wire())  # noqa: TRY400 - the old configuration goes on
         return
     log.info("config.reloaded", **changed)
 
 
-RESTART_NEEDED = ("mode", "state_dir", "socket", "catalog", "workers", "intake", "arenas", "log")
+RESTART_NEEDED = ("mode", "state_dir", "socket", "catalog", "workers", "intake", "arenas", "log", "jobs.running_max")
 
 
-async def _reload(parts: Parts, loaded: origins.Loaded) -> dict[str, Any]:
-    """Take new settings over. Names what changed, and what of it waits for a restart."""
-    old, new = parts.admission.current, loaded.settings
-    changed = [name for name in type(new).model_fields if getattr(old, name) != getattr(new, name)]
+async def _reload(parts: Parts, options: argparse.Namespace) -> dict[str, Any]:
+    """Read the configuration again. Names what changed, and what of it waits for a restart. BadConfig: nothing did."""
+    new = (await anyio.to_thread.run_sync(_load, options)).settings
+    changed = _changed(parts.admission.current, new)
     parts.admission.current = new
-    for root in new.roots:
-        await parts.catalog.write(
-            partial(
-                _ensure,
-                NewRoot(
-                    path=str(root.path),
-                    kind=root.kind,
-                    uid=os.getuid(),
-                    project=root.project,
-                    allow_delete=root.allow_delete,
-                    allow_links=root.allow_links,
-                ),
-            )
-        )
-    for known in await parts.catalog.read(roots.all_roots):
-        parts.reconciler.add(known)
-    return {"changed": changed, "restart_needed": [name for name in changed if name in RESTART_NEEDED]}
+    await _enter_roots(parts, new)
+    parts.bus.publish(Event("config.reloaded", parts.clock.now(), data={"changed": changed}))
+    return {"changed": changed, "restart_needed": [n for n in changed if n.startswith(RESTART_NEEDED)]}
+
+
+def _changed(old: BaseModel, new: BaseModel, head: str = "") -> list[str]:
+    """Name the settings that differ, "section.key" for those in a section."""
+    found = []
+    for name in type(new).model_fields:
+        one, other = getattr(old, name), getattr(new, name)
+        if isinstance(one, BaseModel) and isinstance(other, BaseModel):
+            found += _changed(one, other, f"{head}{name}.")
+        elif one != other:
+            found.append(head + name)
+    return found
 
 
 async def _reap(parts: Parts) -> None:
@@ -285,13 +314,14 @@ async def _tend(parts: Parts) -> None:
     swept_s = -parts.settings.orphan_age_s
     while True:
         parts.pool.trim()
-        if parts.clock.monotonic_s() - swept_s > parts.settings.orphan_age_s:
-            swept_s = parts.clock.monotonic_s()
-            try:
-                await retain.resume(parts.tools)
+        try:
+            await retain.resume(parts.tools)
+            if parts.clock.monotonic_s() - swept_s > parts.settings.orphan_age_s:
+                swept_s = parts.clock.monotonic_s()
+                await parts.catalog.write(lambda tx: holds.expire(tx, parts.clock.now()))
                 await parts.reconciler.sweep(parts.settings.orphan_age_s)
-            except CkptdError as error:
-                log.warning("upkeep.failed", **error.to_wire())
+        except CkptdError as error:
+            log.warning("upkeep.failed", **error.to_wire())
         await anyio.sleep(TEND_S)
 
 
@@ -305,44 +335,12 @@ async def _feed_watchdog(parts: Parts) -> None:
         if lag_s > parts.settings.watchdog_lag_s:
             log.error("loop.lag", lag_s=round(lag_s, 3))
             continue
-        await parts.jobs.counts()
-        parts.notifier.watchdog()
-
-
-def _listening(passed: list[tuple[str, int]], path: Path) -> tuple[socket.socket, list[tuple[str, int]]]:
-    """Take the listening socket out of the passed descriptors, or make one where nobody passed any."""
-    for name, fd in passed:
-        if name == SOCKET_NAME or (len(passed) == 1 and stat.S_ISSOCK(os.fstat(fd).st_mode)):
-            return socket.socket(fileno=fd), [other for other in passed if other[1] != fd]
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    if path.is_socket():
-        if sock.connect_ex(str(path)) == 0:
-            raise AlreadyRunning(f"somebody serves {path} already")
-        path.unlink()
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    # The mode is set before the name exists: nobody can connect in between.
-    before = os.umask(0o177)
-    try:
-        sock.bind(str(path))
-    finally:
-        os.umask(before)
-    return sock, passed
-
-
-def _lock(state_dir: Path) -> int:
-    """Hold the state directory for this process. AlreadyRunning names the holder."""
-    state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    (state_dir / "spool").mkdir(mode=0o700, exist_ok=True)
-    fd = os.open(state_dir / "daemon.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        holder = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
-        os.close(fd)
-        raise AlreadyRunning(f"process {holder} holds {state_dir}", holder=holder) from error
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-    return fd
+        try:
+            await parts.jobs.counts()
+        except CkptdError as error:
+            log.error("watchdog.not_fed", **error.to_wire())  # noqa: TRY400 - silence is what the manager acts on
+        else:
+            parts.notifier.watchdog()
 
 
 def _load(options: argparse.Namespace) -> origins.Loaded:
@@ -365,7 +363,7 @@ def main(argv: list[str] | None = None) -> int:
     passed = passed_fds()
     try:
         loaded = _load(options)
-        lock = _lock(loaded.settings.state_dir)
+        lock = premises.lock(loaded.settings.state_dir)
     except CkptdError as error:
         sys.stderr.write(f"ckptd: {error.message}\n" + (f"  {error.hint}\n" if error.hint else ""))
         return error.exit_code

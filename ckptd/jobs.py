@@ -12,7 +12,7 @@ clock that jumps forward takes no job away from who works on it.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from random import Random
 from typing import Any
 
@@ -79,6 +79,25 @@ class Jobs:
         tx.after(self._wake)
         return added
 
+    async def enqueue_after(self, tx: Tx, new: NewJob) -> None:
+        """Add a job that comes after the checkpoint's present one: in the same lane, in order; one waiting is enough."""
+        known = await self.enqueue(tx, new)
+        if known.state is JobState.RUNNING:
+            await self.enqueue_new(tx, [new])
+
+    async def try_parked(self, limit: int = 100) -> int:
+        """Give parked jobs of checkpoints that are still PENDING one more try each; return how many."""
+
+        async def again(tx: Tx) -> int:
+            found = await queue.parked_pending(tx.conn, limit)
+            for job in found:
+                values = {"attempts": self._settings.retries_max, "not_before": self._clock.now()}
+                await self._change(tx, job, state=JobState.QUEUED, **values)
+            tx.after(self._wake)
+            return len(found)
+
+        return await self._catalog.write(again)
+
     async def enqueue_new(self, tx: Tx, new: Sequence[NewJob]) -> None:
         """Add the first jobs of checkpoints that were entered in this very transaction."""
         await queue.add_many(tx, new)
@@ -93,7 +112,7 @@ class Jobs:
             abandoned = [await queue.get(tx.conn, job_id) for job_id in self._abandoned()]
             found = [job for job in abandoned if job.state is JobState.RUNNING]
             found += await queue.due(tx.conn, now, max(0, limit - len(found)))
-            return [await self._lease(tx, job, claim=job.claim + 1) for job in found[:limit]]
+            return await self._lease_all(tx, found[:limit], now)
 
         claimed = await self._catalog.write(take)
         for job in claimed:
@@ -114,7 +133,7 @@ class Jobs:
         gone_on = {"stage": stage, "attempts": 0, "payload": job.payload if payload is None else payload, "error": None}
         await self._change(tx, job, **gone_on)
         tx.after(lambda: self._hold(job.id))
-        return await queue.get(tx.conn, job.id)
+        return replace(job, **gone_on)  # type: ignore[arg-type]
 
     async def move(self, tx: Tx, job: Job, stage: str, lane: str) -> Job:
         """RUNNING -> QUEUED for `stage` in another lane, due now: its old lane is free for the next job at once.
@@ -226,6 +245,12 @@ class Jobs:
         await self._change(tx, job, state=JobState.QUEUED, not_before=not_before, lease_until=None, **values)
         tx.after(lambda: self._let_go(job.id))
         return await queue.get(tx.conn, job.id)
+
+    async def _lease_all(self, tx: Tx, found: list[Job], now: datetime) -> list[Job]:
+        """Lease what was read in this very transaction, in one statement."""
+        until = now + timedelta(seconds=self._settings.lease_s)
+        await queue.lease(tx, [job.id for job in found], until)
+        return [replace(job, state=JobState.RUNNING, claim=job.claim + 1, lease_until=until) for job in found]
 
     async def _lease(self, tx: Tx, job: Job, *, claim: int) -> Job:
         until = self._clock.now() + timedelta(seconds=self._settings.lease_s)

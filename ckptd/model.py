@@ -105,7 +105,8 @@ class ExperimentStatus(StrEnum):
 
 class RootKind(StrEnum):
     """MANAGED: ckptd writes here. WATCHED: others write, ckptd looks. SUBMITTED: single files were
-    handed in; nothing else under it is looked at, and nothing of it is ever removed."""
+    handed in; nothing else under it is looked at, and nothing of it is ever removed.
+    """
 
     MANAGED = "managed"
     WATCHED = "watched"

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqlalchemy import delete, insert, select
+from sqlalchemy import bindparam, delete, insert, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ckptd.catalog import schema
@@ -27,6 +27,15 @@ class Best:
 _best = schema.best.c
 _row = schema.checkpoint.c
 _metric = schema.checkpoint_metric.c
+_CURRENT = (
+    select(schema.best, _row.id.label("checkpoint_id"))
+    .join_from(schema.best, schema.checkpoint)
+    .where(
+        _best.experiment_no
+        == select(schema.experiment.c.no).where(schema.experiment.c.id == bindparam("experiment")).scalar_subquery()
+    )
+    .order_by(_best.metric, _best.mode, _best.rank)
+)
 
 
 async def candidates(
@@ -51,13 +60,8 @@ async def candidates(
 
 async def current(conn: AsyncConnection, experiment_id: str) -> list[Best]:
     """Return the current best rows of every rule, by metric, mode and rank."""
-    wanted = (
-        select(schema.best, _row.id.label("checkpoint_id"))
-        .join_from(schema.best, schema.checkpoint)
-        .where(_best.experiment_no == _number(experiment_id))
-        .order_by(_best.metric, _best.mode, _best.rank)
-    )
-    return [Best(row.metric, row.mode, row.rank, row.checkpoint_id, row.value) for row in await conn.execute(wanted)]
+    rows = await conn.execute(_CURRENT, {"experiment": experiment_id})
+    return [Best(row.metric, row.mode, row.rank, row.checkpoint_id, row.value) for row in rows]
 
 
 async def replace(

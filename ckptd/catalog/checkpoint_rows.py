@@ -28,6 +28,19 @@ SELECT: Select[Any] = (
 )
 BY_ID = SELECT.where(_row.id == bindparam("wanted"))
 
+# Built once: each save asks these, and building a statement costs as much as running it.
+_FILES = select(schema.file).where(schema.file.c.checkpoint_no == bindparam("no")).order_by(schema.file.c.position)
+_STATE = select(_row.state).where(_row.id == bindparam("wanted"))
+_NEWEST_GOOD = (
+    SELECT.where(
+        _row.experiment_no
+        == select(schema.experiment.c.no).where(schema.experiment.c.id == bindparam("wanted")).scalar_subquery(),
+        _row.is_good,
+    )
+    .order_by(_row.segment.desc(), _row.step.desc(), _row.revision.desc(), _row.sequence.desc())
+    .limit(1)
+)
+
 
 async def get(conn: AsyncConnection, checkpoint_id: str) -> Checkpoint:
     """Return one checkpoint. NotFound."""
@@ -51,10 +64,26 @@ async def uid_of(conn: AsyncConnection, checkpoint_id: str) -> int:
 
 async def files(conn: AsyncConnection, checkpoint_id: str) -> tuple[FileEntry, ...]:
     """Return the files of a checkpoint in manifest order; empty before it is durable. NotFound."""
-    sequence = (await one(conn, checkpoint_id)).sequence
-    file = schema.file.c
-    wanted = select(schema.file).where(file.checkpoint_no == sequence).order_by(file.position)
-    return tuple(FileEntry(row.path, row.size_bytes, row.sha256, row.xxh3) for row in await conn.execute(wanted))
+    return await _files(conn, (await one(conn, checkpoint_id)).sequence)
+
+
+async def whole(conn: AsyncConnection, checkpoint_id: str) -> tuple[Checkpoint, tuple[FileEntry, ...], Identity | None]:
+    """Return a checkpoint with its files and its identity: what reading it back needs. NotFound."""
+    row = await one(conn, checkpoint_id)
+    return from_row(row), await _files(conn, row.sequence), identity_of(row)
+
+
+async def state_of(conn: AsyncConnection, checkpoint_id: str) -> State:
+    """Return a checkpoint's state alone. NotFound."""
+    state = (await conn.execute(_STATE, {"wanted": checkpoint_id})).scalar_one_or_none()
+    if state is None:
+        raise NotFound(f"there is no checkpoint {checkpoint_id}")
+    return State(state)
+
+
+async def _files(conn: AsyncConnection, sequence: int) -> tuple[FileEntry, ...]:
+    rows = await conn.execute(_FILES, {"no": sequence})
+    return tuple(FileEntry(row.path, row.size_bytes, row.sha256, row.xxh3) for row in rows)
 
 
 async def identity(conn: AsyncConnection, checkpoint_id: str) -> Identity | None:
@@ -70,13 +99,7 @@ async def arena_of(conn: AsyncConnection, checkpoint_id: str) -> str | None:
 
 async def newest_good(conn: AsyncConnection, experiment_id: str) -> Checkpoint | None:
     """Return the good checkpoint with the highest (step, revision, sequence) of the newest segment that has one."""
-    no = select(schema.experiment.c.no).where(schema.experiment.c.id == experiment_id).scalar_subquery()
-    wanted = (
-        SELECT.where(_row.experiment_no == no, _row.is_good)
-        .order_by(_row.segment.desc(), _row.step.desc(), _row.revision.desc(), _row.sequence.desc())
-        .limit(1)
-    )
-    row = (await conn.execute(wanted)).one_or_none()
+    row = (await conn.execute(_NEWEST_GOOD, {"wanted": experiment_id})).one_or_none()
     return None if row is None else from_row(row)
 
 

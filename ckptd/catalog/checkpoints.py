@@ -6,7 +6,7 @@ so, and then the event says it too.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from typing import Any
 
@@ -25,7 +25,9 @@ from ckptd.catalog.checkpoint_rows import (
     identity_of,
     newest_good,
     one,
+    state_of,
     uid_of,
+    whole,
 )
 from ckptd.catalog.columns import split_float
 from ckptd.catalog.tx import Tx
@@ -33,7 +35,7 @@ from ckptd.errors import Bug, NotFound
 from ckptd.model import Checkpoint, Damage, FileEntry, Identity, Level, Origin, State, check_transition
 
 # Reading and moving are one noun to callers: these come from the file beside this one.
-__all__ = ["arena_of", "files", "get", "get_many", "identity", "newest_good", "uid_of"]
+__all__ = ["arena_of", "files", "get", "get_many", "identity", "newest_good", "state_of", "uid_of", "whole"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +87,7 @@ class Durable:
 
 
 _row = schema.checkpoint.c
+_SHOWN = {field.name for field in fields(Checkpoint)}  # columns that readers see under the same name
 
 
 async def stage(tx: Tx, new: NewCheckpoint) -> Staged:
@@ -300,11 +303,22 @@ async def _move(tx: Tx, row: Row[Any], state: State, level: Level | None, values
     good = state is State.LIVE and level.rank >= Level.VERIFIED.rank
     before = await newest_good(tx.conn, row.experiment_id) if good != row.is_good else None
     await _set(tx, row.id, {**values, "state": state, "level": level, "level_rank": level.rank, "is_good": good})
+    shown = {name: value for name, value in values.items() if name in _SHOWN}
+    moved = replace(from_row(row), **shown, state=state, level=level)
     if good != row.is_good:
-        after = await newest_good(tx.conn, row.experiment_id)
+        after = await newest_good(tx.conn, row.experiment_id) if not good else _newer(before, moved)
         if after is not None and (before is None or before.id != after.id):
             _tell(tx, "latest.changed", after)
-    return await get(tx.conn, row.id)
+    return moved
+
+
+def _newer(one: Checkpoint | None, other: Checkpoint) -> Checkpoint:
+    """Return the newer of two good ones, in the order of `newest_good`; no step comes before all steps."""
+
+    def age(of: Checkpoint) -> tuple[int, int, int, int]:
+        return of.segment, -1 if of.step is None else of.step, of.revision, of.sequence
+
+    return other if one is None or age(other) > age(one) else one
 
 
 async def _revision(conn: AsyncConnection, experiment_no: int, step: int | None, told: int | None) -> int:

@@ -30,18 +30,16 @@ _event = schema.event_log.c
 async def page(
     conn: AsyncConnection,
     *,
-    since: int = 0,
+    since: int | datetime = 0,
     limit: int = 500,
     checkpoint_id: str | None = None,
-    experiment_id: str | None = None,
     uid: int | None = None,
 ) -> list[Logged]:
-    """Oldest first: events with a sequence above `since`, of one checkpoint, experiment or user where named."""
-    wanted = select(schema.event_log).where(_event.sequence > since).order_by(_event.sequence).limit(limit)
+    """Oldest first: events with a sequence above `since`, or not before it; of one checkpoint or user where named."""
+    after = _event.at >= since if isinstance(since, datetime) else _event.sequence > since
+    wanted = select(schema.event_log).where(after).order_by(_event.sequence).limit(limit)
     if checkpoint_id is not None:
         wanted = wanted.where(_event.checkpoint_id == checkpoint_id)
-    if experiment_id is not None:
-        wanted = wanted.where(_event.experiment_id == experiment_id)
     if uid is not None:
         wanted = wanted.where(events_of(uid))
     return [_from_row(row) for row in await conn.execute(wanted)]

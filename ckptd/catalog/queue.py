@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ckptd.catalog import schema
 from ckptd.catalog.tx import Tx
-from ckptd.model import JobState
+from ckptd.model import JobState, State
 
 LANE_MAX = 64  # a longer lane (a path) is stored as its digest
 
@@ -144,6 +144,13 @@ async def running(conn: AsyncConnection) -> list[Job]:
     return [_from_row(row) for row in await conn.execute(wanted)]
 
 
+async def parked_pending(conn: AsyncConnection, limit: int) -> list[Job]:
+    """Return parked jobs whose checkpoint still waits to become durable, oldest first."""
+    waiting = select(schema.checkpoint.c.id).where(schema.checkpoint.c.state == State.PENDING)
+    wanted = select(schema.job).where(_job.state == JobState.PARKED, _job.checkpoint_id.in_(waiting))
+    return [_from_row(row) for row in await conn.execute(wanted.order_by(_job.no).limit(limit))]
+
+
 async def unfinished(conn: AsyncConnection, limit: int) -> Sequence[Job]:
     """Return queued, running and parked jobs, oldest first."""
     wanted = select(schema.job).where(_job.state.in_(UNFINISHED)).order_by(_job.no).limit(limit)
@@ -162,6 +169,14 @@ async def change(tx: Tx, job: Job, values: dict[str, Any]) -> bool:
     """Write `values` if the job still is in the state and under the claim of `job`; say whether it was."""
     same: ColumnElement[bool] = and_(_job.no == job.id, _job.state == job.state, _job.claim == job.claim)
     return bool((await tx.conn.execute(update(schema.job).where(same).values(values))).rowcount)
+
+
+async def lease(tx: Tx, numbers: Sequence[int], until: datetime) -> None:
+    """Make jobs RUNNING under their next claim."""
+    if numbers:
+        taken = update(schema.job).where(_job.no.in_(numbers))
+        values = {"state": JobState.RUNNING, "claim": _job.claim + 1, "lease_until": until}
+        await tx.conn.execute(taken.values(values))
 
 
 async def clamp(tx: Tx, now: datetime, latest: datetime) -> None:

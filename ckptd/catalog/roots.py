@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from ckptd.catalog import schema
 from ckptd.catalog.tx import Tx
 from ckptd.errors import NotFound
-from ckptd.model import RootKind
+from ckptd.model import Origin, RootKind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +26,16 @@ class Root:
     allow_links: bool
     added_at: datetime
     reconciled_at: datetime | None = None
+
+    @property
+    def may_link(self) -> bool:
+        """Whether ckptd may place `latest` and `best` here."""
+        return self.kind is RootKind.MANAGED or self.allow_links
+
+    def may_remove(self, origin: Origin) -> bool:
+        """Whether ckptd may remove a checkpoint here: what it wrote itself, and others' files by permission only."""
+        ours = origin in {Origin.MEMORY, Origin.REBUILD}
+        return self.allow_delete or (self.kind is RootKind.MANAGED and ours)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -159,7 +159,7 @@ async def _show(conn: AsyncConnection, fields: Fields) -> Answer:
         ],
         "copies": [],
         "history": [
-            {"at": describe.at(entry.at), "what": entry.event.name.partition(".")[2], "by": "", "detail": ""}
+            {"at": describe.at(entry.at), "what": entry.event.name.removeprefix("checkpoint."), "by": "", "detail": ""}
             for entry in logged
         ],
     }

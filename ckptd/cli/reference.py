@@ -94,30 +94,23 @@ def _options(options: list[click.Option] | list[click.Parameter]) -> Iterator[st
 
 
 def render_exit_codes() -> str:
-    """Return docs/reference/exit-codes.md: every exit code, and every error code with the one it leads to."""
+    """Return docs/reference/exit-codes.md: every exit code, its meaning, and the errors that lead to it."""
+    by_exit: dict[int, list[str]] = {}
+    for code, cls in errors.BY_CODE.items():
+        by_exit.setdefault(cls.exit_code, []).append(f"`{code}`")
     lines = [
-        "# Exit codes and error codes",
+        "# Exit codes",
         "",
         "Generated from `ckptd/errors.py` by `python -m ckptd.cli.reference`; a test keeps it current.",
         "",
-        "## Exit codes of `ckpt`",
+        "What `ckpt` and `ckptd` exit with. [errors.md](errors.md) says more about each error.",
         "",
-        "| code | meaning |",
-        "|---|---|",
-        *(f"| {code} | {meaning} |" for code, meaning in _MEANINGS.items()),
+        "| code | meaning | errors |",
+        "|---|---|---|",
+        *(f"| {code} | {meaning} | {', '.join(by_exit.get(code, []))} |" for code, meaning in _MEANINGS.items()),
         "",
         "A defect of ckptd itself exits 1 with the code `internal`, in one line; `CKPTD_DEBUG=1` adds the traceback.",
-        "",
-        "## Error codes",
-        "",
-        "Stable, in replies on the wire, in `--json`, and in brackets behind each message.",
-        "",
-        "| code | exit | meaning |",
-        "|---|---|---|",
     ]
-    for code, cls in errors.BY_CODE.items():
-        meaning = (cls.__doc__ or "").strip().splitlines()[0]
-        lines.append(f"| `{code}` | {cls.exit_code} | {meaning} |")
     return "\n".join(lines) + "\n"
 
 

@@ -196,16 +196,32 @@ def _is_since(event: Row, since: str) -> bool:
 
 
 def _followed(start: Row, limit: int) -> Iterator[Row]:
-    """Yield events for ever, over restarts of the daemon, none twice. Unreachable when it stays away."""
+    """Yield events for ever, over restarts of the daemon, none twice and none left out. Unreachable when it stays away."""
     for daemon in sessions(SystemClock()):
         try:
-            body = daemon.request("events", {"limit": limit, "follow": True, **start})
-            for event in chain(body["events"], _pushed(daemon.pushes())):
-                start = {"since_seq": event["seq"]}
+            for event in chain(_missed(daemon, start, limit), _newest(daemon, start, limit)):
+                if event["seq"] is not None:  # what is told and not recorded has no number
+                    start["since_seq"] = event["seq"]
                 yield event
         except Unreachable:
             # Lost between two events: the next session goes on after the last one seen.
             continue
+
+
+def _missed(daemon: Daemon, start: Row, limit: int) -> Iterator[Row]:
+    """Page through what was recorded after the last event seen."""
+    more = "since_seq" in start
+    while more:
+        body = daemon.request("events", {"limit": limit, "follow": False, **start})
+        yield from body["events"]
+        more = body["next"] is not None
+
+
+def _newest(daemon: Daemon, start: Row, limit: int) -> Iterator[Row]:
+    """Yield the newest events, or those after the last one seen, and then each as it comes."""
+    body = daemon.request("events", {"limit": limit, "follow": True, **start})
+    yield from body["events"]
+    yield from _pushed(daemon.pushes())
 
 
 def _pushed(pushes: Iterator[Row]) -> Iterator[Row]:

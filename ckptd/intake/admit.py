@@ -18,10 +18,10 @@ from ckptd.catalog.checkpoints import NewCheckpoint
 from ckptd.catalog.experiments import NewExperiment, Opened
 from ckptd.catalog.roots import NewRoot, Root
 from ckptd.catalog.tx import Tx
-from ckptd.clock import Clock
 from ckptd.config import Settings
-from ckptd.errors import BadPath, BadRequest, Bug, CkptdError, Exists, NotAuthorized, Refused
+from ckptd.errors import BadPath, BadRequest, CkptdError, Exists, NotAuthorized, Refused
 from ckptd.intake import descriptor as descriptors
+from ckptd.intake.arena import owner_of
 from ckptd.intake.arenas import Arena, ArenaPool, Use
 from ckptd.intake.descriptor import Descriptor, check_directory, check_name
 from ckptd.intake.follow import sees_all
@@ -37,12 +37,11 @@ log = structlog.get_logger()
 class Admission:
     """Checks hand-offs and enters them into the catalog and the queue."""
 
-    def __init__(self, catalog: Catalog, jobs: Jobs, pool: ArenaPool, clock: Clock) -> None:
+    def __init__(self, catalog: Catalog, jobs: Jobs, pool: ArenaPool) -> None:
         """Keep what it works with; `current` and `on_root` are set by whoever composes the daemon."""
         self._catalog = catalog
         self._jobs = jobs
         self._pool = pool
-        self._clock = clock
         self.current = Settings()
         self.on_root: Callable[[Root], None] = lambda _: None
 
@@ -86,6 +85,7 @@ class Admission:
         self, request: ExperimentOpen, uid: int, *, join: bool
     ) -> tuple[Opened, Checkpoint | None]:
         """Open or go on with an experiment; also return its newest good checkpoint."""
+        uid = owner_of(uid)
         check_name("project", request.project)
         check_name("experiment", request.name)
         root = await self.managed_root(request.dir, uid)
@@ -140,17 +140,21 @@ class Admission:
         """
         try:
             await self.arena(arena, arena.owner_uid)
-        except (Refused, Bug) as error:
+        except (BadRequest, BadPath, Exists) as error:
+            if isinstance(error, BadPath) and _is_sound(arena):
+                log.warning("arena.not_admitted", arena=arena.id.hex(), **error.to_wire())
+                return  # its root is no longer configured: a person may put that right
             log.error("arena.refused", arena=arena.id.hex(), **error.to_wire())  # noqa: TRY400 - the text says it all
             self._pool.free(arena)
         except CkptdError as error:
-            log.warning("arena.not_admitted", cause=error.code, arena=arena.id.hex(), **error.to_wire())
+            log.warning("arena.not_admitted", arena=arena.id.hex(), **error.to_wire())
 
     async def memory(self, found: Descriptor, uid: int, *, arena: str | None, size_bytes: int) -> Checkpoint:
         """Make the rows and the job of one memory hand-off.
 
         One that FAILED begins again: its bytes are here after all. Refused when its id is another user's.
         """
+        uid = owner_of(uid)
         root = await self.managed_root(found.experiment.dir, uid)
 
         async def admit(tx: Tx) -> Checkpoint:
@@ -172,9 +176,7 @@ class Admission:
         failpoint.hit("job.committed")
         return checkpoint
 
-    async def _stage(
-        self, tx: Tx, found: Descriptor, uid: int, root: Root, arena: str | None
-    ) -> checkpoints.Staged:
+    async def _stage(self, tx: Tx, found: Descriptor, uid: int, root: Root, arena: str | None) -> checkpoints.Staged:
         who = found.experiment
         experiment = await experiments.ensure(
             tx,
@@ -225,7 +227,7 @@ class Admission:
             await refresh_best(tx, row.experiment_id, rules)
             if row.state is State.LIVE:
                 lane = f"{row.experiment_id}/after"
-                await self._jobs.enqueue(tx, NewJob(checkpoint_id=row.id, lane=lane, stage="link"))
+                await self._jobs.enqueue_after(tx, NewJob(checkpoint_id=row.id, lane=lane, stage="link"))
 
         await self._catalog.write(add)
 
@@ -244,6 +246,15 @@ class Admission:
             payload = {"descriptor": {"files": msgspec.to_builtins(found.files)}}
         job = NewJob(checkpoint_id=row.id, lane=f"{row.id}/recheck", stage="verify", payload=payload)
         await self._catalog.write(lambda tx: self._jobs.enqueue(tx, job))
+
+
+def _is_sound(arena: Arena) -> bool:
+    """Whether the descriptor itself makes sense."""
+    raw = arena.descriptor()
+    try:
+        return raw is not None and bool(descriptors.decode(raw, arena.size_bytes))
+    except Refused:
+        return False
 
 
 def under(path: str, root: str) -> bool:

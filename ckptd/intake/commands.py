@@ -5,25 +5,31 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import anyio
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ckptd.catalog import Catalog, audits, checkpoints, figures, holds, listing, roots
 from ckptd.catalog.audits import Deed
-from ckptd.catalog.roots import NewRoot
+from ckptd.catalog.owners import owners_of
+from ckptd.catalog.roots import NewRoot, Root
 from ckptd.catalog.tx import Tx
 from ckptd.config import Rules
-from ckptd.errors import BadPath, Held, NotAuthorized, NotFound, TimedOut
+from ckptd.errors import BadPath, CkptdError, Held, NotAuthorized, NotFound, TimedOut
 from ckptd.intake import requests as ask
-from ckptd.intake.control import Plant
-from ckptd.intake.descriptor import check_directory
-from ckptd.intake.follow import level_of
+from ckptd.intake.arena import owner_of
+from ckptd.intake.descriptor import check_directory, check_name
+from ckptd.intake.follow import level_of, sees_all, visible_to
 from ckptd.intake.listener import Peer
+from ckptd.intake.reconcile import Reconciled
+from ckptd.intake.status import Plant
 from ckptd.intake.training import Answer, Handler, select
 from ckptd.model import Checkpoint, Damage, Level, RootKind, State
 from ckptd.pipeline import link, retain
 from ckptd.pipeline.tools import Tools
-from ckptd.pipeline.verify import compare, refresh_best
+from ckptd.pipeline.verify import Subject, bad, compare, good, look, subject
 
 _ENDED = {State.CORRUPT, State.MISSING, State.FAILED, State.REPLACED, State.TRASHED, State.DROPPED}
+_NO_FILES = {State.MISSING, State.FAILED}
+SUBJECT_MAX = 512  # characters of an audit entry's subject
 WAIT_S_MAX = 60.0
 WAIT_POLL_S = 0.05  # first look; doubles up to a second: a wait is for people, pushes are for trainers
 
@@ -62,9 +68,10 @@ class Commands:
         if row.state not in {State.LIVE, State.CORRUPT, State.MISSING}:
             raise NotFound(f"checkpoint {row.id} is {row.state}: there is nothing on disk to verify")
         begun_s = self._front.clock.monotonic_s()
-        damage = await compare(self._tools, row)
+        read = await subject(self._tools, row.id)
+        damage = await compare(self._tools, read)
         ms = round((self._front.clock.monotonic_s() - begun_s) * 1000, 1)
-        after = await self._record(row, damage)
+        after = await self._record(read, damage)
         result = {
             "checkpoint": row.id,
             "project": row.project,
@@ -82,26 +89,17 @@ class Commands:
         }
         return {"results": [result]}
 
-    async def _record(self, row: Checkpoint, damage: list[Damage]) -> Checkpoint:
+    async def _record(self, read: Subject, damage: list[Damage]) -> Checkpoint:
+        """Write down what was found; damage that an arena can make good goes to the pipeline, which repairs it."""
+        row = read.checkpoint
         rules = self._front.settings().rules_for(row.project, row.experiment)
-
-        async def record(tx: Tx) -> Checkpoint:
-            if not damage:
-                if row.state is State.MISSING:
-                    found = await checkpoints.identity(tx.conn, row.id)
-                    if found is not None:
-                        await checkpoints.mark_restored(tx, row.id, row.path, found)
-                after = await checkpoints.mark_verified(tx, row.id)
-            elif all(d.kind == "missing" for d in damage):
-                after = await checkpoints.mark_missing(tx, row.id, "its files are gone")
-            else:
-                after = await checkpoints.mark_corrupt(tx, row.id, damage)
-            await refresh_best(tx, row.experiment_id, rules)
-            return after
-
-        after = await self._catalog.write(record)
         if damage:
-            self._front.pool.free_checkpoint(row.id)
+            after = await self._catalog.write(lambda tx: bad(tx, read, damage, rules))
+            if self._front.pool.of_checkpoint(row.id) is not None:
+                await self._front.admission.recheck(after)
+        else:
+            seen = await look(self._tools, read) if row.state is not State.LIVE else None
+            after = await self._catalog.write(lambda tx: good(tx, read, seen, rules))
         await link.place(self._tools, after)
         return after
 
@@ -121,21 +119,31 @@ class Commands:
     async def _waited_for(self, peer: Peer, request: ask.Wait) -> Checkpoint | None:
         if request.checkpoint is None:
             return await select(self._front, peer, request)
-        known = await self._catalog.read(lambda conn: checkpoints.get_many(conn, [str(request.checkpoint)]))
-        return known.get(request.checkpoint)
+        wanted = request.checkpoint
+
+        async def read(conn: AsyncConnection) -> Checkpoint | None:
+            owners = await owners_of(conn, [wanted])
+            if not sees_all(peer.uid) and owners.get(wanted) != peer.uid:
+                return None
+            return (await checkpoints.get_many(conn, [wanted])).get(wanted)
+
+        return await self._catalog.read(read)
 
     async def pin(self, peer: Peer, request: ask.Pin) -> Answer:
         """Hold a checkpoint by hand."""
         row = await select(self._front, peer, request)
 
-        async def pin(tx: Tx) -> None:
+        async def pin(tx: Tx) -> bool:
+            held = await holds.of_checkpoint(tx.conn, row.id, tx.clock.now())
+            if any(hold.kind == "pin" and hold.note == request.note for hold in held):
+                return False
             await holds.pin(tx, row.id, peer.uid, request.note)
             await audits.record(
                 tx, Deed(uid=peer.uid, pid=peer.pid, verb="pin", subject=row.id, after={"note": request.note})
             )
+            return True
 
-        await self._catalog.write(pin)
-        return _named(row, changed=True)
+        return _named(row, changed=await self._catalog.write(pin))
 
     async def unpin(self, peer: Peer, request: ask.Unpin) -> Answer:
         """Lift a hold."""
@@ -150,44 +158,46 @@ class Commands:
         return _named(row, changed=await self._catalog.write(unpin))
 
     async def remove(self, peer: Peer, request: ask.Remove) -> Answer:
-        """Move one checkpoint to the trash, unless a promise holds it."""
+        """Move one checkpoint to the trash, unless a promise holds it; forget one that has no files."""
         row = await select(self._front, peer, request)
+        if row.state in _NO_FILES:
+            return await self._forget(peer, row, dry_run=request.dry_run)
         root = await self._catalog.read(lambda conn: roots.by_path(conn, row.root))
-        if root is None or not (root.kind is RootKind.MANAGED or root.allow_delete):
+        if root is None or not root.may_remove(row.origin):
             raise Held(
                 f"{row.path} lies under {row.root}, where ckptd may not delete",
                 hint="set allow_delete for this root, or remove the file yourself",
                 holds=["root"],
             )
-        uid = await self._catalog.read(lambda conn: checkpoints.uid_of(conn, row.id))
-        if peer.uid not in {uid, 0, os.getuid()}:
-            raise NotAuthorized(f"checkpoint {row.id} belongs to uid {uid}")
         grace_h = self._front.settings().rules_for(row.project, row.experiment).trash_grace_s / 3600
         if request.dry_run:
 
-            async def look(conn: Any) -> list[str]:
+            async def look_at(conn: AsyncConnection) -> list[str]:
                 return await retain.kept_by(Tx(conn, self._front.clock), row)
 
-            why = await self._catalog.read(look)
+            why = await self._catalog.read(look_at)
             if why:
                 raise Held(f"checkpoint {row.id} is kept: {', '.join(why)}", holds=why)
         else:
             await retain.remove(self._tools, row, peer.uid, peer.pid)
             await link.place(self._tools, row)
-        return {
-            "checkpoint": row.id,
-            "project": row.project,
-            "name": row.experiment,
-            "step": row.step,
-            "path": row.path,
-            "size_bytes": row.size_bytes,
-            "action": "trash",
-            "reason": f"removed by uid {peer.uid}; restorable for {grace_h:g} h",
-        }
+        return _removed(row, "trash", f"removed by uid {peer.uid}; restorable for {grace_h:g} h")
+
+    async def _forget(self, peer: Peer, row: Checkpoint, *, dry_run: bool) -> Answer:
+        async def forget(tx: Tx) -> None:
+            if (await checkpoints.get(tx.conn, row.id)).state in _NO_FILES:
+                await checkpoints.mark_dropped(tx, row.id)
+                await audits.record(tx, Deed(uid=peer.uid, pid=peer.pid, verb="forget", subject=row.id))
+
+        if not dry_run:
+            await self._catalog.write(forget)
+        return _removed(row, "forget", f"it is {row.state}: nothing of it is on disk")
 
     async def retention(self, peer: Peer, request: ask.Retention) -> Answer:
         """Plan for every experiment that matches; carry the plans out when told to."""
-        rows = await self._catalog.read(lambda conn: figures.matching(conn, request.project, request.name))
+        rows = await self._catalog.read(
+            lambda conn: figures.matching(conn, request.project, request.name, visible_to(peer.uid))
+        )
         plans = []
         for experiment_id, project, name in rows:
             rules = self._front.settings().rules_for(project, name)
@@ -222,17 +232,19 @@ class Commands:
         rows = await self._catalog.read(lambda conn: listing.of_experiment(conn, experiment_id))
         return await link.place(self._tools, rows[-1]) if rows else []
 
-    async def rebuild(self, _peer: Peer, request: ask.Rebuild) -> Answer:
-        """Read every manifest under the roots back into the catalog."""
-        if request.root is not None:
-            path = check_directory(request.root)
-            known = await self._catalog.read(lambda conn: roots.by_path(conn, path))
-            if known is None:
-                await self._front.admission.managed_root(path, os.getuid())
+    async def rebuild(self, peer: Peer, request: ask.Rebuild) -> Answer:
+        """Read every manifest under the roots back into the catalog. A root that fails says so in its own line."""
+        _require_operator(peer, "rebuild")
+        wanted = None if request.root is None else check_directory(request.root)
+        if wanted is not None and await self._catalog.read(lambda conn: roots.by_path(conn, wanted)) is None:
+            await self._front.admission.ensure_root(NewRoot(path=wanted, kind=RootKind.MANAGED, uid=os.getuid()))
         found = []
         for root in await self._catalog.read(roots.all_roots):
-            if root.kind is RootKind.MANAGED and request.root in {None, root.path}:
-                done = await self._plant.reconciler.scan(root)
+            if root.kind is RootKind.MANAGED and wanted in {None, root.path}:
+                try:
+                    done = await self._plant.reconciler.scan(root)
+                except CkptdError as error:
+                    done = Reconciled(problem=error.message)
                 found.append(
                     {
                         "root": root.path,
@@ -247,29 +259,61 @@ class Commands:
 
     async def add_root(self, peer: Peer, request: ask.RootAdd) -> Answer:
         """Manage or watch one more tree."""
-        if self._front.settings().mode == "system" and peer.uid not in {0, os.getuid()}:
-            raise NotAuthorized("roots of a system daemon are set in its configuration")
+        _require_operator(peer, "root.add")
         path = check_directory(request.path)
+        if request.project:
+            check_name("project", request.project)
         known = await self._catalog.read(lambda conn: roots.by_path(conn, path))
         if known is not None and known.kind is RootKind.MANAGED and request.kind == "watched":
             raise BadPath(f"{path} is managed already: ckptd writes there itself")
-        new = NewRoot(path=path, kind=RootKind(request.kind), uid=peer.uid, project=request.project)
+        same = known is not None and known.kind == request.kind
+        new = NewRoot(
+            path=path,
+            kind=RootKind(request.kind),
+            uid=owner_of(peer.uid),
+            project=request.project or (known.project if known else ""),
+            allow_delete=known.allow_delete if same and known else False,
+            allow_links=known.allow_links if same and known else False,
+        )
 
-        async def add(tx: Tx) -> Any:
+        async def add(tx: Tx) -> Root:
             root = await roots.ensure(tx, new)
-            await audits.record(tx, Deed(uid=peer.uid, pid=peer.pid, verb="root.add", subject=path))
+            subject_text = path if len(path) <= SUBJECT_MAX else f"root {root.id}"
+            after = {"path": path, "kind": request.kind}
+            deed = Deed(uid=peer.uid, pid=peer.pid, verb="root.add", subject=subject_text, after=after)
+            await audits.record(tx, deed)
             return root
 
         root = await self._catalog.write(add)
         self._front.admission.on_root(root)
         return {"root": path, "kind": str(root.kind), "added": known is None}
 
-    async def _stop(self, _peer: Peer, _request: ask.Stop) -> Answer:
+    async def _stop(self, peer: Peer, _request: ask.Stop) -> Answer:
+        _require_operator(peer, "stop")
         self.stop()
         return {}
 
-    async def _reload(self, _peer: Peer, _request: ask.Reload) -> Answer:
+    async def _reload(self, peer: Peer, _request: ask.Reload) -> Answer:
+        _require_operator(peer, "reload")
         return await self.reload()
+
+
+def _require_operator(peer: Peer, op: str) -> None:
+    if not sees_all(peer.uid):
+        raise NotAuthorized(f"{op} is for root and for the daemon's own user", hint="ask who runs this daemon")
+
+
+def _removed(row: Checkpoint, action: str, reason: str) -> Answer:
+    return {
+        "checkpoint": row.id,
+        "project": row.project,
+        "name": row.experiment,
+        "step": row.step,
+        "path": row.path,
+        "size_bytes": row.size_bytes,
+        "action": action,
+        "reason": reason,
+    }
 
 
 def describe_rules(rules: Rules) -> list[str]:

@@ -55,6 +55,7 @@ class Peer:
         self.greeted = False
         self.follows: dict[str, None] = {}  # checkpoint ids, oldest first
         self.experiments: set[str] = set()
+        self.fresh: dict[str, int] = {}  # segments it opened and neither logged nor saved into, by experiment
         self.attached: dict[str, Any] = {}  # arenas this peer reads, by checkpoint
         self.group: anyio.abc.TaskGroup | None = None  # tasks of requests that may wait; ends with the connection
         self.running = 0
@@ -239,26 +240,16 @@ class Listener:
         splitter = wire.Splitter()
         begun_s: float | None = None  # when the unfinished frame's first bytes were seen
         while not peer.closed:
-            limit_s = None
-            if begun_s is not None:
-                limit_s = max(0.0, begun_s + self._settings.idle_frame_s - self._clock.monotonic_s())
             try:
-                with anyio.fail_after(limit_s):
-                    await anyio.wait_readable(peer.sock)
-                data = peer.sock.recv(_RECV_BYTES)
-            except BlockingIOError:
-                continue
+                data = await self._receive(peer, begun_s)
+                frames = splitter.feed(data)
             except TimeoutError:
                 peer.send(_error_frame("timeout", "a frame took too long to arrive", "send whole frames"))
                 return
-            except OSError:
-                return
-            if not data:
-                return
-            try:
-                frames = splitter.feed(data)
             except wire.FrameError as error:
                 peer.send(_error_frame(error.code, str(error), f"a frame holds at most {wire.FRAME_BYTES_MAX} bytes"))
+                return
+            if not data:
                 return
             for frame in frames:
                 await self._handle(peer, frame)
@@ -266,6 +257,21 @@ class Listener:
                 begun_s = None
             elif begun_s is None or b"\n" in data:
                 begun_s = self._clock.monotonic_s()
+
+    async def _receive(self, peer: Peer, begun_s: float | None) -> bytes:
+        """Return what the socket has next, b"" at its end. TimeoutError when the frame begun then is not whole by now."""
+        limit_s = None
+        if begun_s is not None:
+            limit_s = max(0.0, begun_s + self._settings.idle_frame_s - self._clock.monotonic_s())
+        with anyio.fail_after(limit_s):
+            while True:
+                await anyio.wait_readable(peer.sock)
+                try:
+                    return peer.sock.recv(_RECV_BYTES)
+                except BlockingIOError:
+                    continue
+                except OSError:
+                    return b""
 
 
 async def _cut_when_dead(peer: Peer, pidfd: int) -> None:

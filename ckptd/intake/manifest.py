@@ -79,6 +79,7 @@ async def enter(tx: Tx, jobs: Jobs, root: Root, found: Candidate) -> bool:
             step=manifest.step,
             epoch=manifest.epoch,
             revision=manifest.revision,
+            segment=manifest.segment,
             path=found.path,
             format=manifest.format,
             created_at=manifest.created_at or datetime.fromtimestamp(found.identity.mtime_ns / 1e9, UTC),

@@ -16,7 +16,7 @@ from ckptd.catalog import Catalog, experiments, metrics
 from ckptd.catalog.metrics import Point
 from ckptd.catalog.tx import Tx
 from ckptd.clock import Clock
-from ckptd.errors import CkptdError
+from ckptd.errors import CkptdError, NotFound
 from ckptd.model import ExperimentStatus
 from ckptd_client import control
 
@@ -24,6 +24,8 @@ log = structlog.get_logger()
 
 LOOK_S = 1.0
 POINTS_WAITING_MAX = 200_000
+FLUSH_POINTS_MAX = 20_000  # of one commit
+RETRY_S_MAX = 5.0
 
 
 class Trainer(Protocol):
@@ -78,13 +80,22 @@ class Presence:
                     await self._lost(experiment_id)
             if self._clock.monotonic_s() - looked_s >= self._lost_after_s:
                 looked_s = self._clock.monotonic_s()
-                before = self._clock.now() - timedelta(seconds=self._lost_after_s)
-                for silent in await self._catalog.read(lambda conn, t=before: experiments.silent_since(conn, t)):  # type: ignore[misc]
-                    if not self.is_present(silent.id):
-                        await self._lost(silent.id)
+                await self._look_for_silent()
+
+    async def _look_for_silent(self) -> None:
+        before = self._clock.now() - timedelta(seconds=self._lost_after_s)
+        try:
+            silent = await self._catalog.read(lambda conn: experiments.silent_since(conn, before))
+        except CkptdError as error:
+            log.warning("presence.not_read", **error.to_wire())
+            return
+        for one in silent:
+            if not self.is_present(one.id):
+                await self._lost(one.id)
 
     async def _lost(self, experiment_id: str) -> None:
-        self._gone.pop(experiment_id, None)
+        if self.is_present(experiment_id):
+            return  # it came back while the catalog was asked
 
         async def lost(tx: Tx) -> None:
             row = await experiments.get(tx.conn, experiment_id)
@@ -93,8 +104,12 @@ class Presence:
 
         try:
             await self._catalog.write(lost)
+        except NotFound:
+            self._gone.pop(experiment_id, None)
         except CkptdError as error:
-            log.warning("presence.not_recorded", experiment=experiment_id, **error.to_wire())
+            log.warning("presence.not_recorded", experiment=experiment_id, **error.to_wire())  # looked at again
+        else:
+            self._gone.pop(experiment_id, None)
 
 
 class MetricsBuffer:
@@ -107,6 +122,7 @@ class MetricsBuffer:
         self._points: defaultdict[tuple[str, int], list[Point]] = defaultdict(list)
         self._waiting = 0
         self._some = anyio.Event()
+        self._flushing = anyio.Lock()
 
     def put(self, experiment_id: str, segment: int, points: list[Point]) -> bool:
         """Take points in; False when too many wait already (the client keeps and repeats them)."""
@@ -119,27 +135,50 @@ class MetricsBuffer:
 
     async def run(self) -> None:
         """Commit until cancelled; what is left then goes with a last `flush()`."""
+        pause_s = self._flush_s
         while True:
             await self._some.wait()
-            await anyio.sleep(self._flush_s)
-            await self.flush()
+            await anyio.sleep(pause_s)
+            pause_s = self._flush_s if await self.flush() else min(pause_s * 2, RETRY_S_MAX)
 
-    async def flush(self) -> None:
-        """Commit everything that waits now, in one transaction. Kept for the next try when that fails."""
-        taken, self._points = self._points, defaultdict(list)
-        waiting, self._waiting = self._waiting, 0
-        self._some = anyio.Event()
+    async def flush(self) -> bool:
+        """Commit everything that waits now; False when some of it could not be, and is kept for the next try."""
+        async with self._flushing:
+            self._some = anyio.Event()
+            # Shielded: what was taken out of the buffer is either committed or put back, never between.
+            with anyio.CancelScope(shield=True):
+                while self._points:
+                    if not await self._flush_some():
+                        self._some.set()
+                        return False
+        return True
+
+    async def _flush_some(self) -> bool:
+        """Commit up to FLUSH_POINTS_MAX points, so that no other write waits long behind them."""
+        taken: dict[tuple[str, int], list[Point]] = {}
+        count = 0
+        for key in tuple(self._points):
+            taken[key] = self._points.pop(key)
+            count += len(taken[key])
+            if count >= FLUSH_POINTS_MAX:
+                break
+        self._waiting -= count
 
         async def append(tx: Tx) -> None:
             for (experiment_id, segment), points in taken.items():
-                await metrics.append(tx, experiment_id, segment, points)
+                try:
+                    await metrics.append(tx, experiment_id, segment, points)
+                except NotFound as error:
+                    # Nobody can ever take these: the catalog was made anew without their experiment.
+                    log.warning("metrics.homeless", points=len(points), **error.to_wire())
 
         try:
-            if taken:
-                await self._catalog.write(append)
+            await self._catalog.write(append)
         except CkptdError as error:
-            log.warning("metrics.not_recorded", points=waiting, **error.to_wire())
+            log.warning("metrics.not_recorded", cause=error.code, points=count, **error.to_wire())
             for key, points in self._points.items():
-                taken[key] += points
-            self._points, self._waiting = taken, self._waiting + waiting
-            self._some.set()
+                taken[key] = taken.get(key, []) + points
+            self._points = defaultdict(list, taken)
+            self._waiting += count
+            return False
+        return True

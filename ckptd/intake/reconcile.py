@@ -7,6 +7,7 @@ its own root only.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import anyio
@@ -14,22 +15,20 @@ import anyio.abc
 import anyio.to_thread
 import structlog
 
-from ckptd.catalog import Catalog, checkpoints, listing, roots
+from ckptd.catalog import Catalog, arrivals, checkpoints, queue, roots
 from ckptd.catalog.roots import Root
 from ckptd.catalog.tx import Tx
-from ckptd.clock import Clock
-from ckptd.config import Watching
-from ckptd.errors import CkptdError
-from ckptd.intake.admit import Admission
-from ckptd.jobs import Jobs, NewJob
-from ckptd.model import Checkpoint, RootKind, State
-from ckptd.pipeline.verify import refresh_best
+from ckptd.config import Settings, Watching
+from ckptd.errors import CkptdError, RootDegraded
+from ckptd.intake.files import Files
+from ckptd.model import RootKind, State
 from ckptd.worker import Workers, mounts
-from ckptd.worker.protocol import Candidate, Hints, Scan, Sweep, Watch
+from ckptd.worker.protocol import Hints, Scan, Scanned, Sweep, Watch
 
 log = structlog.get_logger()
 
 RETRY_S, RETRY_S_MAX = 1.0, 60.0
+REST_S_MAX = 2.0  # between two scans of a root, so that hints cost at most half of a worker's time
 DIRECTORIES_MAX = 256  # more hinted directories than this: one scan of the whole root is cheaper
 BATCH_MAX = 250
 
@@ -59,25 +58,30 @@ class Reconciled:
 class Reconciler:
     """Keeps the catalog true to the disks."""
 
-    def __init__(self, catalog: Catalog, workers: Workers, admission: Admission, jobs: Jobs, clock: Clock) -> None:
+    def __init__(self, catalog: Catalog, workers: Workers, files: Files, settings: Callable[[], Settings]) -> None:
         """No root yet: `add()` brings them, before and while `run()` runs."""
         self._catalog = catalog
         self._workers = workers
-        self._admission = admission
-        self._jobs = jobs
-        self._clock = clock
+        self._files = files
+        self._all_settings = settings
         self._roots: dict[str, _Watched] = {}
         self._group: anyio.abc.TaskGroup | None = None
 
     @property
     def _settings(self) -> Watching:
-        return self._admission.settings().watching
+        return self._all_settings().watching
 
     def add(self, root: Root) -> None:
         """Look after one more root."""
         known = self._roots.get(root.path)
         if known is not None:
+            rested = known.root.kind is RootKind.SUBMITTED
             known.root = root
+            if not rested or root.kind is RootKind.SUBMITTED:
+                return
+            known.everything = True
+            if self._group is not None:
+                self._group.start_soon(self._look_after, known)
             return
         watched = _Watched(root)
         self._roots[root.path] = watched
@@ -105,6 +109,7 @@ class Reconciler:
                 group.start_soon(self._listen, watched)
             pause_s = RETRY_S
             while True:
+                begun_s = anyio.current_time()
                 try:
                     await self._scan_hinted(watched)
                     watched.problem, pause_s = "", RETRY_S
@@ -115,6 +120,8 @@ class Reconciler:
                     pause_s = min(pause_s * 2, RETRY_S_MAX)
                     watched.everything = True
                     continue
+                # A tree that never rests is scanned for half of the time at most.
+                await anyio.sleep(min(anyio.current_time() - begun_s, REST_S_MAX))
                 with anyio.move_on_after(await self._interval_s(watched.root)) as timer:
                     await watched.hinted.wait()
                 watched.everything = watched.everything or timer.cancelled_caught
@@ -164,20 +171,15 @@ class Reconciler:
     async def scan(self, root: Root) -> Reconciled:
         """Compare everything under one root with the catalog."""
         result = Reconciled()
-        unseen: dict[str, str] = {}
-
-        cursor: int | None = 0
-        while cursor is not None:
-            page, cursor = await self._catalog.read(lambda conn, at=cursor: listing.known(conn, root.id, after=at))  # type: ignore[misc]
-            unseen.update({k.path: k.checkpoint_id for k in page if k.state in {State.LIVE, State.CORRUPT}})
+        unseen = await self._standing(root)
         try:
-            complete = await self._take(root, "", result, unseen)
+            scanned = await self._take(root, "", result, unseen)
         except CkptdError as error:
             if error.code in {"not_found", "missing"} and not unseen:
                 return result  # a root nobody has written to yet
             raise  # never "all its checkpoints are missing": a disk that is not mounted looks just like this
-        if complete:
-            await self._missing(root, unseen, result)
+        if scanned.complete:
+            await self._missing(root, unseen, scanned, result)
         await self._catalog.write(lambda tx: roots.mark_reconciled(tx, root.id))
         log.info(
             "reconcile.done",
@@ -189,12 +191,23 @@ class Reconciler:
         )
         return result
 
+    async def _standing(self, root: Root) -> set[int]:
+        """Numbers of the rows whose files should lie under the root now: 60 bytes a checkpoint, for a scan's time."""
+        found: set[int] = set()
+        after = 0
+        while True:
+            page = await self._catalog.read(lambda conn, at=after: arrivals.standing(conn, root.id, at))  # type: ignore[misc]
+            if not page:
+                return found
+            found.update(page)
+            after = page[-1]
+
     async def _scan_under(self, root: Root, directory: str) -> None:
         below = os.path.relpath(directory, root.path)  # noqa: ASYNC240 - text only
-        await self._take(root, "" if below == "." else below, Reconciled(), {})
+        await self._take(root, "" if below == "." else below, Reconciled(), set())
 
-    async def _take(self, root: Root, under: str, result: Reconciled, unseen: dict[str, str]) -> bool:
-        """Scan and take in what is new; strike what was seen from `unseen`. Returns whether the scan was complete."""
+    async def _take(self, root: Root, under: str, result: Reconciled, unseen: set[int]) -> Scanned:
+        """Scan and take in what is new; strike what was seen from `unseen`."""
         managed = root.kind is RootKind.MANAGED
         request = Scan(root=root.path, managed=managed, under=under, entries_max=self._settings.entries_max)
         others = [path for path, w in self._roots.items() if path != root.path and w.root.kind is RootKind.MANAGED]
@@ -202,59 +215,56 @@ class Reconciler:
             async for part in parts:
                 found = [c for c in part.found if managed or not _inside(c.path, others)]
                 result.found += len(found)
-                for candidate in found:
-                    unseen.pop(candidate.path, None)
                 for start in range(0, len(found), BATCH_MAX):
-                    await self._enter(root, found[start : start + BATCH_MAX], result)
-            scanned = parts.reply
+                    some = found[start : start + BATCH_MAX]
+                    taken = await (self._files.manifests(root, some) if managed else self._files.candidates(root, some))
+                    result.added += taken.added
+                    result.known += taken.known
+                    result.damaged += taken.damaged
+                    unseen.difference_update(taken.sequences)
+            scanned: Scanned = parts.reply
         result.problem = scanned.problem
-        return bool(scanned.complete)
+        return scanned
 
-    async def _enter(self, root: Root, found: list[Candidate], result: Reconciled) -> None:
-        if root.kind is RootKind.MANAGED:
-            for candidate in found:
-                added = await self._admission.manifest(root, candidate)
-                result.added += int(added)
-                result.known += int(not added and candidate.manifest is not None)
-                result.damaged += int(candidate.manifest is None)
-            return
-        new = await self._admission.candidates(root, found)
-        result.added += new
-        result.known += len(found) - new
+    async def _missing(self, root: Root, unseen: set[int], scanned: Scanned, result: Reconciled) -> None:
+        """Mark what a complete scan did not see. Rows that changed since are looked at again, not marked.
 
-    async def _missing(self, root: Root, unseen: dict[str, str], result: Reconciled) -> None:
-        """Mark what a complete scan did not see. Rows that changed since are looked at again, not marked."""
-        gone = list(unseen.items())
+        When nothing at all was seen of what should be there, and it was recorded on another file
+        system than the root is on now, then a disk is not mounted: its directory is there, and empty.
+        """
+        gone = sorted(unseen)
+        if gone and not result.known:
+            sample = await self._catalog.read(lambda conn: arrivals.at_sequences(conn, gone[:BATCH_MAX]))
+            devices = {one.identity.dev for one in sample if one.identity is not None}
+            if devices and scanned.device not in devices | {0}:
+                raise RootDegraded(
+                    f"{root.path} holds none of its {len(gone)} checkpoints, and is on another file system than they were",
+                    hint="is its disk mounted? `ckpt verify` tells of single checkpoints",
+                )
         for start in range(0, len(gone), BATCH_MAX):
             some = gone[start : start + BATCH_MAX]
 
-            async def mark(tx: Tx, some: list[tuple[str, str]] = some) -> int:
-                rows = await checkpoints.get_many(tx.conn, [checkpoint_id for _, checkpoint_id in some])
+            async def mark(tx: Tx, some: list[int] = some) -> int:
                 marked = []
-                for path, checkpoint_id in some:
-                    row = rows.get(checkpoint_id)
-                    if row is not None and row.path == path and row.state in {State.LIVE, State.CORRUPT}:
-                        await checkpoints.mark_missing(tx, checkpoint_id, f"a scan of {root.path} did not find it")
-                        marked.append(row)
-                await self._decide_again(tx, marked)
+                for one in await arrivals.at_sequences(tx.conn, some):
+                    if one.state in {State.LIVE, State.CORRUPT}:
+                        why = f"a scan of {root.path} did not find it"
+                        marked.append(await checkpoints.mark_missing(tx, one.id, why))
+                await self._files.decide_again(tx, marked)
                 return len(marked)
 
             result.missing += await self._catalog.write(mark)
 
-    async def _decide_again(self, tx: Tx, gone: list[Checkpoint]) -> None:
-        """What was the best or the newest may be among what is gone: flags now, links and rules by a job."""
-        for row in {row.experiment_id: row for row in gone}.values():
-            rules = self._admission.settings().rules_for(row.project, row.experiment)
-            await refresh_best(tx, row.experiment_id, rules)
-            lane = f"{row.experiment_id}/after"
-            await self._jobs.enqueue(tx, NewJob(checkpoint_id=row.id, lane=lane, stage="link"))
-
     async def sweep(self, older_s: float) -> None:
         """Remove our own temporary directories that no running job can own any more."""
-        keep = [job.checkpoint_id for job in await self._jobs.unfinished()]
+        keep = [job.checkpoint_id for job in await self._catalog.read(queue.running)]
         for watched in tuple(self._roots.values()):
             if watched.root.kind is RootKind.MANAGED:
-                await self._workers.call(Sweep(root=watched.root.path, older_s=older_s, keep=keep))
+                try:
+                    await self._workers.call(Sweep(root=watched.root.path, older_s=older_s, keep=keep))
+                except CkptdError as error:
+                    # One disk's trouble is no reason to leave the others' litter.
+                    log.warning("sweep.failed", root=watched.root.path, **error.to_wire())
 
 
 def _inside(path: str, roots_of_ours: list[str]) -> bool:

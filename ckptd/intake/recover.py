@@ -13,7 +13,7 @@ import os
 import structlog
 
 from ckptd.catalog import Catalog, checkpoints
-from ckptd.errors import CkptdError
+from ckptd.errors import Refused
 from ckptd.intake import descriptor
 from ckptd.intake.admit import Admission
 from ckptd.intake.arenas import FD_PREFIX, Arena, ArenaPool, Use
@@ -46,22 +46,23 @@ async def recover(catalog: Catalog, admission: Admission, pool: ArenaPool, spool
         if page is None or raw is None:
             if arena.use is Use.LEASED and not control.is_alive(arena.holder_pid, arena.holder_ticks):
                 pool.free(arena)
-            continue
-        try:
-            if page.state == control.COMMITTED:
-                await admission.arena(arena, os.getuid())
-                found += 1
-            else:
-                await _hot_again(catalog, pool, arena, raw)
-        except CkptdError as error:
-            # Its descriptor makes no sense: nothing was acknowledged for it, so nothing is lost by freeing it.
-            log.warning("arena.refused", arena=arena.id.hex(), **error.to_wire())
-            pool.free(arena)
+        elif page.state == control.COMMITTED:
+            # What can't be admitted now (a full disk) stays with the reaper, which tries again.
+            await admission.rescue(arena)
+            found += 1
+        else:
+            await _hot_again(catalog, pool, arena, raw)
     return found + await spool.take_in()
 
 
 async def _hot_again(catalog: Catalog, pool: ArenaPool, arena: Arena, raw: bytes) -> None:
-    saved = descriptor.decode(raw, arena.size_bytes)
+    try:
+        saved = descriptor.decode(raw, arena.size_bytes)
+    except Refused as error:
+        # Only a copy of what is on disk already: nothing is lost with it.
+        log.warning("arena.refused", arena=arena.id.hex(), **error.to_wire())
+        pool.free(arena)
+        return
     rows = await catalog.read(lambda conn: checkpoints.get_many(conn, [saved.checkpoint]))
     row = rows.get(saved.checkpoint)
     if row is None or row.state is not State.LIVE or row.level.rank < Level.DURABLE.rank:

@@ -4,10 +4,11 @@ The spool lies in the state directory, which is ours and node-local. An image st
 checkpoint it holds is durable elsewhere; an offer until its row is made.
 """
 
+import errno
 import mmap
 import os
-from collections.abc import Callable
-from functools import partial
+import stat
+from typing import Any
 
 import anyio
 import anyio.to_thread
@@ -15,13 +16,14 @@ import msgspec
 import structlog
 
 from ckptd import failpoint
-from ckptd.clock import Clock
-from ckptd.errors import BadRequest, CkptdError
+from ckptd.errors import BadRequest, CkptdError, Refused
 from ckptd.intake import descriptor as descriptors
-from ckptd.intake.admit import Admission, FileOffer
+from ckptd.intake.admit import Admission
+from ckptd.intake.arena import DESCRIPTOR_BYTES_MAX
 from ckptd.intake.arenas import Arena, ArenaPool
+from ckptd.intake.files import FileOffer, Files
 from ckptd.intake.requests import Submit
-from ckptd.model import Origin, State
+from ckptd.model import State
 from ckptd_client import control, spool
 from ckptd_client.wire import from_number
 
@@ -34,15 +36,14 @@ ENTRIES_MAX = 1000
 class Spool:
     """Takes in what lies in `directory`, and opens images for the pipeline."""
 
-    def __init__(self, directory: str, admission: Admission, pool: ArenaPool, clock: Clock) -> None:
+    def __init__(self, directory: str, admission: Admission, files: Files, pool: ArenaPool) -> None:
         """Nothing is read yet."""
         self._directory = directory
         self._admission = admission
+        self._files = files
         self._pool = pool
-        self._clock = clock
-        self._refused: set[str] = set()
         self._known: set[str] = set()
-        self.on_adopted: Callable[[str, int], None] = lambda _checkpoint, _size: None
+        self.refused: dict[str, str] = {}  # file -> why, for those that will never be a save
 
     async def run(self) -> None:
         """Look into the spool every POLL_S seconds; a listing of an empty directory costs microseconds."""
@@ -51,21 +52,31 @@ class Spool:
             await anyio.sleep(POLL_S)
 
     async def take_in(self) -> int:
-        """Take in everything there is now; return how many entries were new."""
-        found = await anyio.to_thread.run_sync(partial(_listing, self._directory))
+        """Take in everything there is now; return how many entries were new.
+
+        What makes no sense is left where it lies and named by `ckpt doctor`; what a busy catalog or a full
+        disk delays is tried again at the next look.
+        """
+        try:
+            found = await anyio.to_thread.run_sync(_listing, self._directory)
+        except OSError as error:
+            log.warning("spool.unreadable", cause="listing", error=str(error))
+            return 0
+        here = {entry.path for entry in found}
+        self.refused = {path: why for path, why in self.refused.items() if path in here}
+        new = [e for e in found if e.path not in self.refused and e.checkpoint not in self._known]
         taken = 0
-        for entry in found[:ENTRIES_MAX]:
-            if entry.path in self._refused or entry.checkpoint in self._known:
-                continue
+        for entry in new[:ENTRIES_MAX]:
             try:
-                if entry.kind == "arena":
-                    await self._image(entry)
-                else:
-                    await self._offer(entry)
+                await (self._image(entry) if entry.kind == "arena" else self._offer(entry))
                 taken += 1
+            except FileNotFoundError:
+                continue  # its writer took it back
+            except Refused as error:
+                self.refused[entry.path] = error.message
+                log.error("spool.refused", file=os.path.basename(entry.path), **error.to_wire())  # noqa: TRY400 - the text says it all
             except (CkptdError, OSError) as error:
-                self._refused.add(entry.path)
-                log.error("spool.refused", file=os.path.basename(entry.path), error=str(error))  # noqa: TRY400 - the text says it all
+                log.warning("spool.delayed", cause=type(error).__name__, file=entry.path, error=str(error))
         return taken
 
     async def _image(self, entry: spool.Spooled) -> None:
@@ -74,13 +85,12 @@ class Spool:
         checkpoint = await self._admission.memory(found, uid, arena=None, size_bytes=size_bytes)
         failpoint.hit("spool.admitted")
         self._known.add(entry.checkpoint)
-        self.on_adopted(checkpoint.id, size_bytes)
         if checkpoint.state is not State.PENDING:
             await self.forget(checkpoint.id)
 
     async def _offer(self, entry: spool.Spooled) -> None:
         request, uid = await anyio.to_thread.run_sync(_read_offer, entry.path)
-        await self._admission.file(offer_of(request, uid))
+        await self._files.file(offer_of(request, uid))
         await anyio.to_thread.run_sync(_remove, entry.path)
 
     async def open(self, checkpoint_id: str) -> int | None:
@@ -117,8 +127,6 @@ def offer_of(request: Submit, uid: int) -> FileOffer:
         id=request.checkpoint,
         path=request.path,
         uid=uid,
-        origin=Origin.FILE,
-        told=True,
         project=request.project,
         experiment=request.experiment,
         step=request.step,
@@ -136,13 +144,29 @@ def _listing(directory: str) -> list[spool.Spooled]:
     return list(spool.entries(directory))
 
 
-def _read_image(path: str) -> tuple[bytes, int, int]:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+def _opened(path: str) -> tuple[int, os.stat_result]:
+    """Open a plain file of the spool: no symlink is followed, and nothing that could block is opened."""
     try:
-        facts = os.fstat(fd)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise BadRequest(f"{os.path.basename(path)} is a symlink") from error
+    facts = os.fstat(fd)
+    if not stat.S_ISREG(facts.st_mode):
+        os.close(fd)
+        raise BadRequest(f"{os.path.basename(path)} is no plain file")
+    return fd, facts
+
+
+def _read_image(path: str) -> tuple[bytes, int, int]:
+    fd, facts = _opened(path)
+    try:
         page = control.read(os.pread(fd, control.PAGE, 0).ljust(control.PAGE, b"\0"))
         if page is None or page.descriptor_offset + page.descriptor_size > facts.st_size:
             raise BadRequest(f"{os.path.basename(path)} is no image of a save")
+        if page.descriptor_size > DESCRIPTOR_BYTES_MAX:
+            raise BadRequest(f"{os.path.basename(path)} has a descriptor of over {DESCRIPTOR_BYTES_MAX} bytes")
         raw = os.pread(fd, page.descriptor_size, page.descriptor_offset)
         if not control.is_whole(page, raw):
             raise BadRequest(f"{os.path.basename(path)} was never committed")
@@ -152,11 +176,17 @@ def _read_image(path: str) -> tuple[bytes, int, int]:
 
 
 def _read_offer(path: str) -> tuple[Submit, int]:
-    uid = os.lstat(path).st_uid
-    request = spool.read_offer(path)
+    fd, facts = _opened(path)
     try:
-        return msgspec.convert({"id": 0, "op": "submit", **(request or {})}, Submit), uid
-    except msgspec.ValidationError as error:
+        if facts.st_size > spool.OFFER_BYTES_MAX:
+            raise BadRequest(f"{os.path.basename(path)} is over {spool.OFFER_BYTES_MAX} bytes")
+        body = os.pread(fd, spool.OFFER_BYTES_MAX, 0)
+    finally:
+        os.close(fd)
+    try:
+        request = msgspec.json.decode(body, type=dict[str, Any])
+        return msgspec.convert({**request, "id": 0, "op": "submit"}, Submit), facts.st_uid
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise BadRequest(f"{os.path.basename(path)}: {error}") from error
 
 

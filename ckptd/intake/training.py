@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ckptd import __version__
-from ckptd.catalog import Catalog, checkpoints, experiments, holds, listing
+from ckptd.catalog import Catalog, checkpoints, experiments, holds, listing, metrics
 from ckptd.catalog.listing import Scope
 from ckptd.catalog.metrics import Point
 from ckptd.catalog.owners import owners_of
@@ -20,7 +20,9 @@ from ckptd.errors import BadRequest, Busy, NoArena, NotAuthorized, NotFound, Uns
 from ckptd.intake import descriptor
 from ckptd.intake import requests as ask
 from ckptd.intake.admit import Admission
+from ckptd.intake.arena import owner_of
 from ckptd.intake.arenas import Arena, ArenaPool, Use
+from ckptd.intake.files import Files
 from ckptd.intake.follow import Followers, level_of, sees_all, visible_to
 from ckptd.intake.listener import Peer
 from ckptd.intake.presence import MetricsBuffer, Presence
@@ -43,6 +45,7 @@ class Front:
     jobs: Jobs
     pool: ArenaPool
     admission: Admission
+    files: Files
     followers: Followers
     presence: Presence
     metrics: MetricsBuffer
@@ -95,10 +98,14 @@ class Training:
     async def open(self, peer: Peer, request: ask.ExperimentOpen) -> Answer:
         """Open or go on with an experiment."""
         front = self._front
-        known = await front.catalog.read(lambda c: experiments.find(c, peer.uid, request.project, request.name))
+        known = await front.catalog.read(
+            lambda c: experiments.find(c, owner_of(peer.uid), request.project, request.name)
+        )
         join = known is not None and front.presence.is_present(known.id)
         opened, newest = await front.admission.open_experiment(request, peer.uid, join=join)
         front.presence.came(peer, opened.experiment.id)
+        if opened.existed and not join:
+            peer.fresh[opened.experiment.id] = opened.segment
         return {
             "experiment": opened.experiment.id,
             "segment": opened.segment,
@@ -141,6 +148,7 @@ class Training:
     async def commit(self, peer: Peer, request: ask.Commit) -> Answer:
         """Take a save over. Repeats (after a reconnect, after a restart) are one save."""
         front = self._front
+        peer.fresh.pop(request.experiment, None)
         front.followers.add(peer, [request.checkpoint])
         arena = front.pool.get(bytes.fromhex(request.arena))
         if arena is not None and arena.use is Use.LEASED:
@@ -164,7 +172,7 @@ class Training:
 
     async def submit(self, peer: Peer, request: ask.Submit) -> Answer:
         """Take in files that lie where they lie."""
-        row = await self._front.admission.file(offer_of(request, peer.uid))
+        row = await self._front.files.file(offer_of(request, owner_of(peer.uid)))
         self._front.followers.add(peer, [row.id])
         return level_of(row)
 
@@ -182,7 +190,12 @@ class Training:
                 raise NotFound(f"checkpoint {row.id} was retired a moment ago")
             await holds.lease(tx, row.id, holder, READ_LEASE_S)
 
+            if row.experiment_id in peer.fresh and row.step is not None:
+                # The first load of a new segment, before it logged or saved: training goes on from there.
+                await metrics.resume_from(tx, row.experiment_id, peer.fresh[row.experiment_id], row.step)
+
         await front.catalog.write(hold)
+        peer.fresh.pop(row.experiment_id, None)
         facts: Answer = {
             "checkpoint": row.id,
             "experiment": row.experiment_id,
@@ -273,6 +286,7 @@ class Training:
     async def points(self, peer: Peer, request: ask.MetricPoints) -> Answer:
         """Take metric points; answered once they wait for the next common commit."""
         row = await self._mine(peer, request.experiment)
+        peer.fresh.pop(row.id, None)
         points = [
             Point(name, step, from_number(value), datetime.fromtimestamp(at, UTC))
             for name, step, value, at in request.points

@@ -20,7 +20,7 @@ from ckptd.catalog import checkpoints
 from ckptd.catalog.tx import Tx
 from ckptd.errors import Bug, CkptdError, Denied, DiskFault, NoSpace, RootDegraded, TimedOut, Weather
 from ckptd.jobs import Job
-from ckptd.model import State
+from ckptd.model import Origin, State
 from ckptd.pipeline import link, publish, repair, retain, settle, verify
 from ckptd.pipeline.tools import Ended, Outcome, Stage, Tools
 
@@ -37,6 +37,9 @@ STAGES: dict[str, Stage] = {
 }
 PASSING = (Weather, RootDegraded, NoSpace, DiskFault, Denied)
 PURGE_S = 30.0
+CLAIM_AGAIN_S = 1.0
+PARKED_FIRST_S, PARKED_AGAIN_S = 20.0, 900.0
+LAST_WORD_S = 2.0
 DRAIN_LOOK_S = 0.05
 RENEW_SHARE = 3  # a running job's lease is renewed after a third of it
 
@@ -58,6 +61,7 @@ class Pipeline:
         async with anyio.create_task_group() as running, anyio.create_task_group() as claiming:
             claiming.start_soon(self._claim, running)
             claiming.start_soon(self._purge)
+            claiming.start_soon(self._try_parked)
             await stop.wait()
             while undone():  # noqa: ASYNC110 - several things end it, and it runs once in a daemon's life
                 await anyio.sleep(DRAIN_LOOK_S)
@@ -77,13 +81,24 @@ class Pipeline:
             claimed: list[Job] = []
             try:
                 claimed = await self._tools.jobs.claim(free)
+            except CkptdError as error:
+                # A full disk or a busy catalog: nothing was claimed, and nothing is lost by asking again.
+                log.warning("claim.failed", cause=error.code, **error.to_wire())
+                await anyio.sleep(CLAIM_AGAIN_S)
             finally:
                 for _ in range(free - len(claimed)):
                     self._slots.release()
             for job in claimed:
                 running.start_soon(self._carry, job)
             if not claimed:
-                await self._tools.jobs.wait()
+                await self._wait()
+
+    async def _wait(self) -> None:
+        try:
+            await self._tools.jobs.wait()
+        except CkptdError as error:
+            log.warning("claim.failed", cause=error.code, **error.to_wire())
+            await anyio.sleep(CLAIM_AGAIN_S)
 
     async def _carry(self, job: Job) -> None:
         """Take one job through its stages until it ends or has to wait."""
@@ -111,8 +126,19 @@ class Pipeline:
                 if isinstance(outcome, Ended):
                     return
                 job = outcome.job
+        except anyio.get_cancelled_exc_class():
+            # A drain that ran out of time is no crash: the job is due again at once, and not one try poorer.
+            with anyio.move_on_after(LAST_WORD_S, shield=True):
+                await self._hand_back(job)
+            raise
         finally:
             self._slots.release()
+
+    async def _hand_back(self, job: Job) -> None:
+        try:
+            await self._tools.catalog.write(lambda tx: self._tools.jobs.postpone(tx, job, 0.0))
+        except CkptdError as error:
+            log.debug("job.not_handed_back", job=job.id, **error.to_wire())  # the next daemon finds it running
 
     async def _stage(self, job: Job) -> Outcome:
         """Run one stage while the job's lease is renewed beside it."""
@@ -129,7 +155,12 @@ class Pipeline:
         lease_s = self._tools.settings().jobs.lease_s
         while True:
             await anyio.sleep(lease_s / RENEW_SHARE)
-            await self._tools.jobs.renew(job)
+            try:
+                await self._tools.jobs.renew(job)
+            except TimedOut:
+                raise  # somebody else carries it now
+            except CkptdError as error:
+                log.warning("lease.not_renewed", job=job.id, **error.to_wire())  # two thirds of it are left
 
     async def _failed(self, job: Job, error: CkptdError) -> None:
         """Try again what may pass; end what can't, and say so on the checkpoint.
@@ -145,23 +176,50 @@ class Pipeline:
             checkpoint=job.checkpoint_id,
             **error.to_wire(),
         )
-        settings = self._tools.settings().jobs
-
-        async def record(tx: Tx) -> None:
-            row = await checkpoints.get(tx.conn, job.checkpoint_id)
-            if passing and job.attempts >= settings.retries_max:
-                await self._tools.jobs.postpone(tx, job, settings.backoff_s_max)
-            elif passing:
-                await self._tools.jobs.retry(tx, job, error)
-            else:
-                if row.state is State.PENDING:
-                    await checkpoints.mark_failed(tx, job.checkpoint_id, error.to_wire())
-                await self._tools.jobs.park(tx, job, error)
-
         try:
-            await self._tools.catalog.write(record)
+            ended = await self._tools.catalog.write(lambda tx: self._record_failure(tx, job, error, passing=passing))
         except TimedOut:
             log.warning("claim.lost", job=job.id, checkpoint=job.checkpoint_id)  # another claim carries it now
+        except CkptdError as trouble:
+            # The job stays leased, and is claimed again when the lease ends.
+            log.warning("failure.not_recorded", job=job.id, checkpoint=job.checkpoint_id, **trouble.to_wire())
+        else:
+            if ended:
+                await self._tools.sources.drop(job.checkpoint_id)
+
+    async def _record_failure(self, tx: Tx, job: Job, error: CkptdError, *, passing: bool) -> bool:
+        """Write down what becomes of the job and its checkpoint; say whether the checkpoint has ended by it.
+
+        A defect of ours never ends a memory hand-off: its bytes stay where they are, and a later
+        daemon, or a later look, tries again.
+        """
+        settings = self._tools.settings().jobs
+        row = (await checkpoints.get_many(tx.conn, [job.checkpoint_id])).get(job.checkpoint_id)
+        if passing and job.attempts >= settings.retries_max:
+            await self._tools.jobs.postpone(tx, job, settings.backoff_s_max)
+            return False
+        if passing:
+            await self._tools.jobs.retry(tx, job, error)
+            return False
+        pending = row is not None and row.state is State.PENDING
+        spared = pending and row is not None and row.origin is Origin.MEMORY and isinstance(error, Bug)
+        if pending and not spared:
+            await checkpoints.mark_failed(tx, job.checkpoint_id, error.to_wire())
+        await self._tools.jobs.park(tx, job, error)
+        return pending and not spared
+
+    async def _try_parked(self) -> None:
+        """A hand-off whose job gave up holds memory: it has one more try after each start, and then now and then."""
+        await anyio.sleep(PARKED_FIRST_S)
+        while True:
+            try:
+                woken = await self._tools.jobs.try_parked()
+            except CkptdError as error:
+                log.warning("parked.not_tried", **error.to_wire())
+            else:
+                if woken:
+                    log.warning("parked.tried_again", jobs=woken)
+            await anyio.sleep(PARKED_AGAIN_S)
 
     async def _purge(self) -> None:
         while True:

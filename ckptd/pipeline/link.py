@@ -15,7 +15,7 @@ from ckptd.catalog.tx import Tx
 from ckptd.config import Rules
 from ckptd.errors import CkptdError
 from ckptd.jobs import Job
-from ckptd.model import Checkpoint, RootKind
+from ckptd.model import Checkpoint
 from ckptd.pipeline.tools import Onward, Outcome, Tools
 from ckptd.worker.protocol import Link
 
@@ -48,8 +48,7 @@ async def place(tools: Tools, checkpoint: Checkpoint) -> list[str]:
     """
     rules = tools.settings().rules_for(checkpoint.project, checkpoint.experiment)
     root = await tools.catalog.read(lambda conn: roots.by_path(conn, checkpoint.root))
-    allowed = root is not None and (root.kind is RootKind.MANAGED or root.allow_links)
-    if not rules.links or not allowed or not checkpoint.path:
+    if not rules.links or root is None or not root.may_link or not checkpoint.path:
         return []
     beside = os.path.dirname(checkpoint.path)
     async with tools.placing[checkpoint.root]:

@@ -16,7 +16,7 @@ def manifest(checkpoint: Checkpoint, experiment: experiments.Experiment, revisio
         "experiment": experiment.name,
         "experiment_id": experiment.id,
         "uid": experiment.uid,
-        "segment": experiment.segment,
+        "segment": checkpoint.segment,
         "step": checkpoint.step,
         "epoch": checkpoint.epoch,
         "revision": revision,

@@ -15,7 +15,7 @@ from ckptd import failpoint
 from ckptd.catalog import checkpoints, experiments
 from ckptd.catalog.checkpoints import Durable
 from ckptd.catalog.tx import Tx
-from ckptd.errors import CkptdError, InvalidFormat, Missing
+from ckptd.errors import CkptdError, Missing
 from ckptd.jobs import Job
 from ckptd.model import Checkpoint, FileEntry, Identity, JobState, Level, Origin, State, step_name
 from ckptd.pipeline.manifest import manifest
@@ -26,8 +26,6 @@ from ckptd.worker.protocol import (
     FileImage,
     FileRecord,
     IdentityRecord,
-    Inspect,
-    Inspected,
     Publish,
     Published,
 )
@@ -45,21 +43,20 @@ async def run(job: Job, tools: Tools) -> Outcome:
     if checkpoint.origin is Origin.MEMORY:
         durable = await _from_image(job, tools, checkpoint)
     else:
-        found = await _in_place(job, tools, checkpoint)
+        found = await _in_place(job, tools)
         if found is None:
-            return await _unsettled(job, tools)
+            known = {key: value for key, value in job.payload.items() if key not in {"settled", "last", "since_s"}}
+            return Onward(replace(job, stage=BACK, payload=known))
         durable = found
     failpoint.hit("catalog.durable")
 
     async def record(tx: Tx) -> Job:
         await checkpoints.mark_durable(tx, checkpoint.id, durable)
-        found = job.payload.get("found")
-        if found:
-            await checkpoints.add_metrics(tx, checkpoint.id, found)
         if checkpoint.origin is Origin.MEMORY:
             # The experiment's next save is written while this one is read back; what follows keeps
             # its own order in a lane of its own.
             return await tools.jobs.move(tx, job, NEXT, f"{checkpoint.experiment_id}/after")
+        await _add_what_was_found(tx, checkpoint.id, job.payload["settled"]["metrics"])
         return await tools.jobs.advance(tx, job, NEXT)
 
     onward = await tools.catalog.write(record)
@@ -67,6 +64,13 @@ async def run(job: Job, tools: Tools) -> Outcome:
     await tools.sources.published(checkpoint.id)
     failpoint.hit("arena.released")
     return Ended() if onward.state is JobState.QUEUED else Onward(onward)
+
+
+async def _add_what_was_found(tx: Tx, checkpoint_id: str, found: dict[str, float]) -> None:
+    """Write down the metrics that the files hold, where nobody has said them better."""
+    if found:
+        known = (await checkpoints.get(tx.conn, checkpoint_id)).metrics
+        await checkpoints.add_metrics(tx, checkpoint_id, {k: v for k, v in found.items() if k not in known})
 
 
 async def _already(job: Job, tools: Tools, checkpoint: Checkpoint) -> Outcome:
@@ -117,39 +121,25 @@ async def _from_image(job: Job, tools: Tools, checkpoint: Checkpoint) -> Durable
     )
 
 
-async def _in_place(job: Job, tools: Tools, checkpoint: Checkpoint) -> Durable | None:
+async def _in_place(job: Job, tools: Tools) -> Durable | None:
     """Digest files where they lie; None when they are not the ones any more that were found settled.
 
     A writer may come back between the two looks, write half of something and pause: its bytes would
     hold still while they are digested. So what was digested must be the identity that was settled.
     """
-    root, path = job.payload["root"], job.payload["path"]
+    root, path, settled = job.payload["root"], job.payload["path"], job.payload.get("settled")
+    if not isinstance(settled, dict) or settled["identity"] is None:
+        return None
     try:
         digested: Digested = await tools.workers.call(Digest(root=root, path=path))
     except CkptdError as error:
         if error.code in {"source_changed", "missing"}:
             return None
         raise
-    settled = job.payload.get("identity")
-    if settled is not None and digested.identity != IdentityRecord(**settled):
+    if digested.identity != IdentityRecord(**settled["identity"]):
         return None
-    found: Inspected = await tools.workers.call(Inspect(root=root, path=path, tensors_max=0))
-    if found.complete is False:
-        # The writer looked done and the structure is not: it is read again later, never called complete.
-        raise InvalidFormat(f"{path}: {found.problem}", hint="its writer was interrupted; write it again")
-    job.payload["found"] = {k: v for k, v in found.metrics.items() if k not in checkpoint.metrics}
-    durable = _durable(path, digested.files, digested.identity, "", found.format)
-    return replace(durable, step=found.step, epoch=found.epoch)
-
-
-async def _unsettled(job: Job, tools: Tools) -> Outcome:
-    """Ask again whether its writer is done."""
-    known = {key: value for key, value in job.payload.items() if key not in {"identity", "last", "since_s"}}
-
-    async def back(tx: Tx) -> Job:
-        return await tools.jobs.advance(tx, job, BACK, known)
-
-    return Onward(await tools.catalog.write(back))
+    durable = _durable(path, digested.files, digested.identity, "", settled["format"])
+    return replace(durable, step=settled["step"], epoch=settled["epoch"])
 
 
 def _durable(

@@ -11,7 +11,7 @@ from ckptd.catalog import checkpoints, experiments
 from ckptd.catalog.tx import Tx
 from ckptd.errors import CkptdError
 from ckptd.jobs import Job
-from ckptd.model import Identity
+from ckptd.model import Identity, State
 from ckptd.pipeline.manifest import manifest
 from ckptd.pipeline.tools import Ended, Onward, Outcome, Tools
 from ckptd.worker.protocol import FileImage, IdentityRecord, Publish, Published, Trash
@@ -20,7 +20,7 @@ NEXT = "verify"
 
 
 async def run(job: Job, tools: Tools) -> Outcome:
-    """Replace the damaged directory; the checkpoint stays CORRUPT until the next verify says otherwise."""
+    """Replace the damaged directory; the checkpoint stays as it is until the next verify says otherwise."""
     checkpoint = await tools.catalog.read(lambda conn: checkpoints.get(conn, job.checkpoint_id))
     fd = await tools.sources.open(checkpoint.id)
     if fd is None:
@@ -28,7 +28,7 @@ async def run(job: Job, tools: Tools) -> Outcome:
         return Ended()
     try:
         damaged = await tools.catalog.read(lambda conn: checkpoints.identity(conn, checkpoint.id))
-        if damaged is not None:
+        if damaged is not None and checkpoint.state is not State.MISSING:
             await _aside(tools, checkpoint.root, checkpoint.path, damaged, job.payload["trash"])
         experiment = await tools.catalog.read(lambda conn: experiments.get(conn, checkpoint.experiment_id))
         written: Published = await tools.workers.call(

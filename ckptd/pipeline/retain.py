@@ -13,17 +13,19 @@ from collections.abc import Sequence
 import structlog
 
 from ckptd import failpoint, retention
-from ckptd.catalog import audits, bests, checkpoints, experiments, holds, listing, roots
+from ckptd.catalog import audits, bests, checkpoints, holds, listing, roots
+from ckptd.catalog.tombstones import tombstones_before
 from ckptd.catalog.tx import Tx
 from ckptd.config import Rules
 from ckptd.errors import CkptdError, Held, NotFound
 from ckptd.jobs import Job
-from ckptd.model import Checkpoint, RootKind, State
+from ckptd.model import Checkpoint, State
 from ckptd.pipeline.tools import Ended, Outcome, Tools
 from ckptd.worker.protocol import IdentityRecord, Purge, Trash
 
 log = structlog.get_logger()
 
+MOVES_MAX = 100  # renames per call of resume()
 PURGES_MAX = 100  # unlinked per round, so that deleting never delays saving
 
 
@@ -47,11 +49,10 @@ async def plan(tx_or_conn: Tx, experiment_id: str, rules: Rules) -> retention.Pl
         reasons[hold.checkpoint_id].append(f"{hold.kind} of {hold.by}" + (f": {hold.note}" if hold.note else ""))
     for winner in await bests.current(conn, experiment_id):
         reasons[winner.checkpoint_id].append(f"best:{winner.metric}")
-    removable = {
-        root.path for root in await roots.all_roots(conn) if root.kind is RootKind.MANAGED or root.allow_delete
-    }
+    known = {root.path: root for root in await roots.all_roots(conn)}
     for checkpoint in found:
-        if checkpoint.root not in removable:
+        root = known.get(checkpoint.root)
+        if root is None or not root.may_remove(checkpoint.origin):
             reasons[checkpoint.id].append("root does not allow deletion")
     return retention.plan(found, rules, now, reasons)
 
@@ -60,6 +61,8 @@ async def apply(
     tools: Tools, experiment_id: str, rules: Rules, *, only: list[str] | None = None, linked: Sequence[str] = ()
 ) -> retention.Plan:
     """Plan, write the tombstones, then move the files. Returns the plan that was executed.
+
+    What can't be moved now (a hung disk) is moved by `resume()`, and holds up nothing else.
 
     only    the drops that a person saw and agreed to: what the new plan drops beside them stays
     linked  where links lead: a metric that came since they were placed must not leave one dangling, so
@@ -80,7 +83,7 @@ async def apply(
     decided = await tools.catalog.write(tombstones)
     failpoint.hit("retain.tombstone")
     for dropped in decided.drop:
-        await move(tools, dropped.checkpoint)
+        await _try_to_move(tools, dropped.checkpoint)
     return decided
 
 
@@ -90,12 +93,12 @@ async def remove(tools: Tools, checkpoint: Checkpoint, uid: int, pid: int) -> No
     async def tombstone(tx: Tx) -> None:
         why = await kept_by(tx, checkpoint)
         if why:
-            raise Held(f"checkpoint {checkpoint.id} is kept: {', '.join(why)}", why=why)
+            raise Held(f"checkpoint {checkpoint.id} is kept: {', '.join(why)}", holds=why)
         await checkpoints.mark_trashed(tx, checkpoint.id, checkpoint.id, f"removed by uid {uid}")
         await audits.record(tx, audits.Deed(uid=uid, pid=pid, verb="remove", subject=checkpoint.id))
 
     await tools.catalog.write(tombstone)
-    await move(tools, checkpoint)
+    await _try_to_move(tools, checkpoint)
 
 
 async def kept_by(tx: Tx, checkpoint: Checkpoint) -> list[str]:
@@ -122,6 +125,7 @@ async def move(tools: Tools, checkpoint: Checkpoint) -> None:
     """Carry a tombstone out; safe to repeat. What is gone or is not the recorded bytes stays untouched."""
     found = await tools.catalog.read(lambda conn: checkpoints.identity(conn, checkpoint.id))
     if found is None:
+        tools.moved.add(checkpoint.id)
         return
     try:
         await tools.workers.call(
@@ -138,28 +142,64 @@ async def move(tools: Tools, checkpoint: Checkpoint) -> None:
         # Nothing of ours is there any more: there is nothing to move and nothing may be touched.
         log.warning("trash.not_ours", checkpoint=checkpoint.id, path=checkpoint.path, error=error.message)
     failpoint.hit("retain.moved")
+    tools.moved.add(checkpoint.id)
     await tools.sources.drop(checkpoint.id)
 
 
-async def resume(tools: Tools) -> None:
-    """After a start: carry out tombstones whose files still stand under their final name."""
-    horizon = tools.clock.now()
-    for checkpoint, _ in await tools.catalog.read(lambda conn: listing.trashed_before(conn, horizon, PURGES_MAX)):
+async def _try_to_move(tools: Tools, checkpoint: Checkpoint) -> None:
+    try:
         await move(tools, checkpoint)
+    except CkptdError as error:
+        log.warning("trash.delayed", checkpoint=checkpoint.id, path=checkpoint.path, **error.to_wire())
+
+
+async def resume(tools: Tools) -> int:
+    """Carry out tombstones whose files may still stand under their final name; return how many were looked at.
+
+    After a start that is all of them, MOVES_MAX per call; later only those that failed.
+    """
+    horizon = tools.clock.now()
+    wanted = await tools.catalog.read(lambda conn: tombstones_before(conn, horizon))
+    here = {one.id for one in wanted}
+    tools.moved.intersection_update(here)
+    waiting = [one for one in wanted if one.id not in tools.moved][:MOVES_MAX]
+    for one in waiting:
+        await _try_to_move(tools, await tools.catalog.read(lambda conn, of=one.id: checkpoints.get(conn, of)))  # type: ignore[misc]
+    return len(waiting)
 
 
 async def purge(tools: Tools) -> int:
-    """Unlink what has lain in the trash for its grace; at most PURGES_MAX per call. Returns how many."""
+    """Unlink what has lain in the trash for its grace; at most PURGES_MAX per call. Returns how many.
+
+    One that can't be unlinked now is left for the next round and holds up no other.
+    """
     now = tools.clock.now()
     purged = 0
-    for checkpoint, trash in await tools.catalog.read(lambda conn: listing.trashed_before(conn, now, PURGES_MAX)):
-        experiment = await tools.catalog.read(lambda conn, of=checkpoint: experiments.get(conn, of.experiment_id))  # type: ignore[misc]
-        rules = tools.settings().rules_for(experiment.project, experiment.name)
-        if checkpoint.trashed_at is None or (now - checkpoint.trashed_at).total_seconds() < rules.trash_grace_s:
+    for one in await tools.catalog.read(lambda conn: tombstones_before(conn, now)):
+        rules = tools.settings().rules_for(one.project, one.experiment)
+        if (now - one.trashed_at).total_seconds() < rules.trash_grace_s:
             continue
-        await move(tools, checkpoint)  # in case the tombstone was never carried out
-        await tools.workers.call(Purge(root=checkpoint.root, trash=trash))
-        failpoint.hit("retain.purged")
-        await tools.catalog.write(lambda tx, of=checkpoint.id: checkpoints.mark_dropped(tx, of))  # type: ignore[misc]
+        try:
+            await _purge(tools, one.id, one.trash)
+        except CkptdError as error:
+            log.warning("purge.delayed", checkpoint=one.id, **error.to_wire())
+            continue
         purged += 1
+        if purged >= PURGES_MAX:
+            break
     return purged
+
+
+async def _purge(tools: Tools, checkpoint_id: str, trash: str) -> None:
+    checkpoint = await tools.catalog.read(lambda conn: checkpoints.get(conn, checkpoint_id))
+    if checkpoint_id not in tools.moved:
+        await move(tools, checkpoint)  # in case the tombstone was never carried out
+    await tools.workers.call(Purge(root=checkpoint.root, trash=trash))
+    failpoint.hit("retain.purged")
+
+    async def drop(tx: Tx) -> None:
+        if (await checkpoints.get(tx.conn, checkpoint_id)).state is State.TRASHED:
+            await checkpoints.mark_dropped(tx, checkpoint_id)
+
+    await tools.catalog.write(drop)
+    tools.moved.discard(checkpoint_id)

@@ -1,5 +1,9 @@
-"""Is the writer of a file done? Until then the job waits, and holds up nobody: its lane is its path."""
+"""Is the writer of a file done? Until then the job waits, and holds up nobody: its lane is its path.
 
+What was found out goes on in memory only: a publish that fails, or a crash, begins here again.
+"""
+
+from dataclasses import replace
 from typing import Any
 
 from ckptd.catalog import checkpoints
@@ -31,11 +35,19 @@ async def run(job: Job, tools: Tools) -> Outcome:
         )
     )
     if answer.settled:
-        return await _onward(job, tools, answer)
+        settled = {
+            "reason": answer.reason,
+            "identity": _plain(answer.identity),
+            "format": answer.format,
+            "step": answer.step,
+            "epoch": answer.epoch,
+            "metrics": answer.metrics,
+        }
+        return Onward(replace(job, stage=NEXT, payload={**known, "settled": settled}))
     if answer.reason == "gone":
         return await _gone(job, tools)
     if answer.reason.startswith("refused"):
-        raise BadPath(f"{known['path']}: {answer.reason}")
+        raise BadPath(f"{known['path']}: {answer.reason}", hint="ckptd takes plain files and directories in its roots")
     unchanged = last is not None and answer.identity == last
     waiting: dict[str, Any] = {
         **known,
@@ -51,14 +63,6 @@ async def run(job: Job, tools: Tools) -> Outcome:
 
     await tools.catalog.write(again)
     return Ended()
-
-
-async def _onward(job: Job, tools: Tools, answer: Settlement) -> Outcome:
-    async def onward(tx: Tx) -> Job:
-        done = {"settled": answer.reason, "identity": _plain(answer.identity)}
-        return await tools.jobs.advance(tx, job, NEXT, {**job.payload, **done})
-
-    return Onward(await tools.catalog.write(onward))
 
 
 async def _gone(job: Job, tools: Tools) -> Outcome:

@@ -32,6 +32,7 @@ class Tools:
     """What every stage works with. `settings` is a call, so that a reload reaches running stages.
 
     placing  of each root: held while links under it are placed
+    moved    retired checkpoints known to lie in the trash already
     """
 
     catalog: Catalog
@@ -40,6 +41,7 @@ class Tools:
     sources: Sources
     clock: Clock
     settings: Callable[[], Settings]
+    moved: set[str] = field(default_factory=set)  # retired checkpoints known to lie in the trash
     placing: defaultdict[str, anyio.Lock] = field(default_factory=lambda: defaultdict(anyio.Lock))
 
 

@@ -5,54 +5,129 @@ verified checkpoint whose best flag is still open, and nothing can retire a winn
 """
 
 import os
+from dataclasses import dataclass, replace
+
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ckptd import failpoint
 from ckptd.best import best
-from ckptd.catalog import bests, checkpoints
+from ckptd.catalog import bests, checkpoints, roots
+from ckptd.catalog.roots import Root
 from ckptd.catalog.tx import Tx
 from ckptd.config import Rules
+from ckptd.errors import CkptdError
 from ckptd.jobs import Job
-from ckptd.model import Checkpoint, Damage, Origin, State
+from ckptd.model import Checkpoint, Damage, FileEntry, Identity, JobState, Origin, State
 from ckptd.pipeline.tools import Ended, Onward, Outcome, Tools
-from ckptd.worker.protocol import DamageRecord, FileRecord, Verified, Verify
+from ckptd.worker.protocol import DamageRecord, FileRecord, Purge, Settle, Settlement, Verified, Verify
 
 NEXT = "link"
 REPAIR = "repair"
 REPAIRS_MAX = 2  # times a damaged publish is written again from its arena
+DAMAGED_MIB_MAX = 1000  # named of one file; a terabyte of noise must not become an event of megabytes
+DAMAGE_MAX = 100  # files named
+READABLE = frozenset({State.LIVE, State.CORRUPT, State.MISSING})
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """One checkpoint as it is to be read back."""
+
+    checkpoint: Checkpoint
+    files: tuple[FileEntry, ...]
+    recorded: Identity | None
+    root: Root | None
+
+
+async def subject(tools: Tools, checkpoint_id: str) -> Subject:
+    """Read everything that the catalog knows of one checkpoint's bytes. NotFound."""
+
+    async def read(conn: AsyncConnection) -> Subject:
+        row, files, recorded = await checkpoints.whole(conn, checkpoint_id)
+        return Subject(row, files, recorded, await roots.by_path(conn, row.root))
+
+    return await tools.catalog.read(read)
 
 
 async def run(job: Job, tools: Tools) -> Outcome:
     """Verify one checkpoint. Damage while its arena still holds the bytes: written again to new inodes."""
-    checkpoint = await tools.catalog.read(lambda conn: checkpoints.get(conn, job.checkpoint_id))
-    if checkpoint.state not in {State.LIVE, State.CORRUPT}:
+    read = await subject(tools, job.checkpoint_id)
+    if read.checkpoint.state not in READABLE or not read.files:
         await tools.catalog.write(lambda tx: tools.jobs.finish(tx, job))
         return Ended()
-    damage = await compare(tools, checkpoint)
+    damage = await compare(tools, read)
     if damage:
-        return await _damaged(job, tools, checkpoint, damage)
-    rules = tools.settings().rules_for(checkpoint.project, checkpoint.experiment)
+        return await _damaged(job, tools, read, damage)
+    # Rows made by a repair, a restore or a rebuild may tell of other inodes than those that were read.
+    seen = await look(tools, read) if read.checkpoint.state is not State.LIVE else None
+    rules = tools.settings().rules_for(read.checkpoint.project, read.checkpoint.experiment)
+    linked = rules.links and read.root is not None and read.root.may_link
 
     async def record(tx: Tx) -> Job:
-        await checkpoints.mark_verified(tx, checkpoint.id)
-        await refresh_best(tx, checkpoint.experiment_id, rules)
-        return await tools.jobs.advance(tx, job, NEXT)
+        await good(tx, read, seen, rules)
+        if linked or rules.deletes or job.payload.get("repairs"):
+            return await tools.jobs.advance(tx, job, NEXT)
+        await tools.jobs.finish(tx, job)  # of the stages that follow, none has anything to do
+        return replace(job, state=JobState.DONE)
 
     onward = await tools.catalog.write(record)
     failpoint.hit("verify.recorded")
-    return Onward(onward)
+    for number in range(1, int(job.payload.get("repairs", 0)) + 1):
+        await tools.workers.call(Purge(root=read.checkpoint.root, trash=_evidence(job.checkpoint_id, number)))
+    return Ended() if onward.state is JobState.DONE else Onward(onward)
 
 
-async def compare(tools: Tools, checkpoint: Checkpoint) -> list[Damage]:
-    """Ask the worker to read `checkpoint` back; return what is wrong with it."""
-    files = await tools.catalog.read(lambda conn: checkpoints.files(conn, checkpoint.id))
+async def compare(tools: Tools, read: Subject) -> list[Damage]:
+    """Ask the worker to read a checkpoint back; return what is wrong with it, DAMAGE_MAX files at most."""
     answer: Verified = await tools.workers.call(
         Verify(
-            root=checkpoint.root,
-            path=checkpoint.path,
-            files=[FileRecord(f.path, f.size_bytes, f.sha256, list(f.xxh3)) for f in files],
+            root=read.checkpoint.root,
+            path=read.checkpoint.path,
+            files=[FileRecord(f.path, f.size_bytes, f.sha256, list(f.xxh3)) for f in read.files],
         )
     )
-    return [_damage(record) for record in answer.damage]
+    return [_damage(record) for record in answer.damage[:DAMAGE_MAX]]
+
+
+async def look(tools: Tools, read: Subject) -> Identity | None:
+    """Ask which bytes lie at the path now; None when nothing does, or it can't be said."""
+    row = read.checkpoint
+    answer: Settlement = await tools.workers.call(Settle(root=row.root, path=row.path, quiet_s=0.0, told=True))
+    seen = answer.identity
+    return None if seen is None else Identity(seen.dev, seen.ino, seen.size_bytes, seen.mtime_ns, seen.ctime_ns)
+
+
+async def good(tx: Tx, read: Subject, seen: Identity | None, rules: Rules) -> Checkpoint:
+    """Record that every digest was equal, whatever was thought of the checkpoint before.
+
+    seen  the inode that was read, when it may be another than the recorded one. What was retired
+          meanwhile stays retired.
+    """
+    row = read.checkpoint
+    state = await checkpoints.state_of(tx.conn, row.id)
+    if state not in READABLE:
+        return await checkpoints.get(tx.conn, row.id)
+    found = seen or read.recorded
+    if state is State.MISSING and found is not None:
+        await checkpoints.mark_restored(tx, row.id, row.path, found)
+    elif seen is not None and seen != read.recorded:
+        await checkpoints.set_identity(tx, row.id, seen)
+    verified = await checkpoints.mark_verified(tx, row.id)
+    await refresh_best(tx, row.experiment_id, rules)
+    return verified
+
+
+async def bad(tx: Tx, read: Subject, damage: list[Damage], rules: Rules) -> Checkpoint:
+    """Record damage, or that nothing is there any more. What was retired meanwhile stays retired."""
+    row = await checkpoints.get(tx.conn, read.checkpoint.id)
+    if row.state not in READABLE:
+        return row
+    if all(d.kind == "missing" for d in damage):
+        after = await checkpoints.mark_missing(tx, row.id, "its files are gone")
+    else:
+        after = await checkpoints.mark_corrupt(tx, row.id, damage)
+    await refresh_best(tx, row.experiment_id, rules)
+    return after
 
 
 async def refresh_best(tx: Tx, experiment_id: str, rules: Rules) -> bool:
@@ -65,30 +140,53 @@ async def refresh_best(tx: Tx, experiment_id: str, rules: Rules) -> bool:
     return await bests.replace(tx, experiment_id, decided)
 
 
-async def _damaged(job: Job, tools: Tools, checkpoint: Checkpoint, damage: list[Damage]) -> Outcome:
+async def is_overwritten(tools: Tools, read: Subject) -> bool:
+    """Whether somebody else's file changed because its writer put another in its place: that is no damage."""
+    if read.checkpoint.origin in {Origin.MEMORY, Origin.REBUILD} or read.recorded is None:
+        return False
+    try:
+        seen = await look(tools, read)
+    except CkptdError:
+        return False
+    was = read.recorded
+    return seen is not None and (seen.ino, seen.size_bytes, seen.mtime_ns) != (was.ino, was.size_bytes, was.mtime_ns)
+
+
+async def _damaged(job: Job, tools: Tools, read: Subject, damage: list[Damage]) -> Outcome:
     """Say what is wrong; while an arena still holds the bytes, send the job to be written again."""
+    checkpoint = read.checkpoint
     repairs = int(job.payload.get("repairs", 0))
     image = await tools.sources.open(checkpoint.id) if checkpoint.origin is Origin.MEMORY else None
     if image is not None:
         os.close(image)
-    repairable = image is not None and repairs < REPAIRS_MAX
+    repairable = image is not None and repairs < REPAIRS_MAX and "descriptor" in job.payload
+    overwritten = not repairable and await is_overwritten(tools, read)
     rules = tools.settings().rules_for(checkpoint.project, checkpoint.experiment)
-    trash = f"repair-{checkpoint.id}-{repairs + 1}"
+    trash = _evidence(checkpoint.id, repairs + 1)
 
-    async def record(tx: Tx) -> Job | None:
-        if all(d.kind == "missing" for d in damage):
-            await checkpoints.mark_missing(tx, checkpoint.id, "its files are gone")
+    async def record(tx: Tx) -> Job:
+        state = await checkpoints.state_of(tx.conn, checkpoint.id)
+        if overwritten and state in READABLE:
+            await checkpoints.mark_missing(tx, checkpoint.id, "its writer put another file in its place")
+            await refresh_best(tx, checkpoint.experiment_id, rules)
         else:
-            await checkpoints.mark_corrupt(tx, checkpoint.id, damage)
-        await refresh_best(tx, checkpoint.experiment_id, rules)
+            await bad(tx, read, damage, rules)
         if repairable:
             return await tools.jobs.advance(tx, job, REPAIR, {**job.payload, "repairs": repairs + 1, "trash": trash})
-        await tools.jobs.finish(tx, job)
-        return None
+        # The links must not lead here any more.
+        return await tools.jobs.advance(tx, job, NEXT)
 
-    onward = await tools.catalog.write(record)
-    return Ended() if onward is None else Onward(onward)
+    return Onward(await tools.catalog.write(record))
+
+
+def _evidence(checkpoint_id: str, number: int) -> str:
+    """Name in the trash of what a repair moved aside; it goes when the repair is verified."""
+    return f"repair-{checkpoint_id}-{number}"
 
 
 def _damage(record: DamageRecord) -> Damage:
-    return Damage(record.file, record.kind, record.detail, tuple(record.mib), tuple(record.tensors))  # type: ignore[arg-type]
+    mib = tuple(record.mib[:DAMAGED_MIB_MAX])
+    detail = record.detail
+    if len(record.mib) > len(mib):
+        detail = f"{detail}; {len(record.mib)} MiB in all".lstrip("; ")
+    return Damage(record.file, record.kind, detail, mib, tuple(record.tensors[:DAMAGED_MIB_MAX]))  # type: ignore[arg-type]

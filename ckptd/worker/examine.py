@@ -30,10 +30,13 @@ _READ_BYTES = 1 << 16
 
 
 def command(limits: Limits) -> list[str]:
-    """Return the child's command line; as isolated from the environment as this process is."""
+    """Return the child's command line; as isolated from the environment as this process is.
+
+    -P keeps the working directory off sys.path: nobody's files are imported by accident.
+    """
     isolated = ["-I"] if sys.flags.isolated else []
     numbers = [str(limits.parser_bytes_max), str(limits.parser_cpu_s)]
-    return [sys.executable, *isolated, "-m", "ckptd.worker.parser", *numbers]
+    return [sys.executable, "-P", *isolated, "-m", "ckptd.worker.parser", *numbers]
 
 
 class _EndedError(Exception):

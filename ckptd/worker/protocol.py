@@ -190,6 +190,8 @@ class Settlement(msgspec.Struct, frozen=True):
     identity: IdentityRecord | None
     format: str = "opaque"
     step: int | None = None
+    epoch: float | None = None
+    metrics: dict[str, float] = {}
 
 
 class Scan(Request, frozen=True, tag="scan"):
@@ -222,12 +224,16 @@ class Candidates(msgspec.Struct, frozen=True):
 
 
 class Scanned(msgspec.Struct, frozen=True):
-    """The scan's end. `complete` is false when a limit cut it short (`problem` says which)."""
+    """The scan's end. `complete` is false when a limit cut it short (`problem` says which).
+
+    device  number of the file system that the root is on now; 0 when a worker does not say
+    """
 
     seen: int
     complete: bool
     problem: str = ""
     skipped: dict[str, int] = {}
+    device: int = 0
 
 
 class Watch(Request, frozen=True, tag="watch"):

@@ -47,7 +47,7 @@ def run(request: Scan, context: Context) -> Scanned:
     finally:
         os.close(root_fd)
     walk.flush()
-    return Scanned(walk.seen, not walk.problem, walk.problem, dict(walk.skipped))
+    return Scanned(walk.seen, not walk.problem, walk.problem, dict(walk.skipped), walk.device)
 
 
 class _FullError(Exception):
@@ -82,7 +82,7 @@ class _Walk:
         self.skipped: Counter[str] = Counter()
         self._request = request
         self._context = context
-        self._device = 0
+        self.device = 0
         self._found: list[Candidate] = []
         self._found_bytes = 0
 
@@ -92,7 +92,7 @@ class _Walk:
 
     def start(self, root_fd: int, names: tuple[str, ...]) -> None:
         """Go down to the wanted directory, which may be only a part of a checkpoint above it, and walk it."""
-        self._device = os.fstat(root_fd).st_dev
+        self.device = os.fstat(root_fd).st_dev
         fd, path = os.dup(root_fd), self._request.root.rstrip("/")
         try:
             for depth, name in enumerate(names):
@@ -181,7 +181,7 @@ class _Walk:
             self.skipped["unreadable"] += 1
             self.cut(f"{path!r}: {error.strerror}")
             return None
-        if os.fstat(below).st_dev != self._device:
+        if os.fstat(below).st_dev != self.device:
             self.skipped["other device"] += 1
             os.close(below)
             return None
@@ -239,7 +239,7 @@ class _Walk:
                 facts = os.stat(name, dir_fd=fd, follow_symlinks=False)
             except FileNotFoundError:
                 continue
-            if stat.S_ISREG(facts.st_mode) and facts.st_dev == self._device:
+            if stat.S_ISREG(facts.st_mode) and facts.st_dev == self.device:
                 self._add(Candidate(f"{path}/{name}", "file", found, identity(facts), step_of(name)))
 
     def _add(self, candidate: Candidate) -> None:

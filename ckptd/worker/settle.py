@@ -111,7 +111,10 @@ def run(request: Settle, context: Context) -> Settlement:
         if isinstance(look, Settlement):
             return look
         try:
-            return _settle(look)
+            found = _settle(look)
+            if found.settled and not _is_named(look, root_fd, parts):
+                return look.answer("changing", request.quiet_s)
+            return found
         finally:
             os.close(look.fd)
     except FileNotFoundError:
@@ -175,6 +178,15 @@ def _marker(directory_fd: int, name: str) -> str:
     return ""
 
 
+def _is_named(look: _Look, root_fd: int, parts: tuple[str, ...]) -> bool:
+    """Say whether the name still leads to what was looked at: another file may have been renamed over it."""
+    fd = beneath.open_beneath(root_fd, parts, os.O_PATH)
+    try:
+        return os.path.sameopenfile(fd, look.fd)
+    finally:
+        os.close(fd)
+
+
 @lru_cache(maxsize=64)
 def _is_remote(root: str, _device: int) -> bool:
     """Say whether another host may write here unseen. The device is in the key: a root may be mounted over."""
@@ -209,6 +221,8 @@ def _settle(look: _Look) -> Settlement:
         identity=before,
         format=found.format,
         step=found.step,
+        epoch=found.epoch,
+        metrics=found.metrics,
     )
 
 

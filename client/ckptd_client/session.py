@@ -31,6 +31,7 @@ from ckptd_client.wire import Message
 
 BEAT_S = 15.0
 OPEN_S = 4.0  # longest wait of a first save for the experiment to be opened; a start of the daemon included
+FACTS_S = 1.5  # the experiment is opened without those facts that take longer
 CLOSE_S = 5.0  # longest wait for the daemon to note how the experiment ended
 FOLLOW_S = 30.0  # how long handles of an ended experiment wait for a daemon that went away
 WATCH_MAX = 1024
@@ -82,7 +83,9 @@ class Session:
         self._said: set[str] = set()
         self._opened = False  # on the connection that stands
         self._known = False  # a daemon has confirmed the id in this process
+        self._opening = False
         self._facts_done = False
+        self._begun_s = time.monotonic()
         self._sending = self._ended = False
         self._beat_at_s = self._down_s = 0.0
         self.refused: Optional[CkptdClientError] = None
@@ -96,7 +99,8 @@ class Session:
         self.leases = LeasePool(self.ask, self._mapper)
         self.commits = Commits(self)
         self.offers = Offers(self, self._spooler.submit)
-        self._spooler.submit(self._collect_facts)
+        # A thread of its own: git on a busy or hung disk must hold up neither the spool nor the opening.
+        threading.Thread(target=self._collect_facts, name="ckptd-facts", daemon=True).start()
         self.connection.start()
 
     # for the client's other modules --------------------------------------------------------------
@@ -234,7 +238,7 @@ class Session:
         if self.unsay("down"):
             _log.warning("ckptd: a daemon answers again (%s)", hello.get("server"))
         self.overflow.directory = str(hello.get("spool_dir") or "")
-        self._sending = False
+        self._sending = self._opening = False
         self._beat_at_s = time.monotonic() + BEAT_S
         self._open()
         self.commits.up()
@@ -264,15 +268,27 @@ class Session:
             self.leases.reclaim(str(push.get("arena")))
 
     def _open(self) -> None:
-        """Open the experiment, or, when this process has done so before, say that it is still there."""
-        if not self._facts_done or self._opened:
+        """Open the experiment, or, when this process has done so before, say that it is still there.
+
+        The first time it waits for the facts, for at most FACTS_S: later saves carry those that come late.
+        """
+        wait_s = self._begun_s + FACTS_S - time.monotonic()
+        if not self._facts_done and wait_s > 0:
+            self.connection.tick_within(wait_s)
             return
+        with self._changed:
+            if self._opened or self._opening or not self.connection.is_up or not self.spec.name:
+                return
+            self._opening = True
+        if not self._send_open():
+            self._opening = False
+
+    def _send_open(self) -> bool:
         if self._known:
             # Opening again would begin a new segment; a beat is enough, unless the daemon lost its catalog.
-            self.ask("experiment.beat", self._on_beat, step=self.latest_step)
-            return
+            return self.ask("experiment.beat", self._on_beat, step=self.latest_step)
         spec = self.spec
-        self.ask(
+        return self.ask(
             "experiment.open", self._on_open, name=spec.name, project=spec.project, dir=spec.directory, tags=spec.tags,
             config=spec.config, parent=spec.parent, facts=self.facts, resume=spec.resume,
         )  # fmt: skip
@@ -280,9 +296,10 @@ class Session:
     def _on_open(self, reply: Message, fds: List[int]) -> None:
         _ignore(reply, fds)
         error = error_of(reply) if reply.get("ok") is not True else None
-        if error is not None and getattr(error, "code", "") == "unreachable":
-            return
         with self._changed:
+            self._opening = False
+            if error is not None and getattr(error, "code", "") == "unreachable":
+                return
             self.refused = error
             if error is None:
                 self.experiment = str(reply.get("experiment", self.experiment))
@@ -300,11 +317,13 @@ class Session:
         _ignore(reply, fds)
         error = reply.get("error")
         with self._changed:
+            self._opening = False
             self._opened = reply.get("ok") is True
             self._known = self._opened or not isinstance(error, dict) or error.get("code") != "not_found"
             self._changed.notify_all()
         if not self._known:
             self._open()
+        self.connection.tick_within(0.0)
 
     def _watch(self) -> None:
         ids = self.handles.unsettled()
@@ -330,12 +349,16 @@ class Session:
         while self.detached and self.connection.is_up:
             self.tell("detach", checkpoint=self.detached.popleft())
         now_s = time.monotonic()
-        if self._opened and now_s >= self._beat_at_s:
+        due = now_s >= self._beat_at_s
+        if due:
             self._beat_at_s = now_s + BEAT_S
-            self.tell("experiment.beat", step=self.latest_step)
             self._watch()
+        if not self._opened and (due or self.refused is None):
+            self._open()  # what was refused may be possible by now: a root added, a disk mounted
+        elif due:
+            self.tell("experiment.beat", step=self.latest_step)
         self._send_metrics()
-        return FLUSH_S if len(self.metrics) else max(0.0, min(BEAT_S, self._beat_at_s - now_s))
+        return FLUSH_S if len(self.metrics) and self._opened else self._beat_at_s - now_s
 
     def _send_metrics(self) -> None:
         """Send one batch; the next goes when it is confirmed, so a slow daemon is never flooded."""

@@ -127,7 +127,9 @@ def _extent_problem(tensors: list[tuple[int, int, TensorRecord]], data_start: in
 def _extra(metadata: dict[str, Any]) -> dict[str, Any]:
     kept, room = {}, _METADATA_BYTES_MAX
     for key, value in metadata.items():
-        room -= len(key) + len(str(value)) if isinstance(value, str) else room + 1
+        if not isinstance(value, str):
+            continue
+        room -= len(key) + len(value)
         if room < 0:
             break
         kept[key] = value

@@ -50,7 +50,7 @@ async def test_what_was_written_is_there_after_opening_again(tmp_path: Path) -> 
 
 
 async def test_promises_to_survive_a_power_cut_are_set(tmp_path: Path) -> None:
-    """Row 3 of reliability.md: NORMAL lost 500 of 500 acknowledged commits, FULL none."""
+    """With synchronous=NORMAL a power cut lost 500 of 500 acknowledged commits, FULL none."""
     async with opened(tmp_path / "c.sqlite") as catalog:
         writer = catalog._writer
         assert writer is not None

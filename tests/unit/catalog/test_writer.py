@@ -263,7 +263,7 @@ def fill_up(catalog: Catalog) -> Any:
 async def test_on_a_full_disk_the_ballast_is_released_and_the_write_tried_again(
     tmp_path: Path, told: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Row 7 of reliability.md: deletions must be recordable when there is no space."""
+    """Deletions must be recordable when there is no space."""
     settings = config.Catalog(ballast_bytes=1 << 20)
     path = tmp_path / "c.sqlite"
     reserve = tmp_path / "c.sqlite.ballast"

@@ -25,8 +25,8 @@ def test_the_stored_page_is_what_is_generated(page, text):
 def test_every_exit_code_of_an_error_is_explained():
     explained = reference.render_exit_codes()
     for cls in errors.BY_CODE.values():
-        assert f"| {cls.exit_code} | " in explained
-        assert f"| `{cls.code}` |" in explained
+        (row,) = [line for line in explained.splitlines() if line.startswith(f"| {cls.exit_code} | ")]
+        assert f"`{cls.code}`" in row
 
 
 @pytest.mark.parametrize("op", sorted(documented()[0]))

@@ -3,6 +3,7 @@
 import os
 import signal
 import struct
+import subprocess
 import sys
 import threading
 import zipfile
@@ -253,3 +254,28 @@ def test_an_answer_without_end_is_not_buffered(tmp_path, small, monkeypatch):
     other_parser(monkeypatch, "import sys; sys.stdout.write('x' * (8 << 20))")
     with pytest.raises(Bug, match="answer is over"):
         ask(small, tmp_path / "m.pt")
+
+
+def test_a_file_beside_the_worker_is_not_imported_by_its_parser(tmp_path, monkeypatch):
+    """A json.py in somebody's working directory is data, never code."""
+    (tmp_path / "json.py").write_text("raise SystemExit(3)")
+    (tmp_path / "zlib.py").write_text("raise SystemExit(3)")
+    path = tmp_path / "m.safetensors"
+    save_file({"w": torch.ones(2)}, path)
+    monkeypatch.chdir(tmp_path)
+    parsers = examine.Parsers(Limits())
+    try:
+        assert ask(parsers, path).found.complete is True
+    finally:
+        parsers.close()
+
+
+def test_the_worker_itself_has_no_reader_of_pickles():
+    """S17: only the parser child loads one, and it executes nothing."""
+    code = (
+        "import sys\n"
+        "from ckptd.worker import inspect, scan, settle, watch\n"
+        "print([name for name in ('torch', 'pickletools', 'numpy', 'safetensors') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    assert done.stdout == "[]\n"

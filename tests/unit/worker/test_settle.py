@@ -336,6 +336,25 @@ def test_a_file_that_changes_between_two_looks_is_not_settled(weights, monkeypat
     assert (found.settled, found.reason) == (False, "changing")
 
 
+def test_a_file_that_is_replaced_between_two_looks_is_not_settled(weights, asker_of, monkeypatch):
+    """F14: the descriptor still shows the old one, whole and unchanged but for its links."""
+    real, other = settle.examine, weights.with_name("other.safetensors")
+    other.write_bytes(b"torn")
+    keep = os.open(weights, os.O_RDONLY)
+    seen = settle.identity(os.fstat(keep))
+    monkeypatch.setattr(settle, "identity", lambda *_: seen)
+
+    def examine(question, context):
+        found = real(question, context)
+        other.replace(weights)
+        return found
+
+    monkeypatch.setattr(settle, "examine", examine)
+    found = asker_of(weights).ask()
+    os.close(keep)
+    assert (found.settled, found.reason) == (False, "changing")
+
+
 def test_a_writer_that_comes_between_two_looks_is_seen(weights, puppet, monkeypatch, asker_of):
     """The lease is asked for twice: at the first look nobody had it open."""
     real = settle.examine

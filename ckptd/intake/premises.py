@@ -1,0 +1,76 @@
+"""What one daemon holds alone: its state directory, and the name of its socket."""
+
+import fcntl
+import os
+import socket
+import stat
+from pathlib import Path
+
+from ckptd.errors import AlreadyRunning, BadConfig
+
+SOCKET_NAME = "ckptd.socket"
+_PROBE_S = 1.0
+_UMASK = {"user": 0o177, "system": 0o111}  # in system mode everybody may connect; the kernel says who it is
+
+
+def lock(state_dir: Path) -> int:
+    """Hold the state directory for this process. AlreadyRunning names the holder; BadConfig when it can't be made."""
+    try:
+        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (state_dir / "spool").mkdir(mode=0o700, exist_ok=True)
+        fd = os.open(state_dir / "daemon.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise BadConfig(f"the state directory {state_dir} can't be used: {error.strerror}") from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holder = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
+        os.close(fd)
+        raise AlreadyRunning(f"process {holder} holds {state_dir}", holder=holder) from error
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    return fd
+
+
+def listening(passed: list[tuple[str, int]], path: Path, mode: str) -> tuple[socket.socket, list[tuple[str, int]]]:
+    """Take the listening socket out of the passed descriptors, or make one where nobody passed any.
+
+    Returns it and the other descriptors. AlreadyRunning when somebody serves the name; BadConfig when
+    something else has it, or it can't be made.
+    """
+    for name, fd in passed:
+        if name == SOCKET_NAME or (len(passed) == 1 and stat.S_ISSOCK(os.fstat(fd).st_mode)):
+            return socket.socket(fileno=fd), [other for other in passed if other[1] != fd]
+    _clear(path)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    # The mode is set before the name exists: nobody can connect in between.
+    before = os.umask(_UMASK[mode])
+    try:
+        sock.bind(str(path))
+    except OSError as error:
+        sock.close()
+        hint = "a socket's path has at most 107 bytes, and its directory must exist"
+        raise BadConfig(f"no socket can be made at {path}: {error.strerror or error}", hint=hint) from error
+    finally:
+        os.umask(before)
+    return sock, passed
+
+
+def _clear(path: Path) -> None:
+    """Remove the name that a daemon left when it died; nothing else is ever removed."""
+    try:
+        kind = os.lstat(path).st_mode
+    except OSError:
+        return  # not there, or binding will say what is wrong
+    if not stat.S_ISSOCK(kind):
+        raise BadConfig(f"{path} exists and is no socket", hint="choose another `socket`, or remove it")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
+        probe.settimeout(_PROBE_S)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()  # left by a daemon that died
+        except OSError as error:
+            raise BadConfig(f"{path} can't be asked whether somebody serves it: {error.strerror or error}") from error
+        else:
+            raise AlreadyRunning(f"somebody serves {path} already")

@@ -1,0 +1,178 @@
+"""Write what the pages under docs/ say about code from the code itself: `make docs`, in the repository.
+
+docs/reference/errors.md from ckptd.errors, events.md from ckptd.events, python.md from the client's
+docstrings, and the two diagrams in docs/design/handoff.md from ckptd.model's tables of transitions.
+The command line and the settings have generators of their own (ckptd.cli.reference, ckptd.origins);
+tests/test_docs.py keeps all pages current.
+"""
+
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping
+from enum import StrEnum
+from pathlib import Path
+
+import ckptd_client
+from ckptd import errors, events, model
+from ckptd_client.cadence import Cadence
+
+ERRORS = Path("docs/reference/errors.md")
+EVENTS = Path("docs/reference/events.md")
+PYTHON = Path("docs/reference/python.md")
+HANDOFF = Path("docs/design/handoff.md")
+DRAWN = re.compile(r"(<!-- drawn from (\w+) by docs/generate\.py -->\n).*?(<!-- end -->)", re.DOTALL)
+
+RETURNED = {"Handle", "Cadence"}  # nobody makes one: save() and every() do
+# What the client itself calls on a handle; a script has no use for it.
+INSIDE = {("Handle", name) for name in ("apply", "fail", "set_spooled", "wait_acknowledged", "wait_settled")}
+CODES = {
+    "skipped": "an earlier save was still on its way, and `on_overlap` is `skip`",
+    "closed": "the experiment was closed before the save",
+    "arena_not_leased": "an arena was to be written that its daemon has taken back",
+    "arena_too_small": "a state is larger than the arena that was leased for it",
+    "descriptor_too_large": "config, note and meta together do not fit into one arena's descriptor",
+}
+
+_ERRORS_HEAD = """\
+# Errors
+
+Generated from `ckptd/errors.py` by `docs/generate.py`; a test keeps it current.
+
+Each error has a stable `code`: on the wire, in `--json`, and in brackets behind a message. Its class says who must act.
+The exit code is the one `ckpt` ends with ([exit-codes.md](exit-codes.md)); a hint in a reply may say more than the one here.
+Python scripts get the exceptions of [python.md](python.md); the `code` of a `Refused` is one of these.
+"""
+_EVENTS_HEAD = """\
+# Events
+
+Generated from `ckptd/events.py` by `docs/generate.py`; a test keeps it current.
+
+Facts, told after the commit that made them true: `ckpt log` shows them, `ckpt log -f` as they happen; the
+operation `events` in [wire-control.md](wire-control.md) says how they travel. Every key of `data` may be absent.
+"""
+_PYTHON_HEAD = """\
+# Python
+
+Generated from the docstrings of `ckptd_client` by `docs/generate.py`; a test keeps it current.
+
+What a training script imports: `import ckptd_client as ckptd`. Python 3.9, standard library only. The guides show it at
+work: [from memory](../guide/memory.md), [files](../guide/files.md).
+"""
+
+
+def render_errors() -> str:
+    """Return docs/reference/errors.md: one table for each kind of error, which is who must act."""
+    parts = [_ERRORS_HEAD]
+    for kind in (errors.Weather, errors.Refused, errors.Operator, errors.Bug):
+        parts.append(f"## {kind.__name__}\n")
+        parts.append(f"{_line(kind)}\n")
+        parts.append("| code | exit | meaning | hint |\n|---|---|---|---|")
+        parts += [_error(cls) for cls in errors.BY_CODE.values() if issubclass(cls, kind)]
+        parts.append("")
+    parts.append("## Any other\n")
+    parts.append("| code | exit | meaning | hint |\n|---|---|---|---|")
+    parts.append(_error(errors.CkptdError))
+    return "\n".join(parts) + "\n"
+
+
+def _error(cls: type[errors.CkptdError]) -> str:
+    return f"| `{cls.code}` | {cls.exit_code} | {_line(cls)} | {_cell(cls.default_hint)} |"
+
+
+def _line(documented: object) -> str:
+    """The first sentence of a docstring, which may go over several lines."""
+    return _cell(" ".join((inspect.getdoc(documented) or "").partition("\n\n")[0].split()))
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", r"\|")
+
+
+def render_events() -> str:
+    """Return docs/reference/events.md: every event, what it means, and the keys of its data."""
+    rows = [
+        f"| `{name}` | {declared.meaning} | {', '.join(f'`{key}`' for key in declared.keys)} |"
+        for name, declared in events.EVENTS.items()
+    ]
+    return "\n".join([_EVENTS_HEAD, "| event | meaning | `data` |", "|---|---|---|", *rows]) + "\n"
+
+
+def render_python() -> str:
+    """Return docs/reference/python.md: every public name of the client with its signature and docstring."""
+    plain = [name for name in ckptd_client.__all__ if not name.startswith("_")]
+    found = {name: getattr(ckptd_client, name) for name in plain} | {"Cadence": Cadence}
+    raised = [name for name, value in found.items() if inspect.isclass(value) and issubclass(value, Exception)]
+    parts = [_PYTHON_HEAD]
+    for name in [name for name in found if name not in raised]:
+        parts += _documented(name, found[name])
+        parts += _methods(name, found[name])
+    parts.append("## Exceptions\n\nA save raises none of them unless `raise_errors` is set.\n")
+    parts += [f"| exception | meaning |\n|---|---|\n{_exceptions(found, raised)}"]
+    parts.append("\nThe `code` of a `Refused` is one of [errors.md](errors.md), or the client's own:\n")
+    parts.append("| code | meaning |\n|---|---|\n" + "\n".join(f"| `{c}` | {said} |" for c, said in CODES.items()))
+    return "\n".join(parts) + "\n"
+
+
+def _exceptions(found: Mapping[str, object], names: list[str]) -> str:
+    return "\n".join(f"| `{name}` | {_line(found[name])} |" for name in names)
+
+
+def _documented(name: str, value: Callable[..., object], heading: str = "##") -> Iterator[str]:
+    """Yield heading, signature and docstring."""
+    yield f"{heading} {name}\n"
+    signature = "" if name in RETURNED else f"{name}{_signature(value)}\n\n"
+    yield f"```text\n{signature}{inspect.getdoc(value)}\n```\n"
+
+
+def _signature(value: Callable[..., object]) -> str:
+    """The names and defaults; types would fill the page and are in the source."""
+    given = inspect.signature(value)
+    kept = [
+        parameter.replace(annotation=inspect.Parameter.empty)
+        for parameter in given.parameters.values()
+        if parameter.name != "self"
+    ]
+    return str(given.replace(parameters=kept, return_annotation=inspect.Signature.empty))
+
+
+def _methods(name: str, value: object) -> Iterator[str]:
+    if not inspect.isclass(value):
+        return
+    attributes = [(key, found) for key, found in vars(value).items() if isinstance(found, property)]
+    if attributes:
+        yield "\n".join(f"- `{key}`: {_line(found)}" for key, found in attributes) + "\n"
+    for method, function in vars(value).items():
+        if inspect.isfunction(function) and not method.startswith("_") and (name, method) not in INSIDE:
+            yield from _documented(method, function, "###")
+
+
+def draw(begin: StrEnum, table: Mapping[StrEnum, frozenset[StrEnum]]) -> str:
+    """Return a Mermaid diagram of a table of transitions, in the table's own order."""
+    order = list(type(begin))
+    lines = ["```mermaid", "stateDiagram-v2", f"    [*] --> {begin}"]
+    for old in order:
+        lines += [f"    {old} --> {new}" for new in sorted(table[old], key=order.index)]
+        if not table[old]:
+            lines.append(f"    {old} --> [*]")
+    return "\n".join([*lines, "```", ""])
+
+
+def render_handoff(page: str) -> str:
+    """Return docs/design/handoff.md with its diagrams drawn anew."""
+    drawings = {
+        "STATE_TRANSITIONS": draw(model.State.PENDING, model.STATE_TRANSITIONS),  # type: ignore[arg-type]
+        "JOB_TRANSITIONS": draw(model.JobState.QUEUED, model.JOB_TRANSITIONS),  # type: ignore[arg-type]
+    }
+    return DRAWN.sub(lambda found: found[1] + drawings[found[2]] + found[3], page)
+
+
+def main() -> None:
+    """Write all four pages under the current directory."""
+    pages = {ERRORS: render_errors(), EVENTS: render_events(), PYTHON: render_python()}
+    pages[HANDOFF] = render_handoff(HANDOFF.read_text(encoding="utf-8"))
+    for path, text in pages.items():
+        path.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

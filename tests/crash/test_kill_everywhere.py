@@ -1,0 +1,284 @@
+"""Every process is killed at every named step of a checkpoint's way; each save arrives once, whole, verified.
+
+The supervisor, the daemon, its workers and the trainers are the real ones. A point that is armed must be
+reached (`wait_fired`), or the test proves nothing. The supervisor starts the next daemon by itself, with
+the same environment: the plan of fail points lies in a file and an entry is taken out before it acts.
+"""
+
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.battlefield import PROJECT, Battlefield, Saved
+from tests.support.node import eventually
+from tests.support.trainer import Nursery
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+
+# Reached in the daemon, once an arena is leased. catalog.commit:n is the n-th transaction from then on: the
+# save's own rows, the claim of its job, and each stage's end.
+DAEMON = [
+    *(f"catalog.commit:{n}" for n in range(1, 8)),
+    "catalog.committed",
+    "job.committed",
+    "catalog.durable",
+    "ack.durable",
+    "arena.released",
+    "verify.recorded",
+    "link.recorded",
+]
+# Reached in the worker; the state has two files of arrays and state.json.
+WORKER = [
+    "copy.tmp_created",
+    "copy.allocated",
+    "copy.chunk",
+    "copy.chunk:3",
+    "copy.fsynced",
+    "copy.fsynced:3",
+    "manifest.written",
+    "manifest.fsynced",
+    "dir.fsynced",
+    "publish.renamed",
+    "parent.fsynced",
+    "verify.read",
+    "link.made",
+]
+RETAIN_DAEMON = ["retain.tombstone", "retain.moved", "retain.purged"]
+RETAIN_WORKER = ["retain.trashed", "retain.trash_fsynced", "retain.unlink"]
+# Moments of save() at which its own process dies, by whether anything was promised by then.
+BEFORE_COMMIT = ["mid_copy", "before_flip", "torn"]
+AFTER_COMMIT = ["before_message", "after"]
+
+
+@pytest.fixture(scope="module")
+def battlefield(nurseries: dict[bool, Nursery]) -> Iterator[list[Battlefield]]:
+    made: list[Battlefield] = []
+    yield made
+    for field in made:
+        print(dict(field.kills), field.sentinel.looks, "looks")
+        field.__exit__(None, None, None)
+
+
+@pytest.fixture
+def field(battlefield: list[Battlefield], nursery: Nursery) -> Iterator[Battlefield]:
+    if not battlefield:
+        made = Battlefield(nursery)
+        made.__enter__()
+        battlefield.append(made)
+    found = battlefield[0]
+    found.node.disarm()
+    yield found
+    print(found.node.tail())
+
+
+@pytest.mark.parametrize("point", DAEMON)
+def test_a_daemon_killed_at_any_step_loses_and_doubles_nothing(field: Battlefield, point: str) -> None:
+    """F1, I1. The trainer lives on and is told of every rung, each once it is true."""
+    trainer, name = field.ready_trainer("daemon")
+    first = field.save(trainer)
+    field.node.wait_level(first.id)
+    field.node.wait_idle()
+    assert trainer.prepare(seed=1)["ready"]
+    field.node.arm(point)
+    saved = field.save(trainer, 2)
+    field.node.wait_fired()
+    field.kills["daemon"] += 1
+    field.assert_arrived(name, first, saved)
+    told = trainer.wait(id=saved.id)
+    assert (told["level"], told["error"]) == ("verified", None)
+    field.assert_never_lower(told["pushes"])
+    trainer.close()
+    trainer.quit()
+    field.assert_memory_returned()
+
+
+@pytest.mark.parametrize("point", ["fdstore.pushed", "catalog.commit", "catalog.committed"])
+def test_a_daemon_killed_before_it_has_lent_memory_costs_nothing(field: Battlefield, point: str) -> None:
+    """The first save of an experiment meets a daemon that dies while it opens it or makes its arena."""
+    field.node.arm(point)
+    trainer, name = field.trainer("early")
+    saved = field.save(trainer)
+    field.node.wait_fired()
+    field.kills["daemon"] += 1
+    trainer.flush()
+    field.assert_arrived(name, saved)
+    trainer.quit()
+    field.assert_memory_returned()
+
+
+@pytest.mark.parametrize("action", ["kill", "kill-parent"])
+@pytest.mark.parametrize("point", WORKER)
+def test_a_worker_or_its_daemon_killed_at_any_step_of_the_disk_loses_nothing(
+    field: Battlefield, point: str, action: str
+) -> None:
+    """F1, F24. "kill" is the worker's death, "kill-parent" the daemon's while its worker is at that step."""
+    trainer, name = field.ready_trainer("worker")
+    field.node.arm(point, action)
+    saved = field.save(trainer)
+    field.node.wait_fired()
+    field.kills["worker" if action == "kill" else "daemon"] += 1
+    field.assert_arrived(name, saved)
+    told = trainer.wait(id=saved.id)
+    assert told["level"] == "verified"
+    field.assert_never_lower(told["pushes"])
+    trainer.quit()
+    field.assert_memory_returned()
+
+
+@pytest.mark.parametrize("point", [*RETAIN_DAEMON, *RETAIN_WORKER])
+def test_retention_killed_at_any_step_removes_what_it_may_and_nothing_else(field: Battlefield, point: str) -> None:
+    """I3, I4. The newest verified checkpoint is there all the time; the retired one goes in the end."""
+    trainer, name = field.ready_trainer("retained")
+    first = field.save(trainer, 1)
+    field.node.wait_level(first.id)
+    field.node.wait_idle()
+    if point not in {"retain.purged", "retain.unlink"}:
+        field.node.arm(point)
+    second = field.save(trainer, 2)
+    field.node.wait_level(second.id)
+    if point in {"retain.purged", "retain.unlink"}:
+        # Emptying the trash is upkeep: the next daemon begins with it.
+        eventually(lambda: field.final_names(name) == ["step_0000000002"], "the first to be retired")
+        field.node.wait_idle()
+        field.node.arm(point)
+        field.node.kill_daemon()
+    field.node.wait_fired()
+    field.kills["daemon" if point in RETAIN_DAEMON else "worker"] += 1
+    if point != "retain.purged":
+        eventually(lambda: field.final_names(name) == ["step_0000000002"], "the first to be retired")
+        field.node.kill_daemon()  # the next one empties the trash at once
+    eventually(lambda: (field.node.row(first.id) or {})["state"] == "dropped", "the first to be dropped")
+    rows = field.node.rows(PROJECT, name)
+    assert [(row["checkpoint"], row["state"]) for row in rows] == [(first.id, "dropped"), (second.id, "live")]
+    assert not list(field.node.runs.glob(f".ckptd-trash/{first.id}*"))
+    assert trainer.load(selector="latest", seed=second.seed)["same"]
+    trainer.quit()
+
+
+@pytest.mark.parametrize("moment", BEFORE_COMMIT)
+def test_a_trainer_killed_before_its_commit_leaves_nothing(field: Battlefield, moment: str) -> None:
+    """F2. Nothing was promised; its memory comes back within a second, and no half of it is taken for a save."""
+    trainer, name = field.ready_trainer("unsaid")
+    trainer.dies_of("save", seed=field.seed(), step=1, die=moment)
+    field.kills["trainer"] += 1
+    begun_s = time.monotonic()
+    field.assert_memory_returned()
+    assert time.monotonic() - begun_s < 5.0
+    assert field.node.rows(PROJECT, name) == []
+    assert field.final_names(name) == []
+
+
+@pytest.mark.parametrize("moment", AFTER_COMMIT)
+@pytest.mark.parametrize("others", ["alone", "with the daemon"])
+def test_a_trainer_killed_after_its_commit_has_saved(field: Battlefield, moment: str, others: str) -> None:
+    """F2. "with the daemon": it dies first, so that no message was ever heard and the next one finds the arena."""
+    trainer, name = field.ready_trainer("said")
+    victims = [field.node.daemon_pid] if others != "alone" else []
+    saved = field.save_and_die(trainer, name, moment, victims=victims)
+    field.kills["daemon"] += len(victims)
+    field.assert_arrived(name, saved)
+    field.assert_memory_returned()
+
+
+@pytest.mark.parametrize(
+    "point", ["job.committed", "catalog.durable", "ack.durable", "copy.chunk", "publish.renamed", "verify.read"]
+)
+def test_a_trainer_and_whoever_works_for_it_may_die_together(field: Battlefield, point: str) -> None:
+    """The save is in memory that only the supervisor holds, and a row at most: it arrives."""
+    trainer, name = field.ready_trainer("both")
+    field.node.arm(point)
+    saved = field.save_and_die(trainer, name, "after")
+    field.node.wait_fired()
+    field.kills["daemon" if point in DAEMON else "worker"] += 1
+    field.assert_arrived(name, saved)
+    field.assert_memory_returned()
+
+
+@pytest.mark.parametrize(("moment", "arrives"), [("spooling", False), ("spooled", True)])
+def test_a_trainer_killed_while_it_spools_leaves_a_whole_image_or_none(
+    field: Battlefield, moment: str, arrives: bool
+) -> None:
+    """P2, P3. The daemon is stopped, not dead: its socket takes connections and nobody answers."""
+    trainer, name = field.trainer("spooling")
+    trainer.stats()
+    pid = field.node.daemon_pid
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        trainer.begin("save", seed=(seed := field.seed()), step=1, die=moment)
+        trainer.wait_dead()
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    field.kills["trainer"] += 1
+    if arrives:
+        row = field.only_row(name)
+
+        field.assert_arrived(name, Saved(row["checkpoint"], seed, 1))
+    else:
+        eventually(lambda: not list(field.node.spool.iterdir()), "the half image to be swept")
+        assert field.node.rows(PROJECT, name) == []
+
+
+@pytest.mark.parametrize("point", ["spool.admitted", "catalog.durable"])
+def test_a_daemon_killed_while_it_takes_the_spool_in_takes_it_in_once(field: Battlefield, point: str) -> None:
+    """The image stays until what it holds is durable elsewhere."""
+    trainer, name = field.ready_trainer("spooled")
+    field.node.kill_daemon()
+    field.node.arm(point)
+    saves = [field.save(trainer, step, on_overlap="spool") for step in (1, 2, 3)]
+    field.node.wait_fired()
+    field.kills["daemon"] += 2
+    trainer.flush()
+    field.assert_arrived(name, *saves)
+    trainer.quit()
+    field.assert_memory_returned()
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("seed", range(int(os.environ.get("CKPTD_FAULT_SEEDS", "4"))))
+def test_random_deaths_in_any_order_lose_and_double_nothing(nursery: Nursery, seed: int) -> None:
+    """F1, F2, long: each round arms a point or picks a moment, kills one or several, and saves under it."""
+    dice = random.Random(seed)
+    points = [p.partition(":")[0] for p in (*DAEMON, *WORKER)]
+    with Battlefield(nursery) as field:
+        for _ in range(int(os.environ.get("CKPTD_FAULT_ROUNDS", "60"))):
+            one_random_death(field, dice, points)
+        print(dict(field.kills), field.sentinel.looks, "looks")
+
+
+def one_random_death(field: Battlefield, dice: random.Random, points: list[str]) -> None:
+    """One round of the long form, in an experiment of its own."""
+    trainer, name = field.ready_trainer("random") if dice.random() < 0.8 else field.trainer("random")
+    point = f"{dice.choice(points)}:{dice.randint(1, 4)}"
+    action = dice.choice(["kill", "kill", "kill-parent" if point.partition(":")[0] in WORKER else "kill"])
+    field.node.arm(point, action)
+    saves = []
+    for step in range(1, dice.randint(1, 3)):
+        saves.append(field.save(trainer, step))
+        if dice.random() < 0.3:
+            time.sleep(dice.random() * 0.1)
+            field.node.kill_daemon()
+            field.kills["daemon"] += 1
+    if dice.random() < 0.5:
+        seed = field.seed()
+        step = len(saves) + 1
+        trainer.dies_of("save", seed=seed, step=step, die=dice.choice(AFTER_COMMIT))
+        field.kills["trainer"] += 1
+        rows = eventually(
+            lambda: [r for r in field.node.rows(PROJECT, name) if r["step"] == step], f"step {step} of {name}"
+        )
+
+        saves.append(Saved(rows[0]["checkpoint"], seed, step))
+    else:
+        trainer.flush()
+    for saved in saves:
+        field.node.wait_level(saved.id)
+    if field.node.disarm():
+        field.kills["daemon" if action == "kill-parent" or point.partition(":")[0] not in WORKER else "worker"] += 1
+    field.assert_arrived(name, *saves)
+    trainer.end()
+    field.assert_memory_returned()

@@ -1,0 +1,65 @@
+"""Nobody else reaches a user's daemon: not through its socket, not over a network."""
+
+import os
+import socket
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.node import Node
+
+SOMEBODY = 65534
+ASK = """
+import os, socket, sys
+os.setgroups([]); os.setgid(int(sys.argv[2])); os.setuid(int(sys.argv[2]))
+peer = socket.socket(socket.AF_UNIX)
+try:
+    peer.connect(sys.argv[1])
+except PermissionError:
+    sys.exit("kept out by the kernel")
+peer.sendall(b'{"v":1,"id":1,"op":"hello","versions":[1]}\\n')
+print(peer.makefile().readline())
+"""
+
+
+def ask_as(uid: int, path: Path) -> subprocess.CompletedProcess[str]:
+    """What a process of another user gets for an answer."""
+    return subprocess.run(
+        [sys.executable, "-I", "-c", ASK, str(path), str(uid)], capture_output=True, text=True, check=False
+    )
+
+
+def test_another_user_is_kept_out_by_the_mode_and_by_the_daemon(node: Node):
+    """The socket is 0600; and should somebody open it up by hand, the daemon still asks the kernel who is there."""
+    if os.getuid() != 0:
+        pytest.skip("needs root to be somebody else for a moment")
+    node.start()
+    assert stat.S_IMODE(node.socket.stat().st_mode) == 0o600
+    node.dir.chmod(0o711)
+    assert ask_as(SOMEBODY, node.socket).stderr.strip() == "kept out by the kernel"
+    node.socket.chmod(0o666)
+    said = ask_as(SOMEBODY, node.socket)
+    assert '"not_authorized"' in said.stdout, said
+    assert '"ok":true' in ask_as(os.getuid(), node.socket).stdout.replace(" ", "")
+
+
+def test_no_process_of_a_node_listens_on_a_network(node: Node):
+    node.start()
+    node.ckpt("roots", "add", str(node.dir))  # a worker runs
+    assert node.workers()
+    for pid in node.family():
+        inodes = {os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")}
+        for family in ("tcp", "tcp6", "udp", "udp6", "raw", "raw6"):
+            table = Path(f"/proc/{pid}/net/{family}")
+            rows = table.read_text().splitlines()[1:] if table.exists() else []
+            assert [row for row in rows if f"socket:[{row.split()[9]}]" in inodes] == [], (pid, family)
+
+
+def test_the_check_above_would_see_a_listening_socket():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        inode = os.readlink(f"/proc/self/fd/{server.fileno()}")
+        rows = Path("/proc/self/net/tcp").read_text().splitlines()[1:]
+        assert any(f"socket:[{row.split()[9]}]" == inode for row in rows)

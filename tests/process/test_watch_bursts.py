@@ -1,0 +1,195 @@
+"""Nothing is missed: bursts, nested directories, trees that come and go, a daemon that was away. Promise 5, F12, F14"""
+
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.node import eventually
+from tests.support.onlooker import Onlooker, end, make
+
+pytestmark = pytest.mark.xdist_group("watch_bursts")
+ROUNDS, DEPTH, FILES = 200, 3, 4
+MANY = 20_000
+MANY_S = 900
+BODY = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+SMALL = struct.pack("<Q", len(BODY)) + BODY + struct.pack("<f", 1.0)  # the smallest whole safetensors file
+HASTY = """
+import os, sys
+root, rounds, depth, files, body = sys.argv[1], *map(int, sys.argv[2:5]), bytes.fromhex(sys.argv[5])
+for number in range(rounds):
+    directory = os.path.join(root, *(f"{number}-{level}" for level in range(depth)))
+    os.makedirs(directory)
+    for index in range(files):
+        with open(os.path.join(directory, f"model_{index}.safetensors"), "wb") as file:
+            file.write(body)
+"""
+
+
+@pytest.fixture(scope="module")
+def node() -> Iterator[Onlooker]:
+    made = make().start()
+    yield made
+    end(made)
+
+
+@pytest.fixture
+def root(node: Onlooker, tmp_path: Path) -> Iterator[Path]:
+    yield node.watch(tmp_path / "root", tmp_path.name)
+    print(node.tail())
+
+
+def hurry(root: Path, rounds: int = ROUNDS) -> set[str]:
+    """Make nested directories with files in them as fast as a process can; return the files."""
+    words = (str(root), str(rounds), str(DEPTH), str(FILES), SMALL.hex())
+    subprocess.run([sys.executable, "-S", "-c", HASTY, *words], check=True)
+    return {str(path) for path in root.rglob("*.safetensors")}
+
+
+def levels(node: Onlooker, project: str) -> Counter[str]:
+    """How many rows of a project are in which state, and how many of them are verified."""
+    found = node.ask("summary", project=project)
+    return Counter(found.get("by_state", {})) + Counter(verified=found.get("by_level", {}).get("verified", 0))
+
+
+def check_all(node: Onlooker, project: str, paths: set[str], patience_s: float = 60.0) -> None:
+    """Every path has exactly one row, and it is verified."""
+    eventually(lambda: levels(node, project)["verified"] >= len(paths), f"{len(paths)} to be verified", patience_s)
+    rows = rows_of(node, project)
+    assert Counter(row["path"] for row in rows) == Counter(dict.fromkeys(paths, 1))
+    assert {(row["state"], row["level"]) for row in rows} == {("live", "verified")}
+
+
+def rows_of(node: Onlooker, project: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    after: str | None = None
+    while True:
+        page = node.ask("list", project=project, limit=500, after=after)
+        found += page["checkpoints"]
+        after = page["next"]
+        if after is None:
+            return found
+
+
+def test_nested_directories_made_in_a_burst_are_all_found(node: Onlooker, root: Path) -> None:
+    """A directory that is made and filled before it is watched has no event of its own: 200 rounds of just that."""
+    paths = hurry(root)
+    assert len(paths) == ROUNDS * FILES
+    eventually(lambda: sum(levels(node, root.parent.name).values()) >= len(paths), "all to be found")
+    check_all(node, root.parent.name, paths)
+
+
+def test_a_burst_while_the_daemon_and_its_watcher_stand_still_is_found(node: Onlooker, root: Path) -> None:
+    """F12: nobody reads the kernel's queue meanwhile."""
+    family = [node.daemon_pid, *node.workers()]
+    for pid in family:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        paths = hurry(root, 100)
+    finally:
+        for pid in family:
+            os.kill(pid, signal.SIGCONT)
+    check_all(node, root.parent.name, paths)
+
+
+def test_a_tree_that_is_moved_in_is_found(node: Onlooker, root: Path) -> None:
+    """One event for its top, none for what is in it."""
+    hurry(root.parent / "elsewhere", 20)
+    os.rename(root.parent / "elsewhere", root / "moved")
+    check_all(node, root.parent.name, {str(path) for path in root.rglob("*.safetensors")})
+
+
+def test_a_root_that_is_removed_and_made_again_is_watched_on(node: Onlooker, root: Path) -> None:
+    """What was in it is missing, what comes is found, and the root is whole again for `ckpt roots`."""
+    before = hurry(root, 5)
+    check_all(node, root.parent.name, before)
+    shutil.rmtree(root)
+    root.mkdir()
+    after = hurry(root / "new", 6)
+    wanted = Counter(live=len(after), missing=len(before), verified=len(after) + len(before))
+    eventually(lambda: levels(node, root.parent.name) == wanted, "the new ones alone to be live")
+    rows = rows_of(node, root.parent.name)
+    assert {row["path"] for row in rows if row["state"] == "missing"} == before
+    assert {row["path"] for row in rows if row["state"] == "live"} == after
+    (found,) = [r for r in node.ask("roots")["roots"] if r["path"] == str(root)]
+    assert found["problem"] == ""
+    late = root / "late_1.safetensors"
+    late.write_bytes(SMALL)
+    node.wait_done(late)
+
+
+def test_a_root_that_is_not_there_loses_nothing_and_comes_back(node: Onlooker, root: Path) -> None:
+    """A disk that is not mounted looks just like this: nothing of it is called missing."""
+    paths = hurry(root, 3)
+    check_all(node, root.parent.name, paths)
+    os.rename(root, root.parent / "away")
+    eventually(
+        lambda: [r["state"] for r in node.ask("roots")["roots"] if r["path"] == str(root)] == ["degraded"],
+        "the root to be called degraded",
+    )
+    assert levels(node, root.parent.name) == Counter(live=len(paths), verified=len(paths))
+    os.rename(root.parent / "away", root)
+    eventually(
+        lambda: [r["state"] for r in node.ask("roots")["roots"] if r["path"] == str(root)] != ["degraded"],
+        "the root to be well again",
+    )
+    node.wait_scans(root)
+    check_all(node, root.parent.name, paths)
+
+
+def test_files_written_while_no_daemon_runs_are_found_by_the_next(tmp_path: Path) -> None:
+    node = make().start()
+    try:
+        root = node.watch(tmp_path / "root", "away")
+        first = hurry(root, 5)
+        check_all(node, "away", first)
+        assert node.stop() == 0
+        (root / "0-0" / "0-1" / "0-2" / "model_0.safetensors").unlink()
+        hurry(root / "second", 20)
+        node.start()
+        paths = {str(path) for path in root.rglob("*.safetensors")}
+        wanted = Counter(live=len(paths), verified=len(paths) + 1, missing=1)
+        eventually(lambda: levels(node, "away") == wanted, "all to be verified, and one to be missing")
+        assert {row["path"] for row in rows_of(node, "away") if row["state"] == "live"} == paths
+    finally:
+        end(node)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(MANY_S + 120)
+def test_twenty_thousand_files_written_while_no_daemon_runs_are_all_found_and_verified(
+    tmp_path: Path, record_property: Any
+) -> None:
+    node = make(reconcile_s=30.0)
+    try:
+        root = tmp_path / "root"
+        node.start().watch(root, "many")
+        assert node.stop() == 0
+        for number in range(MANY):
+            directory = root / f"run-{number // 100}"
+            if number % 100 == 0:
+                directory.mkdir()
+            (directory / f"model_{number}.safetensors").write_bytes(SMALL)
+        begun = time.monotonic()
+        node.start()
+        ready_s = time.monotonic() - begun
+        eventually(lambda: sum(levels(node, "many").values()) >= MANY, "all to be found", MANY_S)
+        found_s = time.monotonic() - begun
+        eventually(lambda: levels(node, "many")["verified"] >= MANY, "all to be verified", MANY_S)
+        verified_s = time.monotonic() - begun
+        for name, value in (("ready_s", ready_s), ("found_s", found_s), ("verified_s", verified_s)):
+            record_property(name, round(value, 1))
+        print(f"\n{MANY} files: answering after {ready_s:.1f} s, found {found_s:.1f} s, verified {verified_s:.1f} s")
+        assert levels(node, "many") == Counter(live=MANY, verified=MANY)
+        assert len({row["path"] for row in rows_of(node, "many")}) == MANY
+    finally:
+        end(node)

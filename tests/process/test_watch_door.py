@@ -1,0 +1,348 @@
+"""The door that costs a training nothing: foreign writers in processes of their own, the real daemon beside them.
+
+Every test holds the writer still at its worst moments and waits until the daemon has looked at just that, more than
+once. Nothing may get a level before the writer is done, everything must be verified after. M209, M067, F26
+"""
+
+import hashlib
+import json
+import subprocess
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.node import eventually
+from tests.support.onlooker import Onlooker, end, make
+from tests.support.writer import Writer
+
+pytestmark = pytest.mark.xdist_group("watch_door")
+FORMS = {"torch": ".pt", "safetensors": ".safetensors"}
+
+
+@pytest.fixture(scope="module")
+def node() -> Iterator[Onlooker]:
+    made = make().start()
+    yield made
+    end(made)
+
+
+@pytest.fixture(scope="module")
+def writer() -> Iterator[Writer]:
+    with Writer() as made:
+        yield made
+
+
+@pytest.fixture
+def root(node: Onlooker, tmp_path: Path) -> Iterator[Path]:
+    yield node.watch(tmp_path / "root", tmp_path.name)
+    print(node.tail())
+
+
+def sha256sum(path: Path) -> str:
+    return subprocess.run(["sha256sum", str(path)], capture_output=True, text=True, check=True).stdout.split()[0]
+
+
+def check_done(node: Onlooker, path: Path, *, rows: int = 1) -> dict[str, Any]:
+    """The newest row of a path is verified, its digests are what `sha256sum` says now, and no other row is live."""
+    row = node.wait_done(path, rows)
+    files = {name: path / name if name else path for name in node.digests(row["checkpoint"])}
+    if path.is_dir():
+        assert set(files) == {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()}
+    assert node.digests(row["checkpoint"]) == {name: sha256sum(file) for name, file in files.items()}
+    found = node.at(path)
+    assert len(found) == rows
+    assert [other["state"] for other in found if other["checkpoint"] != row["checkpoint"]] == ["missing"] * (rows - 1)
+    return row
+
+
+def published(node: Onlooker, path: Path) -> list[datetime]:
+    """When anything at this path was called durable."""
+    ids = {row["checkpoint"] for row in node.at(path)}
+    told = [event for event in node.events("checkpoint.published") if event["checkpoint"] in ids]
+    return [datetime.fromisoformat(event["at"]) for event in told]
+
+
+def test_what_torch_saves_is_found_and_verified(node: Onlooker, writer: Writer, root: Path) -> None:
+    path = root / "run" / "model_120.pt"
+    path.parent.mkdir()
+    writer.torch_save(path=path, seed=1, size_bytes=3 << 20)
+    row = check_done(node, path)
+    assert (row["step"], row["format"], row["origin"]) == (120, "torch-zip", "watch")
+    assert (row["project"], row["name"]) == (root.parent.name, "run")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_file_that_is_written_slowly_is_not_taken_early(
+    node: Onlooker, writer: Writer, root: Path, form: str
+) -> None:
+    """Its writer pauses with the file open; all but a few bytes are there for longer than quiet_s."""
+    path = root / f"slow_1{FORMS[form]}"
+    writer.make(name="slow", form=form, seed=2)
+    writer.open(path=path)
+    for part in range(3):
+        writer.write(name="slow", path=path, part=part, of=4)
+        node.wait_looks(node.wait_found(path)["checkpoint"])
+    writer.write(name="slow", path=path, part=3, of=4)
+    node.wait_looks(node.wait_found(path)["checkpoint"])  # whole, and still open
+    assert published(node, path) == []
+    writer.close(path=path)
+    check_done(node, path)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_writer_that_closes_between_its_chunks_is_waited_for(
+    node: Onlooker, writer: Writer, root: Path, form: str
+) -> None:
+    """No descriptor is open while it pauses: only the structure tells that something is to come."""
+    path = root / f"chunks_1{FORMS[form]}"
+    writer.make(name="chunks", form=form, seed=3)
+    for part in range(3):
+        writer.open(path=path, how="end" if part else "new")
+        writer.write(name="chunks", path=path, part=part, of=3)
+        if part < 2:
+            writer.close(path=path)
+            node.wait_looks(node.wait_found(path)["checkpoint"])
+    assert published(node, path) == []
+    writer.close(path=path)
+    check_done(node, path)
+
+
+def test_a_file_of_unknown_structure_is_not_taken_while_its_writer_has_it_open(
+    node: Onlooker, writer: Writer, root: Path
+) -> None:
+    """Nothing changes for several quiet_s; the read lease alone says that somebody is at work."""
+    path = root / "weights_7.h5"
+    writer.make(name="raw", form="raw", seed=4)
+    writer.open(path=path)
+    writer.write(name="raw", path=path, part=0, of=2)
+    node.wait_looks(node.wait_found(path)["checkpoint"], more=3)
+    assert published(node, path) == []
+    writer.write(name="raw", path=path, part=1, of=2)
+    writer.close(path=path)
+    check_done(node, path)
+
+
+def test_a_preallocated_file_that_is_filled_through_a_mapping_is_not_taken_early(
+    node: Onlooker, writer: Writer, root: Path
+) -> None:
+    """Header and full size are there from the first part on, no descriptor is open, the tail is zeros."""
+    path = root / "mapped_9.safetensors"
+    writer.make(name="mapped", form="safetensors", seed=5, size_bytes=8 << 20)
+    writer.map(name="mapped", path=path)
+    for part in range(3):
+        writer.fill(name="mapped", path=path, part=part, of=3)
+        node.wait_looks(node.wait_found(path)["checkpoint"])
+    assert published(node, path) == []
+    writer.unmap(path=path)
+    check_done(node, path)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_file_rewritten_in_place_is_a_new_checkpoint_once_it_is_whole(
+    node: Onlooker, writer: Writer, root: Path, form: str
+) -> None:
+    """Same size, whole by its structure all the while: half the old bytes, half the new ones are nobody's checkpoint."""
+    path = root / f"last{FORMS[form]}"
+    writer.make(name="old", form=form, seed=6)
+    writer.make(name="new", form=form, seed=7)
+    writer.put(name="old", path=path)
+    old = check_done(node, path)
+    before = node.digests(old["checkpoint"])
+    writer.open(path=path, how="old")
+    writer.write(name="new", path=path, part=0, of=2)
+    new = node.wait_found(path, 2)
+    node.wait_looks(new["checkpoint"])
+    assert len(published(node, path)) == 1
+    assert node.row(old["checkpoint"])["state"] == "missing"  # type: ignore[index]
+    writer.write(name="new", path=path, part=1, of=2)
+    writer.close(path=path)
+    assert check_done(node, path, rows=2)["checkpoint"] == new["checkpoint"]
+    assert node.digests(new["checkpoint"]) != before
+    assert node.digests(old["checkpoint"]) == before
+
+
+def sharded(writer: Writer, directory: Path) -> tuple[list[str], str]:
+    """Make two shards ready in the writer; return their names, and the index that names both."""
+    names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    for number, name in enumerate(names):
+        writer.make(name=name, form="safetensors", seed=10 + number)
+    directory.mkdir()
+    index = {"metadata": {"total_size": 1}, "weight_map": {f"w{number}": name for number, name in enumerate(names)}}
+    return names, json.dumps(index)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["index first", "index last"])
+def test_a_sharded_directory_waits_for_its_last_shard_and_its_index(
+    node: Onlooker, writer: Writer, root: Path, *, first: bool
+) -> None:
+    path = root / "hf"
+    names, index = sharded(writer, path)
+    if first:
+        (path / "model.safetensors.index.json").write_text(index)
+    writer.put(name=names[0], path=path / names[0])
+    node.wait_looks(node.wait_found(path)["checkpoint"])
+    writer.open(path=path / names[1])
+    writer.write(name=names[1], path=path / names[1], part=0, of=2)
+    node.wait_looks(node.wait_found(path)["checkpoint"])
+    writer.write(name=names[1], path=path / names[1], part=1, of=2)
+    writer.close(path=path / names[1])
+    if not first:
+        node.wait_looks(node.wait_found(path)["checkpoint"])
+        assert published(node, path) == []
+        (path / "model.safetensors.index.json").write_text(index)
+    row = check_done(node, path)
+    assert row["format"] == "safetensors-sharded"
+    assert not any(other["path"].startswith(f"{path}/") for other in node.rows(root.parent.name))
+
+
+def test_a_dcp_directory_is_one_checkpoint_once_its_metadata_is_there(
+    node: Onlooker, writer: Writer, root: Path, tmp_path: Path
+) -> None:
+    """.metadata names all data and comes last; a torn data file is told from it by its size."""
+    writer.dcp_save(path=tmp_path / "elsewhere", seed=12)
+    names = sorted(p.name for p in (tmp_path / "elsewhere").iterdir())
+    for name in names:
+        writer.take(name=name, path=tmp_path / "elsewhere" / name)
+    path = root / "iter_0000500"
+    path.mkdir()
+    data = [name for name in names if name != ".metadata"]
+    assert len(names) == len(data) + 1
+    for name in data:
+        writer.open(path=path / name)
+        writer.write(name=name, path=path / name, part=0, of=2)
+        node.wait_looks(node.wait_found(path)["checkpoint"])
+        writer.write(name=name, path=path / name, part=1, of=2)
+        writer.close(path=path / name)
+    node.wait_looks(node.wait_found(path)["checkpoint"])
+    assert published(node, path) == []
+    writer.put(name=".metadata", path=path / ".metadata")
+    row = check_done(node, path)
+    assert (row["step"], row["format"]) == (500, "dcp")
+
+
+def test_what_torch_distributed_saves_is_found_and_verified(node: Onlooker, writer: Writer, root: Path) -> None:
+    path = root / "step_40"
+    assert ".metadata" in writer.dcp_save(path=path, seed=13)["files"]
+    assert check_done(node, path)["format"] == "dcp"
+
+
+def test_a_trainer_directory_waits_for_its_state_and_brings_its_metrics(
+    node: Onlooker, writer: Writer, root: Path
+) -> None:
+    """The order of the files is the Trainer's own: model and arguments, optimizer, random state, trainer_state.json."""
+    path = root / "out" / "checkpoint-500"
+    path.mkdir(parents=True)
+    for name, form in (("model.safetensors", "safetensors"), ("training_args.bin", "torch"), ("optimizer.pt", "torch")):
+        writer.make(name=name, form=form, seed=14)
+    (path / "config.json").write_text("{}")
+    writer.open(path=path / "model.safetensors")
+    writer.write(name="model.safetensors", path=path / "model.safetensors", part=0, of=2)
+    node.wait_looks(node.wait_found(path)["checkpoint"])
+    writer.write(name="model.safetensors", path=path / "model.safetensors", part=1, of=2)
+    writer.put(name="training_args.bin", path=path / "training_args.bin")
+    writer.close(path=path / "model.safetensors")
+    writer.open(path=path / "optimizer.pt")
+    writer.write(name="optimizer.pt", path=path / "optimizer.pt", part=0, of=1)
+    writer.close(path=path / "optimizer.pt")
+    node.wait_looks(node.wait_found(path)["checkpoint"])
+    assert published(node, path) == []
+    history = [{"loss": 2.5, "step": 250}, {"loss": 1.25, "step": 500}, {"eval_loss": 0.75, "step": 500}]
+    state = {"global_step": 500, "epoch": 1.5, "log_history": history}
+    (path / "trainer_state.json").write_text(json.dumps(state))
+    row = check_done(node, path)
+    assert (row["step"], row["epoch"], row["format"]) == (500, 1.5, "hf-trainer")
+    assert row["metrics"] == {"loss": 1.25, "eval_loss": 0.75}
+
+
+def test_step_and_epoch_come_from_inside_when_the_name_does_not_tell(
+    node: Onlooker, writer: Writer, root: Path
+) -> None:
+    path = root / "final"
+    writer.make(name="weights", form="safetensors", seed=15)
+    path.mkdir()
+    (path / "trainer_state.json").write_text(json.dumps({"global_step": 77, "epoch": 2.0, "log_history": []}))
+    writer.put(name="weights", path=path / "model.safetensors")
+    row = check_done(node, path)
+    assert (row["step"], row["epoch"]) == (77, 2.0)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_truncated_file_is_never_called_complete(node: Onlooker, writer: Writer, root: Path, form: str) -> None:
+    path = root / f"torn_1{FORMS[form]}"
+    writer.make(name="torn", form=form, seed=20)
+    writer.open(path=path)
+    writer.write(name="torn", path=path, part=0, of=2)
+    writer.close(path=path)
+    row = node.wait_found(path)
+    node.wait_looks(row["checkpoint"], more=3)
+    assert published(node, path) == []
+    assert node.run("wait", row["checkpoint"], "--timeout", "100ms").code == 6
+    assert node.run("path", row["checkpoint"]).code == 3
+
+
+def test_a_zip_whose_checksums_disagree_is_never_called_complete(node: Onlooker, writer: Writer, root: Path) -> None:
+    path = root / "crc_1.pt"
+    writer.torch_save(path=root.parent / "whole.pt", seed=21)
+    body = bytearray((root.parent / "whole.pt").read_bytes())
+    body[len(body) // 2] ^= 1  # in the tensors: every structure around them stays as it was
+    path.write_bytes(body)
+    row = node.wait_found(path)
+    node.wait_looks(row["checkpoint"], more=3)
+    assert published(node, path) == []
+
+
+def test_a_torn_file_that_is_written_again_is_taken_then(node: Onlooker, writer: Writer, root: Path) -> None:
+    """What had been given up for incomplete is looked at again because it changed, not because a long pause ended."""
+    path = root / "again_1.pt"
+    writer.make(name="again", form="torch", seed=22)
+    writer.open(path=path)
+    writer.write(name="again", path=path, part=0, of=2)
+    writer.close(path=path)
+    node.wait_looks(node.wait_found(path)["checkpoint"], more=4)  # by now it is asked about every few seconds only
+    writer.put(name="again", path=path)
+    check_done(node, path)
+
+
+@pytest.mark.parametrize("when", ["before it is found", "while it is written", "after it is verified"])
+def test_a_file_that_is_submitted_and_watched_is_one_row(
+    node: Onlooker, writer: Writer, root: Path, when: str
+) -> None:
+    """M209: the writer's word adds what it knows; it makes no second checkpoint."""
+    path = root / "both_3.pt"
+    writer.make(name="both", form="torch", seed=30)
+    told = ("-m", "val_loss=0.5", "--note", "told", "--json")
+    if when == "before it is found":
+        writer.put(name="both", path=path)
+        answer = node.run("submit", str(path), *told)
+    elif when == "while it is written":
+        writer.open(path=path)
+        writer.write(name="both", path=path, part=0, of=2)
+        node.wait_looks(node.wait_found(path)["checkpoint"])
+        answer = node.run("submit", str(path), *told)
+        assert answer.code == 0, answer.err
+        node.wait_looks(answer.json["checkpoint"])  # told or not: it is open and torn
+        writer.write(name="both", path=path, part=1, of=2)
+        writer.close(path=path)
+    else:
+        writer.put(name="both", path=path)
+        check_done(node, path)
+        answer = node.run("submit", str(path), *told)
+    assert answer.code == 0, answer.err
+    row = check_done(node, path)
+    node.wait_scans(root)
+    assert [other["checkpoint"] for other in node.at(path)] == [row["checkpoint"]] == [answer.json["checkpoint"]]
+    assert eventually(lambda: node.row(row["checkpoint"])["metrics"] == {"val_loss": 0.5}, "its metrics")  # type: ignore[index]
+
+
+def test_a_changed_mode_is_no_new_checkpoint(node: Onlooker, writer: Writer, root: Path) -> None:
+    path = root / "mode_1.pt"
+    writer.torch_save(path=path, seed=31)
+    row = check_done(node, path)
+    path.chmod(0o600)
+    node.wait_scans(root)
+    assert [other["checkpoint"] for other in node.at(path)] == [row["checkpoint"]]
+    assert node.run("verify", row["checkpoint"]).code == 0
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == node.digests(row["checkpoint"])[""]

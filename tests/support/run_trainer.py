@@ -1,0 +1,242 @@
+"""A nursery of trainers: imports torch once, then forks a process for each connection, which does what it is told.
+
+    python run_trainer.py SOCKET [--plain]      ends when its standard input does, and all its trainers with it
+
+One JSON object per line each way. A trainer is a process of its own with its own session; nothing of ckptd
+has run in the nursery before the fork. `die` kills a trainer by SIGKILL at a moment of save() that no
+message from outside could hit.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+PLAIN = "--plain" in sys.argv
+
+if not PLAIN:
+    import torch
+
+    torch.set_num_threads(1)
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+
+    from tests.support import payload
+
+import ckptd_client
+from ckptd_client import arena as arenas
+from ckptd_client import commits, control, overflow, spool
+
+
+def kill(*pids: int) -> None:
+    for pid in (*pids, os.getpid()):
+        os.kill(pid, signal.SIGKILL)
+
+
+class Trainer:
+    """One forked process."""
+
+    def __init__(self) -> None:
+        self.runs: dict[str, Any] = {}
+        self.handles: dict[str, Any] = {}
+        self.pushes: dict[str, list[list[str]]] = {}
+        self._watch_pushes()
+
+    def _watch_pushes(self) -> None:
+        """Keep every level as the daemon says it: a handle itself would never show one that goes down."""
+        apply = ckptd_client.Handle.apply
+
+        def noted(handle: Any, push: dict[str, Any]) -> None:
+            self.pushes.setdefault(handle.id, []).append([str(push.get("level")), str(push.get("state"))])
+            apply(handle, push)
+
+        ckptd_client.Handle.apply = noted
+
+    def open(self, name: str, run: str = "", **given: Any) -> dict[str, Any]:
+        self.runs[run] = ckptd_client.Experiment(name, **given)
+        return {}
+
+    def prepare(self, seed: int = 0, size_bytes: int = 0, run: str = "", wait_s: float = 20.0) -> dict[str, Any]:
+        return {"ready": self.runs[run].prepare(self._state(seed, size_bytes), wait_s=wait_s)}
+
+    def _state(self, seed: int, size_bytes: int) -> dict[str, Any]:
+        if PLAIN:
+            return {"seed": seed, "text": "x" * size_bytes}
+        made = payload.arrays(seed, size_bytes or payload.SMALL_BYTES)
+        tensors = {stem: {name: torch.from_numpy(a) for name, a in of.items()} for stem, of in made.items()}
+        return {**tensors, **payload.plain(seed)}
+
+    def save(self, seed: int, size_bytes: int = 0, run: str = "", **given: Any) -> dict[str, Any]:
+        """Save; `die` names the moment of death, `victims` who dies first, `scribble` writes over the state at once."""
+        die, victims = given.pop("die", ""), given.pop("victims", [])
+        scribble = given.pop("scribble", False)
+        state = self._state(seed, size_bytes)
+        if die:
+            self._prepare_to_die(die, victims)
+        begun_s = time.monotonic()
+        handle = self.runs[run].save(state, **given)
+        took_s = time.monotonic() - begun_s
+        if die == "after":
+            kill(*victims)
+        if scribble:
+            for stem in ("model", "optimizer"):
+                for tensor in state[stem].values():
+                    tensor.fill_(-1)
+        self.handles[handle.id] = handle
+        return {"id": handle.id, "took_s": took_s, **self._told(handle)}
+
+    def _prepare_to_die(self, moment: str, victims: list[int]) -> None:
+        whole = control.commit
+
+        def before_flip(*_: Any) -> None:
+            kill(*victims)
+
+        def torn(page: Any, offset: int, descriptor: bytes) -> None:
+            """All of a commit but the word itself."""
+            whole(page, offset, descriptor)
+            control.set_state(page, control.WRITING)
+            kill(*victims)
+
+        def swept_away(*_: Any, **__: Any) -> None:
+            kill(*victims)
+
+        seams: dict[str, tuple[Any, str, Any]] = {
+            "mid_copy": (arenas, "_write_state", swept_away),
+            "before_flip": (control, "commit", before_flip),
+            "torn": (control, "commit", torn),
+            "before_message": (commits.Commits, "add", swept_away),
+            "spooling": (spool.os, "rename", swept_away),
+            "spooled": (overflow.spool, "_sync_directory", swept_away),
+        }
+        if moment in seams:
+            owner, name, deadly = seams[moment]
+            setattr(owner, name, deadly)
+
+    def _told(self, handle: Any) -> dict[str, Any]:
+        error = handle.error
+        return {
+            "level": handle.level,
+            "state": handle.state,
+            "spooled": handle.spooled,
+            "path": handle.path,
+            "error": None if error is None else {"code": getattr(error, "code", ""), "message": str(error)},
+            "pushes": self.pushes.get(handle.id, []),
+        }
+
+    def handle(self, id: str) -> dict[str, Any]:  # noqa: A002
+        return self._told(self.handles[id])
+
+    def wait(self, id: str, level: str = "verified", timeout: float = 60.0) -> dict[str, Any]:  # noqa: A002
+        handle = self.handles[id]
+        with contextlib.suppress(ckptd_client.CkptdClientError):
+            handle.wait(level, timeout)
+        return self._told(handle)
+
+    def stream(self, threads: int, runs: int, saves: int, project: str, directory: str, first: int = 0) -> dict[str, Any]:
+        """`threads` threads share `runs` experiments of this process, each its own; all saves as fast as they go."""
+        made: dict[str, list[list[Any]]] = {}
+        ready = threading.Barrier(threads)
+
+        def train(number: int) -> None:
+            mine = [f"run-{first + index}" for index in range(number, runs, threads)]
+            opened = {name: ckptd_client.Experiment(name, project=project, dir=directory) for name in mine}
+            ready.wait(30)
+            for step in range(saves):
+                for name, run in opened.items():
+                    handle = run.save({"seed": step, "text": name}, step=step)
+                    made.setdefault(name, []).append([handle.id, step, handle.state])
+            for run in opened.values():
+                run.close()
+
+        workers = [threading.Thread(target=train, args=(number,)) for number in range(threads)]
+        begun_s = time.monotonic()
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        return {"saves": made, "took_s": time.monotonic() - begun_s}
+
+    def log(self, metrics: dict[str, float], step: int, run: str = "") -> dict[str, Any]:
+        self.runs[run].log(metrics, step)
+        return {}
+
+    def stats(self, run: str = "") -> dict[str, Any]:
+        return {**self.runs[run].stats(), "experiment": self.runs[run].id}
+
+    def flush(self, run: str = "", timeout_s: float = 30.0) -> dict[str, Any]:
+        return {"safe": self.runs[run].flush(timeout_s)}
+
+    def close(self, run: str = "", **given: Any) -> dict[str, Any]:
+        begun_s = time.monotonic()
+        self.runs[run].close(**given)
+        return {"took_s": time.monotonic() - begun_s}
+
+    def load(self, selector: str = "latest", seed: int = 0, size_bytes: int = 0, run: str = "") -> dict[str, Any]:
+        """Load and compare with the state of `seed`."""
+        found = self.runs[run].load(selector)
+        if found is None:
+            return {"found": False}
+        wanted = self._state(seed, size_bytes)
+        same = found["seed"] == wanted["seed"] and found["text"] == wanted["text"]
+        for stem in ("model", "optimizer"):
+            if stem in wanted:
+                same = same and all(torch.equal(found[stem][name], of) for name, of in wanted[stem].items())
+        self.loaded = found
+        return {"found": True, "same": same}
+
+    def modules(self) -> dict[str, Any]:
+        return {"loaded": sorted(name for name in ("torch", "numpy", "ckptd") if name in sys.modules)}
+
+
+def serve(peer: socket.socket) -> None:
+    with peer.makefile("r", encoding="utf-8") as lines:
+        os.environ.update(json.loads(lines.readline()))
+        peer.sendall(json.dumps({"pid": os.getpid()}).encode() + b"\n")
+        trainer = Trainer()
+        for line in lines:
+            order = json.loads(line)
+            verb = order.pop("do")
+            if verb == "quit":
+                return  # as a script ends: its exit handlers run
+            try:
+                answer = getattr(trainer, verb)(**order)
+            except Exception as error:  # noqa: BLE001 - told to whoever gave the order
+                answer = {"raised": f"{type(error).__name__}: {error}"}
+            peer.sendall(json.dumps(answer).encode() + b"\n")
+
+
+def bind_to_parent() -> None:
+    """Die with the nursery, whatever it dies of: nobody else knows this process."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+
+
+def main() -> int:
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(sys.argv[1])
+    listening.listen(64)
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for trainers: the kernel buries them
+    while True:
+        ready, _, _ = select.select([listening, sys.stdin], [], [])
+        if sys.stdin in ready:
+            return 0
+        peer, _ = listening.accept()
+        if os.fork() == 0:
+            bind_to_parent()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            listening.close()
+            serve(peer)
+            return 0
+        peer.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

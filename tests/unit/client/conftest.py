@@ -1,0 +1,41 @@
+"""A user's place with and without a daemon, and an experiment in it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import ckptd_client as ckptd
+from tests.support.fake_daemon import FakeDaemon
+
+
+@pytest.fixture
+def home(short_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user's place without a daemon."""
+    monkeypatch.setenv("CKPTD_DIR", str(short_dir / "state"))
+    monkeypatch.setenv("CKPTD_SOCKET", str(short_dir / "s"))
+    monkeypatch.setenv("CKPTD_AUTOSTART", "0")
+    monkeypatch.delenv("CKPTD_MODE", raising=False)
+    return short_dir
+
+
+@pytest.fixture
+def daemon(home: Path) -> Iterator[FakeDaemon]:
+    with FakeDaemon(home / "s", spool_dir=str(home / "state" / "spool")) as fake:
+        yield fake
+
+
+@pytest.fixture
+def run(home: Path, daemon: FakeDaemon) -> Iterator[ckptd.Experiment]:
+    """An experiment with a daemon."""
+    experiment = ckptd.Experiment("net", project="vision", dir=home / "runs")
+    yield experiment
+    experiment.close(timeout_s=5)
+
+
+@pytest.fixture
+def lone(home: Path) -> Iterator[ckptd.Experiment]:
+    """An experiment without a daemon."""
+    experiment = ckptd.Experiment("net", project="vision", dir=home / "runs")
+    yield experiment
+    experiment.close(timeout_s=5)
