@@ -133,7 +133,7 @@ class Jobs:
         gone_on = {"stage": stage, "attempts": 0, "payload": job.payload if payload is None else payload, "error": None}
         await self._change(tx, job, **gone_on)
         tx.after(lambda: self._hold(job.id))
-        return replace(job, **gone_on)  # type: ignore[arg-type]
+        return replace(job, **gone_on, fresh=None)  # type: ignore[arg-type]
 
     async def move(self, tx: Tx, job: Job, stage: str, lane: str) -> Job:
         """RUNNING -> QUEUED for `stage` in another lane, due now: its old lane is free for the next job at once.

@@ -66,6 +66,13 @@ def test_the_diagrams_show_every_transition_and_no_other():
         assert arrows == {(str(old), str(new)) for old, news in table.items() for new in news}
 
 
+@pytest.mark.parametrize("path", tree.documents())
+def test_no_page_says_the_same_heading_twice_in_one_place(path):
+    """Two sections about one thing drift apart."""
+    found = re.findall(r"^## (.+)$", pages.prose(path), re.MULTILINE)
+    assert len(found) == len(set(found))
+
+
 # -- tables in docstrings -------------------------------------------------------------------------
 
 

@@ -31,8 +31,7 @@ LONG_FUNCTIONS = {
     "ckptd/catalog/versions/steps/v0001_schema.py:_checkpoints": "the same",
 }
 MANY_PARAMETERS = {
-    "ckptd/intake/admit.py:Admission._enter": "private; the transaction, the offer, and where it lies",
-    "ckptd/intake/reconcile.py:Reconciler.__init__": "built once, where the daemon is put together",
+    "ckptd/intake/admit.py:Admission._stage": "private; the transaction, what was found, whose it is, and where",
     "client/ckptd_client/saver.py:Saver._into_arena": "one half of _save, which holds all five",
     "client/ckptd_client/saver.py:Saver._into_spool": "the other half",
 }
@@ -40,25 +39,20 @@ BANNED_NAMES = {"utils", "util", "helpers", "helper", "common", "base", "manager
 UNFINISHED = re.compile("TO" + r"DO|FIX" + r"ME|\bXX" + r"X\b|\bHA" + "CK\\b")
 LINE_REFERENCE = re.compile(r"\w\.(?:py|md|toml):\d+|\blines? \d+(?:\s*(?:-|to)\s*\d+)? (?:of|in) [`\w/]+\.(?:py|md)")
 SUPPRESSION = re.compile(r"#\s*noqa(?P<codes>:\s*[A-Z]+\d+(?:\s*,\s*[A-Z]+\d+)*)?(?P<reason>.*)")
-# How a file came to be written is nobody's business who reads it. In pieces: this file is searched as well.
-ORIGINS = re.compile(
-    "|".join(
-        [
-            "/wo" + r"rk/",
-            "/tm" + r"p/v\w*/",
-            "/op" + r"t/(?:wheels|pypi)",
-            "py" + r"pi\.org|python" + r"hosted|--(?:extra-)?index-" + "url|--find-" + "links",
-            "(?:helper|sub|coding) ?" + r"-?agents?\b",
-            r"\b(?:this|another|other|previous|next|earlier|parallel) (?:coding )?"
-            + r"session'?s? (?:of|wrote|writes|author)",
-            "the le" + r"ad (?:author|commits|wrote)",
-            "shared" + r"/(?:notes|seeds|design)",
-            r"contra" + r"ct\.md",
-            "cla" + "ude|anth" + "ropic|chat" + "gpt|large language " + "model",
-        ]
-    ),
-    re.IGNORECASE,
+# How a file came to be written is nobody's business who reads it. "~" parts the words: this file is searched as well.
+_ORIGINS = (
+    r"/wo~rk/",
+    r"/tm~p/v\w*/",
+    r"/op~t/(?:wheels|pypi)",
+    r"py~pi\.org|python~hosted|--(?:extra-)?index-~url|--find-~links",
+    r"(?:helper|sub|coding) ?-?agen~ts?\b",
+    r"\b(?:this|another|other|previous|next|earlier|parallel) (?:coding )?sess~ion'?s? (?:of|wrote|writes|author)",
+    r"the le~ad (?:author|commits|wrote)",
+    r"shared~/(?:notes|seeds|design)",
+    r"contra~ct\.md",
+    r"cla~ude|anth~ropic|chat~gpt|large language mo~del",
 )
+ORIGINS = re.compile("|".join(_ORIGINS).replace("~", ""), re.IGNORECASE)
 
 
 def listed(found: Iterable[str]) -> str:

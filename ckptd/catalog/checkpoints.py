@@ -314,11 +314,8 @@ async def _move(tx: Tx, row: Row[Any], state: State, level: Level | None, values
 
 def _newer(one: Checkpoint | None, other: Checkpoint) -> Checkpoint:
     """Return the newer of two good ones, in the order of `newest_good`; no step comes before all steps."""
-
-    def age(of: Checkpoint) -> tuple[int, int, int, int]:
-        return of.segment, -1 if of.step is None else of.step, of.revision, of.sequence
-
-    return other if one is None or age(other) > age(one) else one
+    ages = [(of.segment, -1 if of.step is None else of.step, of.revision, of.sequence) for of in (one or other, other)]
+    return other if one is None or ages[1] > ages[0] else one
 
 
 async def _revision(conn: AsyncConnection, experiment_no: int, step: int | None, told: int | None) -> int:

@@ -52,6 +52,7 @@ class Job:
     lease_until: datetime | None
     payload: dict[str, Any]
     error: dict[str, Any] | None
+    fresh: Any = None  # what a stage hands to the next one in memory only
 
 
 def lane_key(lane: str) -> str:

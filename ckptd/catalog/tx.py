@@ -63,10 +63,10 @@ class Tx:
             }
             for event in self.events
         ]
-        if len(rows) > 1 and self.conn.dialect.insert_executemany_returning_sort_by_parameter_order:
-            sequence = schema.event_log.c.sequence
-            adding = insert(schema.event_log).returning(sequence, sort_by_parameter_order=True)
-            numbers = list((await self.conn.execute(adding, rows)).scalars())
+        if len(rows) > 1 and self.conn.dialect.name == "sqlite":
+            # One statement numbers its rows in their order; only RETURNING may list them in another.
+            adding = insert(schema.event_log).returning(schema.event_log.c.sequence)
+            numbers = sorted((await self.conn.execute(adding, rows)).scalars())
         else:
             numbers = [await self.add(schema.event_log, **row) for row in rows]
         self.events[:] = [replace(event, seq=number) for event, number in zip(self.events, numbers, strict=True)]

@@ -220,7 +220,9 @@ class ArenaPool:
         self._making_bytes += waiter.size_bytes
         self._making[waiter.experiment_id] += 1
         try:
-            fd, page = await anyio.to_thread.run_sync(make, waiter.size_bytes, owner, limiter=self._maker)
+            # Shielded: making is no waiting, and who asks without patience gets what there is room for.
+            with anyio.CancelScope(shield=True):
+                fd, page = await anyio.to_thread.run_sync(make, waiter.size_bytes, owner, limiter=self._maker)
         except OSError as error:
             raise NoArena(f"memory for an arena of {waiter.size_bytes} bytes is not to be had: {error}") from error
         finally:

@@ -103,7 +103,6 @@ async def enter(tx: Tx, jobs: Jobs, root: Root, found: Candidate) -> bool:
             format=manifest.format,
         ),
     )
-    await jobs.enqueue(
-        tx, NewJob(checkpoint_id=manifest.checkpoint, lane=f"{experiment.id}/rebuild", stage="verify", payload={})
-    )
+    lane = f"{experiment.id}/rebuild"
+    await jobs.enqueue(tx, NewJob(checkpoint_id=manifest.checkpoint, lane=lane, stage="verify"))
     return True

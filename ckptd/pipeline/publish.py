@@ -19,7 +19,7 @@ from ckptd.errors import CkptdError, Missing
 from ckptd.jobs import Job
 from ckptd.model import Checkpoint, FileEntry, Identity, JobState, Level, Origin, State, step_name
 from ckptd.pipeline.manifest import manifest
-from ckptd.pipeline.tools import Ended, Onward, Outcome, Tools
+from ckptd.pipeline.tools import Ended, Fresh, Onward, Outcome, Tools
 from ckptd.worker.protocol import (
     Digest,
     Digested,
@@ -32,6 +32,7 @@ from ckptd.worker.protocol import (
 
 NEXT = "verify"
 BACK = "settle"
+TOGETHER_BYTES_MAX = 64 << 20  # so large a file is digested again when the daemon dies before it was read back
 COLLISIONS_MAX = 100  # directories of an older catalog that may be in the way of one step
 
 
@@ -48,15 +49,19 @@ async def run(job: Job, tools: Tools) -> Outcome:
             known = {key: value for key, value in job.payload.items() if key not in {"settled", "last", "since_s"}}
             return Onward(replace(job, stage=BACK, payload=known))
         durable = found
+        if durable.size_bytes <= TOGETHER_BYTES_MAX:
+            # Read back before anything is written down: one transaction then makes it durable and verified.
+            fresh = Fresh(checkpoint, durable, job.payload["settled"]["metrics"])
+            return Onward(replace(job, stage=NEXT, fresh=fresh))
     failpoint.hit("catalog.durable")
 
     async def record(tx: Tx) -> Job:
-        await checkpoints.mark_durable(tx, checkpoint.id, durable)
         if checkpoint.origin is Origin.MEMORY:
+            await checkpoints.mark_durable(tx, checkpoint.id, durable)
             # The experiment's next save is written while this one is read back; what follows keeps
             # its own order in a lane of its own.
             return await tools.jobs.move(tx, job, NEXT, f"{checkpoint.experiment_id}/after")
-        await _add_what_was_found(tx, checkpoint.id, job.payload["settled"]["metrics"])
+        await Fresh(checkpoint, durable, job.payload["settled"]["metrics"]).record(tx)
         return await tools.jobs.advance(tx, job, NEXT)
 
     onward = await tools.catalog.write(record)
@@ -64,13 +69,6 @@ async def run(job: Job, tools: Tools) -> Outcome:
     await tools.sources.published(checkpoint.id)
     failpoint.hit("arena.released")
     return Ended() if onward.state is JobState.QUEUED else Onward(onward)
-
-
-async def _add_what_was_found(tx: Tx, checkpoint_id: str, found: dict[str, float]) -> None:
-    """Write down the metrics that the files hold, where nobody has said them better."""
-    if found:
-        known = (await checkpoints.get(tx.conn, checkpoint_id)).metrics
-        await checkpoints.add_metrics(tx, checkpoint_id, {k: v for k, v in found.items() if k not in known})
 
 
 async def _already(job: Job, tools: Tools, checkpoint: Checkpoint) -> Outcome:

@@ -1,4 +1,4 @@
-"""What a stage gets and what it answers. No behaviour."""
+"""What a stage gets and what it answers."""
 
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
@@ -7,10 +7,13 @@ from typing import Protocol
 
 import anyio
 
-from ckptd.catalog import Catalog
+from ckptd.catalog import Catalog, checkpoints
+from ckptd.catalog.checkpoints import Durable
+from ckptd.catalog.tx import Tx
 from ckptd.clock import Clock
 from ckptd.config import Settings
 from ckptd.jobs import Job, Jobs
+from ckptd.model import Checkpoint
 from ckptd.worker import Workers
 
 
@@ -43,6 +46,22 @@ class Tools:
     settings: Callable[[], Settings]
     moved: set[str] = field(default_factory=set)  # retired checkpoints known to lie in the trash
     placing: defaultdict[str, anyio.Lock] = field(default_factory=lambda: defaultdict(anyio.Lock))
+
+
+@dataclass(frozen=True, slots=True)
+class Fresh:
+    """Files that were digested and fsynced and are not written down yet: the next stage does both."""
+
+    checkpoint: Checkpoint
+    durable: Durable
+    metrics: dict[str, float]  # what the files say themselves
+
+    async def record(self, tx: Tx) -> None:
+        """Make the row LIVE and durable, with the metrics that nobody has said better."""
+        row = await checkpoints.mark_durable(tx, self.checkpoint.id, self.durable)
+        found = {name: value for name, value in self.metrics.items() if name not in row.metrics}
+        if found:
+            await checkpoints.add_metrics(tx, row.id, found)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,18 +7,15 @@ verified checkpoint whose best flag is still open, and nothing can retire a winn
 import os
 from dataclasses import dataclass, replace
 
-from sqlalchemy.ext.asyncio import AsyncConnection
-
 from ckptd import failpoint
 from ckptd.best import best
 from ckptd.catalog import bests, checkpoints, roots
-from ckptd.catalog.roots import Root
 from ckptd.catalog.tx import Tx
 from ckptd.config import Rules
 from ckptd.errors import CkptdError
 from ckptd.jobs import Job
 from ckptd.model import Checkpoint, Damage, FileEntry, Identity, JobState, Origin, State
-from ckptd.pipeline.tools import Ended, Onward, Outcome, Tools
+from ckptd.pipeline.tools import Ended, Fresh, Onward, Outcome, Tools
 from ckptd.worker.protocol import DamageRecord, FileRecord, Purge, Settle, Settlement, Verified, Verify
 
 NEXT = "link"
@@ -36,36 +33,34 @@ class Subject:
     checkpoint: Checkpoint
     files: tuple[FileEntry, ...]
     recorded: Identity | None
-    root: Root | None
 
 
 async def subject(tools: Tools, checkpoint_id: str) -> Subject:
     """Read everything that the catalog knows of one checkpoint's bytes. NotFound."""
-
-    async def read(conn: AsyncConnection) -> Subject:
-        row, files, recorded = await checkpoints.whole(conn, checkpoint_id)
-        return Subject(row, files, recorded, await roots.by_path(conn, row.root))
-
-    return await tools.catalog.read(read)
+    return Subject(*await tools.catalog.read(lambda conn: checkpoints.whole(conn, checkpoint_id)))
 
 
 async def run(job: Job, tools: Tools) -> Outcome:
     """Verify one checkpoint. Damage while its arena still holds the bytes: written again to new inodes."""
-    read = await subject(tools, job.checkpoint_id)
-    if read.checkpoint.state not in READABLE or not read.files:
+    fresh: Fresh | None = job.fresh
+    read = _just_digested(fresh) if fresh is not None else await subject(tools, job.checkpoint_id)
+    if fresh is None and (read.checkpoint.state not in READABLE or not read.files):
         await tools.catalog.write(lambda tx: tools.jobs.finish(tx, job))
         return Ended()
     damage = await compare(tools, read)
     if damage:
         return await _damaged(job, tools, read, damage)
     # Rows made by a repair, a restore or a rebuild may tell of other inodes than those that were read.
-    seen = await look(tools, read) if read.checkpoint.state is not State.LIVE else None
+    seen = await look(tools, read) if fresh is None and read.checkpoint.state is not State.LIVE else None
     rules = tools.settings().rules_for(read.checkpoint.project, read.checkpoint.experiment)
-    linked = rules.links and read.root is not None and read.root.may_link
 
     async def record(tx: Tx) -> Job:
+        if fresh is not None:
+            await fresh.record(tx)
         await good(tx, read, seen, rules)
-        if linked or rules.deletes or job.payload.get("repairs"):
+        root = await roots.by_path(tx.conn, read.checkpoint.root)
+        linked = rules.links and root is not None and root.may_link
+        if linked or rules.deletes:
             return await tools.jobs.advance(tx, job, NEXT)
         await tools.jobs.finish(tx, job)  # of the stages that follow, none has anything to do
         return replace(job, state=JobState.DONE)
@@ -75,6 +70,14 @@ async def run(job: Job, tools: Tools) -> Outcome:
     for number in range(1, int(job.payload.get("repairs", 0)) + 1):
         await tools.workers.call(Purge(root=read.checkpoint.root, trash=_evidence(job.checkpoint_id, number)))
     return Ended() if onward.state is JobState.DONE else Onward(onward)
+
+
+def _just_digested(fresh: Fresh) -> Subject:
+    return Subject(
+        replace(fresh.checkpoint, path=fresh.durable.path, state=State.LIVE),
+        tuple(fresh.durable.files),
+        fresh.durable.identity,
+    )
 
 
 async def compare(tools: Tools, read: Subject) -> list[Damage]:
@@ -165,6 +168,8 @@ async def _damaged(job: Job, tools: Tools, read: Subject, damage: list[Damage]) 
     trash = _evidence(checkpoint.id, repairs + 1)
 
     async def record(tx: Tx) -> Job:
+        if job.fresh is not None:
+            await job.fresh.record(tx)
         state = await checkpoints.state_of(tx.conn, checkpoint.id)
         if overwritten and state in READABLE:
             await checkpoints.mark_missing(tx, checkpoint.id, "its writer put another file in its place")

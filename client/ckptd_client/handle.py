@@ -190,6 +190,18 @@ class Following:
         self.settle(handle)
         return handle
 
+    def rename(self, handle: Handle, checkpoint: str) -> None:
+        """The daemon knows the checkpoint of `handle` by another id: follow it under that one."""
+        with self._lock:
+            if checkpoint == handle.id:
+                return
+            self._all.pop(handle.id, None)
+            unsettled = self._unsettled.pop(handle.id, None)
+            handle.id = checkpoint
+            self._all[checkpoint] = handle
+            if unsettled is not None:
+                self._unsettled[checkpoint] = handle
+
     def settle(self, handle: Handle) -> None:
         """Let go of a handle that is verified or ended."""
         if handle.reached("verified") or handle.state in ENDED:

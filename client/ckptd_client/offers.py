@@ -100,6 +100,8 @@ class Offers:
         close_all(fds)
         if reply.get("ok") is True:
             if self._pop(offer):
+                # What lies there may be known already, by the id that a scan or an earlier hand-over gave it.
+                self._session.handles.rename(offer.handle, str(reply.get("checkpoint") or offer.handle.id))
                 self._session.handles.apply({"state": "pending", **reply, "checkpoint": offer.handle.id})
             return
         error = error_of(reply)

@@ -53,7 +53,9 @@ class Saves:
         """Print the distribution."""
         ordered = sorted(self.took_s)
         middle = ordered[len(ordered) // 2]
-        print(f"save() with the daemon {what}: {len(ordered)} calls, median {middle * 1e3:.2f} ms, longest {ordered[-1] * 1e3:.1f} ms")
+        print(
+            f"save() with the daemon {what}: {len(ordered)} calls, median {middle * 1e3:.2f} ms, longest {ordered[-1] * 1e3:.1f} ms"
+        )
 
     def assert_arrived(self, node: Node, name: str) -> None:
         """Everything that save() took is there once, with its own bytes; nothing else is."""

@@ -118,7 +118,7 @@ def small_shm() -> tuple[str, ...]:
     """A command prefix that runs a program where /dev/shm has 64 MiB, as in a container; skips where that can't be had."""
     if os.getuid() != 0:
         pytest.skip("needs root: a private mount namespace with a small /dev/shm")
-    words = ("mount -t tmpfs -o size=64m tmpfs /dev/shm && exec \"$@\"", "sh")
+    words = ('mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"', "sh")
     prefix = ("unshare", "-m", "--propagation", "private", "sh", "-c", *words)
     tried = subprocess.run([*prefix, "df", "--output=size", "/dev/shm"], capture_output=True, text=True, check=False)
     if tried.returncode or tried.stdout.split()[-1] != "65536":
@@ -209,8 +209,10 @@ def test_nothing_stays_in_memory_after_a_killed_job(node: Node, nursery: Nursery
     supervisor = node.supervisor
     assert supervisor is not None
     eventually(
-        lambda: arenas_of(node.daemon_pid) == arenas_of(supervisor.pid)
-        and len(arenas_of(supervisor.pid)) == node.status()["arenas"]["count"],
+        lambda: (
+            arenas_of(node.daemon_pid) == arenas_of(supervisor.pid)
+            and len(arenas_of(supervisor.pid)) == node.status()["arenas"]["count"]
+        ),
         "the store and the daemon to hold the same arenas",
     )
 

@@ -9,6 +9,7 @@ project = "p"
 keep_last = 2
 keep_best = { metric = "val_loss", mode = "min" }
 """
+PINNED = 1
 
 
 def test_a_full_disk_deletes_nothing_and_is_told(node: Node, nursery: Nursery):
@@ -17,14 +18,17 @@ def test_a_full_disk_deletes_nothing_and_is_told(node: Node, nursery: Nursery):
     node.start()
     trainer = nursery.trainer(node.environ)
     trainer.open(name="run", project="p", dir=str(node.runs))
-    for step in range(4):
-        trainer.save(seed=step, step=step, metrics={"val_loss": float(step)})
+    for step in range(5):
+        saved = trainer.save(seed=step, step=step, metrics={"val_loss": float(step)})["id"]
+        node.wait_level(saved)
+        if step == PINNED:
+            node.ckpt("pin", saved)
         node.wait_idle()
     kept = {row["step"]: row["path"] for row in node.rows("p", "run") if row["state"] == "live"}
-    assert set(kept) == {0, 2, 3}, "the best and the last two"
+    assert set(kept) == {0, PINNED, 3, 4}, "the best, the pinned one, the last two"
     retired = node.events("checkpoint.trashed")
     node.arm("copy.allocated", "enospc")
-    late = trainer.save(seed=4, step=4, metrics={"val_loss": 9.0})["id"]
+    late = trainer.save(seed=5, step=5, metrics={"val_loss": 9.0})["id"]
     node.wait_fired()
     (alarm,) = eventually(lambda: node.events("job.retried"), "an alarm")
     assert alarm["data"]["error"]["code"] == "no_space"
@@ -34,4 +38,4 @@ def test_a_full_disk_deletes_nothing_and_is_told(node: Node, nursery: Nursery):
     } == set(kept)
     node.wait_level(late)
     node.wait_idle()
-    assert {row["step"] for row in node.rows("p", "run") if row["state"] == "live"} == {0, 3, 4}
+    assert {row["step"] for row in node.rows("p", "run") if row["state"] == "live"} == {0, PINNED, 4, 5}

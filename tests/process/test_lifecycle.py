@@ -165,7 +165,7 @@ def test_sighup_reloads_and_trainers_notice_nothing(node: Node, nursery: Nursery
     node.configure("[retention]\nkeep_last = 1\ntrash_grace_s = 3600\n")
     node.signal(signal.SIGHUP)
     (said,) = eventually(lambda: node.said("config.reloaded"), "the reload")
-    assert said["changed"] == ["retention"]
+    assert said["changed"] == ["retention.keep_last", "retention.trash_grace_s"]
     assert said["restart_needed"] == []
     second = trainer.save(seed=2, step=2)
     assert trainer.wait(id=second["id"])["level"] == "verified"

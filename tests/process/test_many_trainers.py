@@ -37,7 +37,7 @@ def stream(node: Node, nursery: Nursery, saves: int) -> tuple[dict[str, list[lis
     try:
         for number, trainer in enumerate(trainers):
             places = {"project": PROJECT, "directory": str(node.runs), "first": THREADS * number}
-            trainer.begin("stream", threads=THREADS, runs=THREADS, saves=saves, **places)
+            trainer.begin("stream", threads=THREADS, saves=saves, **places)
         made: dict[str, list[list[Any]]] = {}
         for trainer in trainers:
             made.update(trainer.answer()["saves"])
@@ -66,7 +66,13 @@ def assert_all_there(node: Node, made: dict[str, list[list[Any]]], saves: int) -
         found = sorted(entry.name for entry in directory.iterdir() if not entry.is_symlink())
         assert found == [f"step_{step:010d}" for step in range(saves)]
         assert os.readlink(directory / "latest") == f"step_{saves - 1:010d}"
-    told_once = Counter((event["event"], event["checkpoint"]) for event in node.events() if event["checkpoint"])
+    events = node.events()
+    published: dict[str, list[int]] = {}
+    for event in events:
+        if event["event"] == "checkpoint.published":
+            published.setdefault(event["name"], []).append(event["step"])
+    assert published == {name: list(range(saves)) for name in made}, "published out of order"
+    told_once = Counter((event["event"], event["checkpoint"]) for event in events if event["checkpoint"])
     for kind in ("checkpoint.staged", "checkpoint.published", "checkpoint.verified"):
         assert [told_once[kind, row["checkpoint"]] for row in rows] == [1] * len(rows), kind
 
@@ -80,7 +86,9 @@ def train(node: Node, nursery: Nursery, saves: int, patience_s: float) -> None:
     eventually(lambda: not any(node.status()["jobs"].values()), "every job to end", patience_s)
     total_s = time.monotonic() - begun_s
     count = len(made) * saves
-    print(f"{len(made)} trainers x {saves} saves: {streamed_s:.1f} s to hand off, {total_s:.1f} s until all are verified")
+    print(
+        f"{len(made)} trainers x {saves} saves: {streamed_s:.1f} s to hand off, {total_s:.1f} s until all are verified"
+    )
     print(f"{count / total_s:.0f} checkpoints per second; slowest answer beside them {slowest_s * 1e3:.0f} ms")
     assert len(made) == PROCESSES * THREADS
     assert slowest_s < LAG_S_MAX
@@ -124,7 +132,7 @@ def test_many_trainers_and_a_daemon_that_dies_under_them(node: Node, plain_nurse
         trainers = [plain_nursery.trainer(node.environ) for _ in range(PROCESSES)]
         for number, trainer in enumerate(trainers):
             places = {"project": PROJECT, "directory": str(node.runs), "first": THREADS * number}
-            trainer.begin("stream", threads=THREADS, runs=THREADS, saves=saves, **places)
+            trainer.begin("stream", threads=THREADS, saves=saves, **places)
         made: dict[str, list[list[Any]]] = {}
         for trainer in trainers:
             made.update(trainer.answer()["saves"])

@@ -82,7 +82,9 @@ class Training:
 
     def on_disk(self) -> list[int]:
         """The steps whose directories stand."""
-        return sorted(int(p.name.removeprefix("step_")) for p in self.dir.iterdir() if not p.is_symlink() and p.is_dir())
+        return sorted(
+            int(p.name.removeprefix("step_")) for p in self.dir.iterdir() if not p.is_symlink() and p.is_dir()
+        )
 
     def link(self, name: str) -> int | None:
         """The step that a link points to, None when there is no link. Its target is whole."""
@@ -157,19 +159,22 @@ class Reader:
         self._thread.join()
 
 
-def expected(losses: dict[int, float | None], last: int, every: int) -> list[int]:
+def expected(losses: dict[int, float], last: int, every: int) -> list[int]:
     """What the rules of project "all" keep, said once more in the plainest way."""
     steps = sorted(losses)
-    known = {step: loss for step, loss in losses.items() if loss is not None and loss == loss}
-    best = [min(known, key=lambda step: (known[step], step))] if known else []
-    return sorted({*steps[-last:], *(step for step in steps if step % every == 0), *best})
+    best = min(losses, key=lambda step: (losses[step], step))
+    return sorted({*steps[-last:], *(step for step in steps if step % every == 0), best})
 
 
 def test_the_rules_are_a_union_and_the_links_never_dangle(training: Any, node: Onlooker) -> None:
     """Every save retires something; a reader beside it finds a whole, verified checkpoint behind each link at any time."""
     run: Training = training("all")
-    losses: dict[int, float | None] = dict(
-        zip(range(10, 170, 10), [5.0, 4.0, 4.5, 3.0, 3.5, 3.6, 2.0, 9.0, 8.0, 2.5, 1.0, 7.0, 6.0, 1.5, 0.5, 4.0], strict=True)
+    losses = dict(
+        zip(
+            range(10, 170, 10),
+            [5.0, 4.0, 4.5, 3.0, 3.5, 3.6, 2.0, 9.0, 8.0, 2.5, 1.0, 7.0, 6.0, 1.5, 0.5, 4.0],
+            strict=True,
+        )
     )
     kept: list[int] = []
     with Reader(run.dir, "latest", "best") as reader:
@@ -216,7 +221,9 @@ def test_the_direction_is_what_the_configuration_says_not_what_the_name_suggests
     assert run.path("best:loss") is None  # nobody said what is good there
 
 
-def test_nan_infinity_and_a_missing_metric_are_never_best_and_are_kept_as_they_are(training: Any, node: Onlooker) -> None:
+def test_nan_infinity_and_a_missing_metric_are_never_best_and_are_kept_as_they_are(
+    training: Any, node: Onlooker
+) -> None:
     run: Training = training("late")
     saved: dict[int, dict[str, float]] = {
         1: {"val_loss": float("nan")},

@@ -74,40 +74,36 @@ def test_what_torch_saves_is_found_and_verified(node: Onlooker, writer: Writer, 
     assert (row["project"], row["name"]) == (root.parent.name, "run")
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_a_file_that_is_written_slowly_is_not_taken_early(
-    node: Onlooker, writer: Writer, root: Path, form: str
-) -> None:
+def test_a_file_that_is_written_slowly_is_not_taken_early(node: Onlooker, writer: Writer, root: Path) -> None:
     """Its writer pauses with the file open; all but a few bytes are there for longer than quiet_s."""
-    path = root / f"slow_1{FORMS[form]}"
-    writer.make(name="slow", form=form, seed=2)
-    writer.open(path=path)
-    for part in range(3):
-        writer.write(name="slow", path=path, part=part, of=4)
-        node.wait_looks(node.wait_found(path)["checkpoint"])
-    writer.write(name="slow", path=path, part=3, of=4)
-    node.wait_looks(node.wait_found(path)["checkpoint"])  # whole, and still open
-    assert published(node, path) == []
-    writer.close(path=path)
-    check_done(node, path)
+    paths = {form: root / f"slow_1{ending}" for form, ending in FORMS.items()}
+    for form, path in paths.items():
+        writer.make(name=form, form=form, seed=2)
+        writer.open(path=path)
+    for part in range(3):  # after the last part the file is whole, and still open
+        for form, path in paths.items():
+            writer.write(name=form, path=path, part=part, of=3)
+        node.wait_looks(*paths.values())
+        assert [published(node, path) for path in paths.values()] == [[], []]
+    for path in paths.values():
+        writer.close(path=path)
+        check_done(node, path)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_a_writer_that_closes_between_its_chunks_is_waited_for(
-    node: Onlooker, writer: Writer, root: Path, form: str
-) -> None:
+def test_a_writer_that_closes_between_its_chunks_is_waited_for(node: Onlooker, writer: Writer, root: Path) -> None:
     """No descriptor is open while it pauses: only the structure tells that something is to come."""
-    path = root / f"chunks_1{FORMS[form]}"
-    writer.make(name="chunks", form=form, seed=3)
+    paths = {form: root / f"chunks_1{ending}" for form, ending in FORMS.items()}
     for part in range(3):
-        writer.open(path=path, how="end" if part else "new")
-        writer.write(name="chunks", path=path, part=part, of=3)
-        if part < 2:
+        for form, path in paths.items():
+            writer.make(name=form, form=form, seed=3)
+            writer.open(path=path, how="end" if part else "new")
+            writer.write(name=form, path=path, part=part, of=3)
             writer.close(path=path)
-            node.wait_looks(node.wait_found(path)["checkpoint"])
-    assert published(node, path) == []
-    writer.close(path=path)
-    check_done(node, path)
+        if part < 2:
+            node.wait_looks(*paths.values())
+            assert [published(node, path) for path in paths.values()] == [[], []]
+    for path in paths.values():
+        check_done(node, path)
 
 
 def test_a_file_of_unknown_structure_is_not_taken_while_its_writer_has_it_open(
@@ -118,7 +114,7 @@ def test_a_file_of_unknown_structure_is_not_taken_while_its_writer_has_it_open(
     writer.make(name="raw", form="raw", seed=4)
     writer.open(path=path)
     writer.write(name="raw", path=path, part=0, of=2)
-    node.wait_looks(node.wait_found(path)["checkpoint"], more=3)
+    node.wait_looks(path, more=3)
     assert published(node, path) == []
     writer.write(name="raw", path=path, part=1, of=2)
     writer.close(path=path)
@@ -134,68 +130,67 @@ def test_a_preallocated_file_that_is_filled_through_a_mapping_is_not_taken_early
     writer.map(name="mapped", path=path)
     for part in range(3):
         writer.fill(name="mapped", path=path, part=part, of=3)
-        node.wait_looks(node.wait_found(path)["checkpoint"])
+        node.wait_looks(path)
     assert published(node, path) == []
     writer.unmap(path=path)
     check_done(node, path)
 
 
-@pytest.mark.parametrize("form", FORMS)
 def test_a_file_rewritten_in_place_is_a_new_checkpoint_once_it_is_whole(
-    node: Onlooker, writer: Writer, root: Path, form: str
+    node: Onlooker, writer: Writer, root: Path
 ) -> None:
     """Same size, whole by its structure all the while: half the old bytes, half the new ones are nobody's checkpoint."""
-    path = root / f"last{FORMS[form]}"
-    writer.make(name="old", form=form, seed=6)
-    writer.make(name="new", form=form, seed=7)
-    writer.put(name="old", path=path)
-    old = check_done(node, path)
-    before = node.digests(old["checkpoint"])
-    writer.open(path=path, how="old")
-    writer.write(name="new", path=path, part=0, of=2)
-    new = node.wait_found(path, 2)
-    node.wait_looks(new["checkpoint"])
-    assert len(published(node, path)) == 1
-    assert node.row(old["checkpoint"])["state"] == "missing"  # type: ignore[index]
-    writer.write(name="new", path=path, part=1, of=2)
-    writer.close(path=path)
-    assert check_done(node, path, rows=2)["checkpoint"] == new["checkpoint"]
-    assert node.digests(new["checkpoint"]) != before
-    assert node.digests(old["checkpoint"]) == before
+    paths = {form: root / f"last{ending}" for form, ending in FORMS.items()}
+    old = {}
+    for form, path in paths.items():
+        writer.make(name=f"old {form}", form=form, seed=6)
+        writer.make(name=f"new {form}", form=form, seed=7)
+        writer.put(name=f"old {form}", path=path)
+        old[form] = check_done(node, path)["checkpoint"]
+    digests = {form: node.digests(checkpoint) for form, checkpoint in old.items()}
+    for form, path in paths.items():
+        writer.open(path=path, how="old")
+        writer.write(name=f"new {form}", path=path, part=0, of=2)
+        node.wait_found(path, 2)
+    node.wait_looks(*paths.values())
+    for form, path in paths.items():
+        assert len(published(node, path)) == 1
+        node.wait_state(old[form], "missing")
+        writer.write(name=f"new {form}", path=path, part=1, of=2)
+        writer.close(path=path)
+    for form, path in paths.items():
+        new = check_done(node, path, rows=2)["checkpoint"]
+        assert node.digests(new) != digests[form]
+        assert node.digests(old[form]) == digests[form]
 
 
-def sharded(writer: Writer, directory: Path) -> tuple[list[str], str]:
-    """Make two shards ready in the writer; return their names, and the index that names both."""
+def test_a_sharded_directory_waits_for_its_last_shard_and_its_index(node: Onlooker, writer: Writer, root: Path) -> None:
+    """Side by side: the index comes first, and the index comes last."""
     names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    index = {"metadata": {"total_size": 1}, "weight_map": {f"w{number}": name for number, name in enumerate(names)}}
+    first, last = paths = (root / "index-first", root / "index-last")
     for number, name in enumerate(names):
         writer.make(name=name, form="safetensors", seed=10 + number)
-    directory.mkdir()
-    index = {"metadata": {"total_size": 1}, "weight_map": {f"w{number}": name for number, name in enumerate(names)}}
-    return names, json.dumps(index)
-
-
-@pytest.mark.parametrize("first", [True, False], ids=["index first", "index last"])
-def test_a_sharded_directory_waits_for_its_last_shard_and_its_index(
-    node: Onlooker, writer: Writer, root: Path, *, first: bool
-) -> None:
-    path = root / "hf"
-    names, index = sharded(writer, path)
-    if first:
-        (path / "model.safetensors.index.json").write_text(index)
-    writer.put(name=names[0], path=path / names[0])
-    node.wait_looks(node.wait_found(path)["checkpoint"])
-    writer.open(path=path / names[1])
-    writer.write(name=names[1], path=path / names[1], part=0, of=2)
-    node.wait_looks(node.wait_found(path)["checkpoint"])
-    writer.write(name=names[1], path=path / names[1], part=1, of=2)
-    writer.close(path=path / names[1])
-    if not first:
-        node.wait_looks(node.wait_found(path)["checkpoint"])
-        assert published(node, path) == []
-        (path / "model.safetensors.index.json").write_text(index)
-    row = check_done(node, path)
-    assert row["format"] == "safetensors-sharded"
-    assert not any(other["path"].startswith(f"{path}/") for other in node.rows(root.parent.name))
+    for path in paths:
+        path.mkdir()
+    (first / "model.safetensors.index.json").write_text(json.dumps(index))
+    for path in paths:
+        writer.put(name=names[0], path=path / names[0])
+    node.wait_looks(*paths)
+    for path in paths:
+        writer.open(path=path / names[1])
+        writer.write(name=names[1], path=path / names[1], part=0, of=2)
+    node.wait_looks(*paths)
+    assert [published(node, path) for path in paths] == [[], []]
+    for path in paths:
+        writer.write(name=names[1], path=path / names[1], part=1, of=2)
+        writer.close(path=path / names[1])
+    node.wait_looks(last)
+    assert published(node, last) == []
+    (last / "model.safetensors.index.json").write_text(json.dumps(index))
+    for path in paths:
+        assert check_done(node, path)["format"] == "safetensors-sharded"
+    assert {row["path"] for row in node.rows(root.parent.name)} == {str(path) for path in paths}
 
 
 def test_a_dcp_directory_is_one_checkpoint_once_its_metadata_is_there(
@@ -213,10 +208,10 @@ def test_a_dcp_directory_is_one_checkpoint_once_its_metadata_is_there(
     for name in data:
         writer.open(path=path / name)
         writer.write(name=name, path=path / name, part=0, of=2)
-        node.wait_looks(node.wait_found(path)["checkpoint"])
+        node.wait_looks(path)
         writer.write(name=name, path=path / name, part=1, of=2)
         writer.close(path=path / name)
-    node.wait_looks(node.wait_found(path)["checkpoint"])
+    node.wait_looks(path)
     assert published(node, path) == []
     writer.put(name=".metadata", path=path / ".metadata")
     row = check_done(node, path)
@@ -240,14 +235,14 @@ def test_a_trainer_directory_waits_for_its_state_and_brings_its_metrics(
     (path / "config.json").write_text("{}")
     writer.open(path=path / "model.safetensors")
     writer.write(name="model.safetensors", path=path / "model.safetensors", part=0, of=2)
-    node.wait_looks(node.wait_found(path)["checkpoint"])
+    node.wait_looks(path)
     writer.write(name="model.safetensors", path=path / "model.safetensors", part=1, of=2)
     writer.put(name="training_args.bin", path=path / "training_args.bin")
     writer.close(path=path / "model.safetensors")
     writer.open(path=path / "optimizer.pt")
     writer.write(name="optimizer.pt", path=path / "optimizer.pt", part=0, of=1)
     writer.close(path=path / "optimizer.pt")
-    node.wait_looks(node.wait_found(path)["checkpoint"])
+    node.wait_looks(path)
     assert published(node, path) == []
     history = [{"loss": 2.5, "step": 250}, {"loss": 1.25, "step": 500}, {"eval_loss": 0.75, "step": 500}]
     state = {"global_step": 500, "epoch": 1.5, "log_history": history}
@@ -269,29 +264,25 @@ def test_step_and_epoch_come_from_inside_when_the_name_does_not_tell(
     assert (row["step"], row["epoch"]) == (77, 2.0)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_a_truncated_file_is_never_called_complete(node: Onlooker, writer: Writer, root: Path, form: str) -> None:
-    path = root / f"torn_1{FORMS[form]}"
-    writer.make(name="torn", form=form, seed=20)
-    writer.open(path=path)
-    writer.write(name="torn", path=path, part=0, of=2)
-    writer.close(path=path)
-    row = node.wait_found(path)
-    node.wait_looks(row["checkpoint"], more=3)
-    assert published(node, path) == []
-    assert node.run("wait", row["checkpoint"], "--timeout", "100ms").code == 6
-    assert node.run("path", row["checkpoint"]).code == 3
-
-
-def test_a_zip_whose_checksums_disagree_is_never_called_complete(node: Onlooker, writer: Writer, root: Path) -> None:
-    path = root / "crc_1.pt"
+def test_what_is_torn_is_never_called_complete(node: Onlooker, writer: Writer, root: Path) -> None:
+    """Truncated, or a zip whose checksums disagree: however long it is quiet."""
+    torn = {form: root / f"torn_1{ending}" for form, ending in FORMS.items()}
+    for form, path in torn.items():
+        writer.make(name=form, form=form, seed=20)
+        writer.open(path=path)
+        writer.write(name=form, path=path, part=0, of=2)
+        writer.close(path=path)
+    crc = root / "crc_1.pt"
     writer.torch_save(path=root.parent / "whole.pt", seed=21)
     body = bytearray((root.parent / "whole.pt").read_bytes())
-    body[len(body) // 2] ^= 1  # in the tensors: every structure around them stays as it was
-    path.write_bytes(body)
-    row = node.wait_found(path)
-    node.wait_looks(row["checkpoint"], more=3)
-    assert published(node, path) == []
+    body[len(body) // 4] ^= 1  # in the first tensor: every structure around it stays as it was
+    crc.write_bytes(body)
+    node.wait_looks(*torn.values(), crc, more=3)
+    for path in (*torn.values(), crc):
+        assert published(node, path) == []
+        row = node.wait_found(path)
+        assert node.run("wait", row["checkpoint"], "--timeout", "100ms").code == 6
+        assert node.run("path", row["checkpoint"]).code == 3
 
 
 def test_a_torn_file_that_is_written_again_is_taken_then(node: Onlooker, writer: Writer, root: Path) -> None:
@@ -301,15 +292,13 @@ def test_a_torn_file_that_is_written_again_is_taken_then(node: Onlooker, writer:
     writer.open(path=path)
     writer.write(name="again", path=path, part=0, of=2)
     writer.close(path=path)
-    node.wait_looks(node.wait_found(path)["checkpoint"], more=4)  # by now it is asked about every few seconds only
+    node.wait_looks(path, more=4)  # by now it is asked about every few seconds only
     writer.put(name="again", path=path)
     check_done(node, path)
 
 
 @pytest.mark.parametrize("when", ["before it is found", "while it is written", "after it is verified"])
-def test_a_file_that_is_submitted_and_watched_is_one_row(
-    node: Onlooker, writer: Writer, root: Path, when: str
-) -> None:
+def test_a_file_that_is_submitted_and_watched_is_one_row(node: Onlooker, writer: Writer, root: Path, when: str) -> None:
     """M209: the writer's word adds what it knows; it makes no second checkpoint."""
     path = root / "both_3.pt"
     writer.make(name="both", form="torch", seed=30)
@@ -320,10 +309,10 @@ def test_a_file_that_is_submitted_and_watched_is_one_row(
     elif when == "while it is written":
         writer.open(path=path)
         writer.write(name="both", path=path, part=0, of=2)
-        node.wait_looks(node.wait_found(path)["checkpoint"])
+        node.wait_looks(path)
         answer = node.run("submit", str(path), *told)
         assert answer.code == 0, answer.err
-        node.wait_looks(answer.json["checkpoint"])  # told or not: it is open and torn
+        node.wait_looks(path)  # told or not: it is open and torn
         writer.write(name="both", path=path, part=1, of=2)
         writer.close(path=path)
     else:

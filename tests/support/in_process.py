@@ -105,7 +105,9 @@ def settings_of(directory: Path, **more: Any) -> Settings:
 
 
 @asynccontextmanager
-async def daemon(directory: Path, keeper: Keeper | None = None, *, front: bool = True, **more: Any) -> AsyncIterator[Node]:
+async def daemon(
+    directory: Path, keeper: Keeper | None = None, *, front: bool = True, **more: Any
+) -> AsyncIterator[Node]:
     """Run a daemon in this process until the block is left, nested as `ckptd.daemon.run` nests it.
 
     front  False: nothing of the pipeline or the reconciler runs, only requests are answered

@@ -30,6 +30,7 @@ BROKEN_MAX = 3
 SCRIPT = Path(__file__).with_name("run_node.py")
 TIMING = {"restart_s": 0.02, "good_run_s": 0.0}  # every crash counts as the first: no growing pauses
 
+_FIGURES = ("drain_s", "arena_bytes", "ballast_bytes", "idle_s", "reconcile_s")
 # Quick where a production value only costs the tests time. The retention rules are those of projects that ask for them.
 CONFIG = """\
 orphan_age_s = 4
@@ -48,7 +49,7 @@ lost_after_s = 3
 [catalog]
 ballast_bytes = {ballast_bytes}
 [watching]
-reconcile_s = 2
+reconcile_s = {reconcile_s}
 quiet_s = 0.2
 {more}
 """
@@ -106,6 +107,7 @@ class Node:
     arena_bytes: int = 1 << 30
     ballast_bytes: int = 1 << 20
     idle_s: float = 600.0
+    reconcile_s: float = 2.0
     more: str = ""  # of the configuration
     prefix: tuple[str, ...] = ()  # of the supervisor's command line: a namespace, a limit
     timing: dict[str, float] = field(default_factory=lambda: dict(TIMING))
@@ -172,7 +174,7 @@ class Node:
     def configure(self, more: str | None = None) -> None:
         """Write the configuration; a running daemon reads it on SIGHUP."""
         self.more = self.more if more is None else more
-        figures = {name: getattr(self, name) for name in ("drain_s", "arena_bytes", "ballast_bytes", "idle_s")}
+        figures = {name: getattr(self, name) for name in _FIGURES}
         (self.dir / "toml").write_text(CONFIG.format(**figures, more=self.more))
 
     def signal(self, number: signal.Signals) -> None:

@@ -128,13 +128,21 @@ class Onlooker(Node):
         asked = self.news("stage.done")
         return sum(entry["stage"] == "settle" and entry["checkpoint"] == checkpoint for entry in asked)
 
-    def wait_looks(self, checkpoint: str, more: int = 2) -> None:
-        """Return once the daemon has asked `more` times from now on, and the checkpoint still has no level."""
-        before = self.looks(checkpoint)
-        eventually(lambda: self.looks(checkpoint) >= before + more, f"{more} more looks at {checkpoint}")
-        row = self.row(checkpoint)
-        assert row is not None
-        assert (row["state"], row["level"]) == ("pending", "none"), row
+    def wait_looks(self, *paths: Path, more: int = 2) -> None:
+        """Return once the daemon has asked `more` times from now on about each path.
+
+        AssertionError as soon as one of them gets a level.
+        """
+        rows = [self.wait_found(path)["checkpoint"] for path in paths]
+        wanted = {row: self.looks(row) + more for row in rows}
+
+        def asked() -> bool:
+            for row in map(self.row, rows):
+                assert row is not None
+                assert (row["state"], row["level"]) == ("pending", "none"), row
+            return all(self.looks(row) >= count for row, count in wanted.items())
+
+        eventually(asked, f"{more} more looks at {paths}")
 
     def scans(self, root: Path) -> int:
         """How often all of a root was compared with the catalog."""
@@ -152,7 +160,9 @@ class Onlooker(Node):
             peer.settimeout(PATIENCE_S)
             peer.connect(str(self.socket))
             hello = {"v": 1, "id": 0, "op": "hello", "client": "test", "pid": os.getpid(), "versions": [1]}
-            peer.sendall(wire.encode(hello) + wire.encode({"v": 1, "id": 1, "op": "events", "limit": 1, "follow": True}))
+            peer.sendall(
+                wire.encode(hello) + wire.encode({"v": 1, "id": 1, "op": "events", "limit": 1, "follow": True})
+            )
             with peer.makefile("rb") as lines:
                 assert wire.decode(lines.readline())["ok"]
                 assert wire.decode(lines.readline())["ok"]

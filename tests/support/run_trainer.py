@@ -30,20 +30,16 @@ if not PLAIN:
 
     from tests.support import payload
 
-import ckptd_client
-from ckptd_client import arena as arenas
-from ckptd_client import commits, control, overflow, spool
-
-
-def kill(*pids: int) -> None:
-    for pid in (*pids, os.getpid()):
-        os.kill(pid, signal.SIGKILL)
+import ckptd_client  # noqa: E402 - torch comes first, as in a training script
+from ckptd_client import arena as arenas  # noqa: E402
+from ckptd_client import commits, control, overflow, saver, spool  # noqa: E402
 
 
 class Trainer:
     """One forked process."""
 
-    def __init__(self) -> None:
+    def __init__(self, peer: socket.socket) -> None:
+        self.peer = peer
         self.runs: dict[str, Any] = {}
         self.handles: dict[str, Any] = {}
         self.pushes: dict[str, list[list[str]]] = {}
@@ -83,8 +79,8 @@ class Trainer:
         begun_s = time.monotonic()
         handle = self.runs[run].save(state, **given)
         took_s = time.monotonic() - begun_s
-        if die == "after":
-            kill(*victims)
+        if die in {"after", "before_message"}:  # the latter when there was no message to send: it went into the spool
+            self._die(victims)
         if scribble:
             for stem in ("model", "optimizer"):
                 for tensor in state[stem].values():
@@ -95,29 +91,40 @@ class Trainer:
     def _prepare_to_die(self, moment: str, victims: list[int]) -> None:
         whole = control.commit
 
-        def before_flip(*_: Any) -> None:
-            kill(*victims)
-
         def torn(page: Any, offset: int, descriptor: bytes) -> None:
             """All of a commit but the word itself."""
             whole(page, offset, descriptor)
             control.set_state(page, control.WRITING)
-            kill(*victims)
+            self._die(victims)
 
-        def swept_away(*_: Any, **__: Any) -> None:
-            kill(*victims)
+        def deadly(*_: Any, **__: Any) -> None:
+            self._die(victims)
 
         seams: dict[str, tuple[Any, str, Any]] = {
-            "mid_copy": (arenas, "_write_state", swept_away),
-            "before_flip": (control, "commit", before_flip),
+            "mid_copy": (arenas, "_write_state", deadly),
+            "before_flip": (control, "commit", deadly),
             "torn": (control, "commit", torn),
-            "before_message": (commits.Commits, "add", swept_away),
-            "spooling": (spool.os, "rename", swept_away),
-            "spooled": (overflow.spool, "_sync_directory", swept_away),
+            "before_message": (commits.Commits, "add", deadly),
+            "spooling": (spool.os, "rename", deadly),
+            "spooled": (overflow.spool, "_sync_directory", deadly),
         }
         if moment in seams:
-            owner, name, deadly = seams[moment]
-            setattr(owner, name, deadly)
+            owner, name, replacement = seams[moment]
+            setattr(owner, name, replacement)
+        way = saver.Saver._into_spool
+
+        def noted(*given: Any) -> None:
+            self.in_arena = False
+            way(*given)
+
+        self.in_arena = True
+        saver.Saver._into_spool = noted
+
+    def _die(self, victims: list[int]) -> None:
+        """Say whether the save went into an arena; then SIGKILL, the others first."""
+        self.peer.sendall(json.dumps({"in_arena": self.in_arena}).encode() + b"\n")
+        for pid in (*victims, os.getpid()):
+            os.kill(pid, signal.SIGKILL)
 
     def _told(self, handle: Any) -> dict[str, Any]:
         error = handle.error
@@ -139,21 +146,19 @@ class Trainer:
             handle.wait(level, timeout)
         return self._told(handle)
 
-    def stream(self, threads: int, runs: int, saves: int, project: str, directory: str, first: int = 0) -> dict[str, Any]:
-        """`threads` threads share `runs` experiments of this process, each its own; all saves as fast as they go."""
+    def stream(self, threads: int, saves: int, project: str, directory: str, first: int) -> dict[str, Any]:
+        """`threads` threads, each with an experiment of its own; all save as fast as they are let."""
         made: dict[str, list[list[Any]]] = {}
         ready = threading.Barrier(threads)
 
         def train(number: int) -> None:
-            mine = [f"run-{first + index}" for index in range(number, runs, threads)]
-            opened = {name: ckptd_client.Experiment(name, project=project, dir=directory) for name in mine}
+            name = f"run-{first + number}"
+            run = ckptd_client.Experiment(name, project=project, dir=directory)
             ready.wait(30)
             for step in range(saves):
-                for name, run in opened.items():
-                    handle = run.save({"seed": step, "text": name}, step=step)
-                    made.setdefault(name, []).append([handle.id, step, handle.state])
-            for run in opened.values():
-                run.close()
+                handle = run.save({"seed": step, "text": name}, step=step)
+                made.setdefault(name, []).append([handle.id, step, handle.state])
+            run.close()
 
         workers = [threading.Thread(target=train, args=(number,)) for number in range(threads)]
         begun_s = time.monotonic()
@@ -199,7 +204,7 @@ def serve(peer: socket.socket) -> None:
     with peer.makefile("r", encoding="utf-8") as lines:
         os.environ.update(json.loads(lines.readline()))
         peer.sendall(json.dumps({"pid": os.getpid()}).encode() + b"\n")
-        trainer = Trainer()
+        trainer = Trainer(peer)
         for line in lines:
             order = json.loads(line)
             verb = order.pop("do")

@@ -1,8 +1,10 @@
 """Real training processes for tests: forked by run_trainer.py, told what to do over a socket of their own."""
 
+import contextlib
 import json
 import os
 import queue
+import select
 import signal
 import socket
 import subprocess
@@ -53,13 +55,14 @@ class Trainer:
         assert "raised" not in found, found["raised"]
         return found
 
-    def dies_of(self, order: str, **given: Any) -> None:
-        """Give an order that must be its last."""
+    def dies_of(self, order: str, **given: Any) -> dict[str, Any]:
+        """Give an order that must be its last; return its last words."""
+        words = self.ask(order, **given)
         try:
-            answer = self.ask(order, **given)
+            answer = self._hear()
         except TrainerDied:
             self.wait_dead()
-            return
+            return words
         raise AssertionError(f"{order} was answered: {answer}")
 
     def kill(self) -> None:
@@ -74,18 +77,14 @@ class Trainer:
 
     def wait_dead(self) -> None:
         """Return once the process is gone."""
-        import select
-
         assert select.select([self._pidfd], [], [], ANSWER_S)[0], f"trainer {self.pid} does not end"
 
     def end(self) -> None:
         """End the process, whatever it does."""
         if self._pidfd < 0:
             return
-        try:
+        with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         os.close(self._pidfd)
         self._pidfd = -1
         self._lines.close()

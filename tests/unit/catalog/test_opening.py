@@ -106,7 +106,7 @@ async def test_a_network_file_system_is_refused_unless_the_url_allows_it(
     url = f"sqlite+aiosqlite:///{path}?network=allow"
     async with open_catalog(url, SETTINGS, StillClock(), Told().publish) as catalog:
         await experiment(catalog)
-    assert os.path.exists(path)  # noqa: ASYNC240  a test may wait
+    assert os.path.exists(path)
 
 
 async def test_a_directory_nobody_may_write_to_is_a_fault_with_advice(tmp_path: Path) -> None:
@@ -269,4 +269,4 @@ async def test_an_error_of_the_caller_comes_out_as_it_is_and_the_catalog_is_clos
 
     with pytest.raises(ValueError, match="mine"):
         await fails()
-    assert not os.path.exists(tmp_path / "c.sqlite-wal")  # noqa: ASYNC240  a test may wait
+    assert not os.path.exists(tmp_path / "c.sqlite-wal")

@@ -281,7 +281,7 @@ async def test_a_current_catalog_is_opened_without_alembic_and_without_a_snapsho
     )
     done = await anyio.run_process([sys.executable, "-c", code, str(path)], check=False)
     assert done.returncode == 0
-    assert not os.path.exists(f"{path}.before-{versions.HEAD}")  # noqa: ASYNC240  a test may wait
+    assert not os.path.exists(f"{path}.before-{versions.HEAD}")
 
 
 async def test_an_unknown_id_is_an_error_in_every_reader(catalog: Catalog) -> None:

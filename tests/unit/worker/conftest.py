@@ -16,7 +16,8 @@ from ckptd.worker.context import Context, Limits
 from ckptd.worker.formats.ask import Ask
 from ckptd.worker.formats.source import Folder, Source
 from ckptd.worker.members import members
-from ckptd.worker.protocol import IdentityRecord, Inspected, Settle, Settlement
+from ckptd.worker.protocol import FileImage, IdentityRecord, Inspected, Settle, Settlement
+from tests.support.arena import sealed
 
 EVERYTHING = Ask(tensors_max=10_000, crc=True)
 
@@ -129,3 +130,17 @@ def puppet() -> Iterator[Puppet]:
     found = Puppet()
     yield found
     found.end()
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A managed root that is not there yet."""
+    return tmp_path / "root"
+
+
+@pytest.fixture
+def small() -> Iterator[tuple[int, list[FileImage]]]:
+    """A sealed arena with one small file."""
+    made = sealed({"f": b"x" * 5000})
+    yield made
+    os.close(made[0])

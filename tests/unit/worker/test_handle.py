@@ -31,7 +31,7 @@ MOUNTS = """\
 
 async def eventually(condition: Callable[[], object]) -> None:
     with anyio.fail_after(20):
-        while not condition():  # noqa: ASYNC110 - it is another process's doing, so it can only be asked again
+        while not condition():  # it is another process's doing, so it can only be asked again
             await anyio.sleep(0.01)
 
 

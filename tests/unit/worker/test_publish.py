@@ -7,18 +7,15 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import xxhash
 
-from ckptd import failpoint
-from ckptd.errors import BadPath, BadRequest, Corrupt, Exists, NoSpace, SourceChanged
+from ckptd.errors import BadPath, BadRequest, Corrupt, Exists, SourceChanged
 from ckptd.model import new_id
-from ckptd.worker import beneath, digest, durable, imagewriter, publish, verify
+from ckptd.worker import beneath, digest, imagewriter, publish, verify
 from ckptd.worker.context import Cancelled, Context
-from ckptd.worker.durable import FsyncFailed
 from ckptd.worker.protocol import Digest, FileImage, Publish, Verify
 from tests.support.arena import MIB, publish_request, sealed, spooled
 
@@ -37,23 +34,6 @@ def arena(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[int,
     made = sealed(FILES) if request.param == "sealed" else spooled(tmp_path / "spool", FILES)
     yield made
     os.close(made[0])
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return tmp_path / "root"
-
-
-@pytest.fixture
-def small() -> Iterator[tuple[int, list[FileImage]]]:
-    made = sealed({"f": b"x" * 5000})
-    yield made
-    os.close(made[0])
-
-
-def arm(monkeypatch: pytest.MonkeyPatch, **plan: Any) -> None:
-    monkeypatch.setattr(failpoint, "_plan", {name.replace("__", "."): value for name, value in plan.items()})
-    monkeypatch.setattr(failpoint, "_hits", {})
 
 
 def assert_holds(path: Path, files: dict[str, bytes]) -> None:
@@ -217,87 +197,6 @@ def test_a_damaged_checkpoint_is_not_adopted(root: Path, small: tuple[int, list[
     os.truncate(Path(done.path) / "f", 10)
     with pytest.raises(Corrupt):
         publish.run(request, Context(fd=fd))
-
-
-def test_the_manifest_is_written_after_every_file_is_durable_and_the_name_given_last(
-    root: Path, small: tuple[int, list[FileImage]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The order of the calls that a power cut may come between. SIGKILL can't tell: only the order can."""
-    fd, images = small
-    order: list[str] = []
-    names = lambda which: os.readlink(f"/proc/self/fd/{which}").removeprefix(str(root))  # noqa: E731
-    real_fsync, real_write, real_rename = os.fsync, os.write, durable.rename_noreplace
-
-    def fsync(which: int) -> None:
-        name = names(which)
-        order.append("fsync " + ("temporary" if name.count("ckptd-tmp") and name.count("/") == 3 else name[-13:]))
-        real_fsync(which)
-
-    def write(which: int, data: memoryview) -> int:
-        order.append("write " + names(which)[-13:])
-        return real_write(which, data)
-
-    def rename(old: Any, new: Any) -> None:
-        order.append("rename")
-        real_rename(old, new)
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(os, "write", write)
-    monkeypatch.setattr(durable, "rename_noreplace", rename)
-    publish.run(publish_request(root, images), Context(fd=fd))
-    at = next(i for i, step in enumerate(order) if step.endswith("/f"))
-    assert order[at].startswith("fsync")
-    assert order[at + 1 :] == ["write manifest.json", "fsync manifest.json", "fsync temporary", "rename", "fsync /p/e"]
-
-
-@pytest.mark.parametrize("point", ["copy__fsynced", "manifest__fsynced", "dir__fsynced", "parent__fsynced"])
-def test_a_failed_fsync_is_answered_by_writing_everything_to_new_inodes(
-    root: Path, small: tuple[int, list[FileImage]], monkeypatch: pytest.MonkeyPatch, point: str
-) -> None:
-    fd, images = small
-    arm(monkeypatch, **{point: (1, "eio")})
-    made: list[int] = []
-    real = imagewriter.Output.create
-    monkeypatch.setattr(imagewriter.Output, "create", lambda at, file: made.append(at) or real(at, file))
-    done = publish.run(publish_request(root, images), Context(fd=fd))
-    assert len(made) == 2
-    assert_holds(Path(done.path), {"f": b"x" * 5000})
-    assert os.listdir(root / "p/e") == ["step_0000000001"]
-
-
-def test_a_second_failed_fsync_is_the_end(
-    root: Path, small: tuple[int, list[FileImage]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fd, images = small
-    arm(monkeypatch, copy__fsynced=(1, "eio"), manifest__fsynced=(1, "eio"))
-    with pytest.raises(FsyncFailed):
-        publish.run(publish_request(root, images), Context(fd=fd))
-    assert os.listdir(root / "p/e") == []
-
-
-def test_a_full_disk_is_seen_before_a_byte_is_written(
-    root: Path, small: tuple[int, list[FileImage]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fd, images = small
-    free = SimpleNamespace(f_bavail=5050, f_frsize=1)  # the file has 5,000 bytes: 2 % more must be free
-    monkeypatch.setattr(os, "fstatvfs", lambda _: free)
-    with pytest.raises(NoSpace) as caught:
-        publish.run(publish_request(root, images), Context(fd=fd))
-    assert caught.value.details["need_bytes"] == 5100
-    assert os.listdir(root / "p/e") == []
-    free.f_bavail = 5100
-    publish.run(publish_request(root, images), Context(fd=fd))
-
-
-def test_a_disk_that_fills_up_at_the_fsync_is_not_tried_twice(
-    root: Path, small: tuple[int, list[FileImage]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Thin volumes and quotas say so late; writing it all again would fill them again."""
-    fd, images = small
-    arm(monkeypatch, copy__fsynced=(1, "enospc"))
-    with pytest.raises(NoSpace):
-        publish.run(publish_request(root, images), Context(fd=fd))
-    assert os.listdir(root / "p/e") == []
 
 
 def test_a_cancelled_publish_leaves_nothing(root: Path, arena: tuple[int, list[FileImage]]) -> None:

@@ -1,0 +1,221 @@
+"""Truth about the disks: what is there, what went, and what only looks as if it went."""
+
+import os
+import shutil
+
+import anyio
+import pytest
+
+from ckptd.catalog import checkpoints, roots
+from ckptd.errors import CkptdError, RootDegraded
+from ckptd.model import State
+from ckptd.worker.protocol import Scanned
+from tests.support.in_process import Training, a_tensor, daemon, eventually
+from tests.support.watched import a_watched, live_at, rows_at
+
+
+async def root_of(node, path):
+    return await node.read(lambda conn: roots.by_path(conn, str(path)))
+
+
+async def test_a_file_renamed_while_pending_is_found_under_its_new_name(short_dir):
+    tree, settings = a_watched(short_dir)
+    settings["watching"] = {"quiet_s": 1.0}
+    old, new = tree / "run7/a.bin", tree / "run7/b.bin"
+    old.write_bytes(b"x" * 100)
+    async with daemon(short_dir, **settings) as node:
+        await eventually(lambda: rows_at(node, old))
+        old.rename(new)
+        await live_at(node, new)
+        assert [state for _, state in await rows_at(node, old)] == ["missing"]
+
+
+async def test_a_file_overwritten_in_place_is_a_new_checkpoint_and_no_damage(short_dir):
+    """A trainer's `last.ckpt` is rewritten each epoch; that must never be reported as corruption."""
+    tree, settings = a_watched(short_dir)
+    path = tree / "run7/last.safetensors"
+    path.write_bytes(a_tensor(1))
+    async with daemon(short_dir, **settings) as node:
+        first = await live_at(node, path)
+        path.write_bytes(a_tensor(2))
+
+        async def second() -> bool:
+            states = dict(await rows_at(node, path))
+            return states[first] == "missing" and list(states.values()).count("live") == 1
+
+        await eventually(second)
+        assert "corrupt" not in [state for _, state in await rows_at(node, path)]
+
+
+async def test_a_file_that_never_becomes_whole_has_one_row_however_often_it_is_seen(short_dir):
+    tree, settings = a_watched(short_dir)
+    path = tree / "run7/torn.safetensors"
+    path.write_bytes(a_tensor(1)[:-100])
+    async with daemon(short_dir, **settings) as node:
+        root = await eventually(lambda: root_of(node, tree))
+        for _ in range(4):
+            await node.parts.reconciler.scan(root)
+        assert [state for _, state in await rows_at(node, path)] == ["pending"]
+        path.write_bytes(a_tensor(1))
+        await live_at(node, path)
+
+
+async def test_what_can_never_be_a_checkpoint_fails_once_not_at_every_scan(short_dir, monkeypatch):
+    """A FAILED row remembers the bytes it failed for."""
+    tree, settings = a_watched(short_dir)
+    path = tree / "run7/x.safetensors"
+    path.write_bytes(a_tensor())
+    async with daemon(short_dir, **settings, front=False) as node:
+        root = await root_of(node, tree)
+        await node.parts.reconciler.scan(root)
+        [(one, _)] = await rows_at(node, path)
+        await node.write(lambda tx: checkpoints.mark_failed(tx, one, {"code": "bad_path", "message": "no"}))
+        await node.parts.reconciler.scan(root)
+        assert await rows_at(node, path) == [(one, "failed")]
+        path.write_bytes(a_tensor(2, 5000))
+        await node.parts.reconciler.scan(root)
+        assert [state for _, state in await rows_at(node, path)] == ["failed", "pending"]
+
+
+async def test_a_root_that_is_gone_loses_no_checkpoint(short_dir):
+    """An unmounted disk: nothing is marked missing, the root says what is wrong."""
+    tree, settings = a_watched(short_dir)
+    path = tree / "run7/a.safetensors"
+    path.write_bytes(a_tensor())
+    async with daemon(short_dir, **settings) as node:
+        one = await live_at(node, path)
+        tree.rename(short_dir / "away")
+        root = await root_of(node, tree)
+        with pytest.raises(CkptdError):
+            await node.parts.reconciler.scan(root)
+        await eventually(lambda: node.parts.reconciler.state_of(str(tree))[1])
+        assert await rows_at(node, path) == [(one, "live")]
+        (short_dir / "away").rename(tree)
+        await eventually(lambda: not node.parts.reconciler.state_of(str(tree))[1])
+
+
+async def test_an_empty_mount_point_is_no_proof_that_everything_was_deleted(short_dir, monkeypatch):
+    """The directory is there and empty, on another file system than the checkpoints were."""
+    tree, settings = a_watched(short_dir)
+    path = tree / "run7/a.safetensors"
+    path.write_bytes(a_tensor())
+    async with daemon(short_dir, **settings) as node:
+        one = await live_at(node, path)
+        root = await root_of(node, tree)
+        shutil.rmtree(tree / "run7")
+        unseen = await node.parts.reconciler._standing(root)
+        from ckptd.intake.reconcile import Reconciled
+
+        elsewhere = Scanned(seen=0, complete=True, device=999_999)
+        with pytest.raises(RootDegraded, match="another file system"):
+            await node.parts.reconciler._missing(root, unseen, elsewhere, Reconciled())
+        assert (await node.read(lambda conn: checkpoints.state_of(conn, one))) in {State.LIVE, State.MISSING}
+        result = await node.parts.reconciler.scan(root)  # the same device: they really are gone
+        assert result.missing in {0, 1}
+        assert await rows_at(node, path) == [(one, "missing")]
+
+
+async def test_a_root_that_does_not_exist_yet_is_no_trouble(short_dir):
+    async with daemon(short_dir, roots=[{"path": str(short_dir / "later"), "kind": "watched"}]) as node:
+        (short_dir / "later").mkdir()
+        path = short_dir / "later/a.safetensors"
+        path.write_bytes(a_tensor())
+        await live_at(node, path)
+
+
+async def test_a_checkpoint_that_was_missing_and_came_back_is_read_and_good_again(short_dir):
+    async with daemon(short_dir) as node, node.connect() as line:
+        one = await (await Training(line, str(node.runs)).open()).saved(1)
+        path = (await line.ask("resolve", selector=one))["path"]
+        os.rename(path, short_dir / "aside")
+        root = await root_of(node, node.runs)
+        await node.parts.reconciler.scan(root)
+        assert (await node.read(lambda conn: checkpoints.state_of(conn, one))) is State.MISSING
+        os.rename(short_dir / "aside", path)
+        await node.parts.reconciler.scan(root)
+        assert (await line.ask("wait", checkpoint=one, level="verified", timeout_s=10))["state"] == "live"
+
+
+async def test_a_catalog_that_was_lost_is_made_again_from_the_manifests(short_dir):
+    """M007, promise 7."""
+    async with daemon(short_dir) as node, node.connect() as line:
+        training = await Training(line, str(node.runs)).open(tags=["t"])
+        ids = [await training.saved(step, metrics={"loss": step / 10}, note=f"n{step}") for step in (1, 2, 3)]
+        before = (await line.ask("list", sort="step"))["checkpoints"]
+    for name in os.listdir(short_dir / "state"):
+        if name.startswith("catalog"):
+            os.unlink(short_dir / "state" / name)
+    async with daemon(short_dir) as node, node.connect() as line:
+        answer = await line.ask("rebuild", root=str(node.runs) + "/")
+        assert (answer["roots"][0]["found"], answer["roots"][0]["problem"]) == (3, "")
+        for one in ids:
+            await line.ask("wait", checkpoint=one, level="verified", timeout_s=10)
+        after = (await line.ask("list", sort="step"))["checkpoints"]
+    kept = ("checkpoint", "project", "name", "step", "metrics", "note", "path", "size_bytes", "state", "level")
+    assert [{k: row[k] for k in kept} for row in after] == [{k: row[k] for k in kept} for row in before]
+
+
+async def test_known_files_cost_no_transaction_of_their_own(short_dir):
+    """100,000 known files at start: one look-up for each batch, one note at the end."""
+    tree, settings = a_watched(short_dir)
+    for number in range(300):
+        (tree / "run7" / f"c_{number}.safetensors").write_bytes(a_tensor(number, 64))
+    async with daemon(short_dir, **settings, front=False) as node:
+        root = await root_of(node, tree)
+        first = await node.parts.reconciler.scan(root)
+        commits = node.parts.catalog._writer.commits
+        second = await node.parts.reconciler.scan(root)
+        assert (first.added, second.added, second.known) == (300, 0, 300)
+        assert node.parts.catalog._writer.commits - commits == 1
+
+
+async def test_a_watcher_that_ends_is_started_again_and_everything_is_scanned(short_dir):
+    """Hints may all be lost; that costs time, never a checkpoint."""
+    tree, settings = a_watched(short_dir)
+    settings["watching"] = {"reconcile_s": 3600, "quiet_s": 0.1}
+    async with daemon(short_dir, **settings) as node:
+        await eventually(lambda: node.parts.workers.state() and not node.parts.reconciler.state_of(str(tree))[0])
+        [worker] = node.parts.workers.state()
+        assert worker.pid is not None
+        os.kill(worker.pid, 9)
+        path = tree / "run7/after.safetensors"
+        path.write_bytes(a_tensor())
+        await live_at(node, path)
+
+
+async def test_temporary_directories_of_a_running_publish_are_not_swept(short_dir, monkeypatch):
+    from ckptd.worker.protocol import Done
+
+    async with daemon(short_dir, front=False) as node, node.connect() as line:
+        training = await Training(line, str(node.runs)).open()
+        one = await training.save(1)
+        [job] = await node.parts.jobs.claim(1)
+        asked = []
+
+        async def call(request, **_):
+            asked.append(request)
+            if len(asked) == 1:
+                raise RootDegraded("hangs")
+            return Done()
+
+        await Training(line, str(short_dir / "other"), name="b").open()
+        monkeypatch.setattr(node.parts.workers, "call", call)
+        await node.parts.reconciler.sweep(60.0)
+        assert job.checkpoint_id == one
+        assert [request.keep for request in asked] == [[one], [one]], (
+            "and one hung disk does not keep the other's litter"
+        )
+
+
+async def test_scans_of_a_tree_that_never_rests_leave_the_worker_time(short_dir):
+    tree, settings = a_watched(short_dir)
+    async with daemon(short_dir, **settings) as node:
+        with anyio.move_on_after(1.0):
+            number = 0
+            while True:
+                (tree / "run7" / f"log_{number % 5}.txt").write_text(str(number))
+                number += 1
+                await anyio.sleep(0.005)
+        path = tree / "run7/real.safetensors"
+        path.write_bytes(a_tensor())
+        await live_at(node, path)

@@ -1,0 +1,224 @@
+"""The loop around the stages: what is tried again, what ends, and what nothing may end (handoff.md)."""
+
+import os
+from pathlib import Path
+
+import anyio
+import pytest
+
+from ckptd import pipeline
+from ckptd.catalog import checkpoints
+from ckptd.errors import BadPath, Bug, DiskFault, NoSpace, RootDegraded, TimedOut
+from ckptd.intake.arenas import Use
+from ckptd.model import State, new_id
+from ckptd.pipeline.tools import Outcome
+from tests.support.in_process import Training, a_tensor, daemon, eventually
+
+
+def failing(monkeypatch, stage: str, *errors: Exception) -> list[Exception]:
+    """Let a stage fail with each of the errors, then work; return what is left of them."""
+    real, left = pipeline.STAGES[stage], list(errors)
+
+    async def run(job, tools) -> Outcome:
+        if left:
+            raise left.pop(0)
+        return await real(job, tools)
+
+    monkeypatch.setitem(pipeline.STAGES, stage, run)
+    return left
+
+
+@pytest.mark.parametrize(
+    "error", [NoSpace("full"), DiskFault("EIO"), RootDegraded("hangs"), TimedOut("slow")], ids=lambda e: e.code
+)
+async def test_what_a_disk_does_never_ends_an_acknowledged_save(short_dir, monkeypatch, error):
+    """Its bytes are in the arena, and are written when the disk takes them: retries_max tries and far beyond."""
+    failing(monkeypatch, "publish", *[error] * 5)
+    async with daemon(short_dir, jobs={"retries_max": 2, "backoff_s_max": 0.1}) as node, node.connect() as line:
+        checkpoint = await (await Training(line, str(node.runs)).open()).save(1)
+        assert (await line.ask("wait", checkpoint=checkpoint, level="verified", timeout_s=10))["state"] == "live"
+
+
+async def test_a_refusal_ends_the_checkpoint_visibly_and_gives_its_memory_back(short_dir, monkeypatch):
+    failing(monkeypatch, "publish", BadPath("a symlink lies on the way"))
+    async with daemon(short_dir) as node, node.connect() as line:
+        checkpoint = await (await Training(line, str(node.runs)).open()).save(1)
+        push = await line.push("level", checkpoint=checkpoint, state="failed")
+        assert push["error"]["code"] == "bad_path"
+        await eventually(lambda: [arena.use for arena in node.parts.pool.all()] == [Use.FREE])
+
+
+async def test_a_defect_of_ours_never_ends_a_hand_off_its_bytes_wait_for_a_better_daemon(short_dir, monkeypatch):
+    failing(monkeypatch, "publish", ZeroDivisionError("oops"))
+    async with daemon(short_dir) as node, node.connect() as line:
+        checkpoint = await (await Training(line, str(node.runs)).open()).save(1)
+
+        async def parked() -> bool:
+            return (await line.ask("status"))["jobs"]["parked"] == 1
+
+        await eventually(parked)
+        assert (await node.read(lambda conn: checkpoints.state_of(conn, checkpoint))) is State.PENDING
+        assert await node.parts.jobs.try_parked() == 1
+        await line.ask("wait", checkpoint=checkpoint, level="verified", timeout_s=10)
+
+
+async def test_one_checkpoint_that_meets_a_defect_stops_no_other(short_dir, monkeypatch):
+    failing(monkeypatch, "verify", Bug("oops"))
+    async with daemon(short_dir) as node, node.connect() as line:
+        first = await (await Training(line, str(node.runs), name="a").open()).save(1)
+        await line.push("level", checkpoint=first, level="durable")
+        await (await Training(line, str(node.runs), name="b").open()).saved(1)
+
+
+async def test_a_catalog_that_refuses_claims_for_a_while_ends_nothing(short_dir, monkeypatch):
+    """A full disk under the catalog must not take the daemon, and all staged saves, with it."""
+    monkeypatch.setattr(pipeline, "CLAIM_AGAIN_S", 0.05)
+    async with daemon(short_dir) as node, node.connect() as line:
+        training = await Training(line, str(node.runs)).open()
+        claim, left = node.parts.jobs.claim, [NoSpace("full")] * 3
+
+        async def refuse(limit=1):
+            if left:
+                raise left.pop()
+            return await claim(limit)
+
+        monkeypatch.setattr(node.parts.jobs, "claim", refuse)
+        await training.saved(1)
+        assert left == []
+
+
+async def test_a_failure_that_can_not_be_recorded_is_carried_on_when_the_lease_ends(short_dir, monkeypatch):
+    failing(monkeypatch, "verify", DiskFault("EIO"))
+    settings = {"jobs": {"lease_s": 1.0, "backoff_s": 0.05}, "workers": {"request_s": 0.5}, "orphan_age_s": 2.0}
+    async with daemon(short_dir, **settings) as node, node.connect() as line:
+        record, left = node.parts.pipeline._record_failure, [NoSpace("full")]
+
+        async def refuse(*given, **more):
+            if left:
+                raise left.pop()
+            return await record(*given, **more)
+
+        monkeypatch.setattr(node.parts.pipeline, "_record_failure", refuse)
+        await (await Training(line, str(node.runs)).open()).saved(1)
+        assert left == []
+
+
+async def test_a_lease_that_can_not_be_renewed_once_does_not_abort_the_stage(short_dir, monkeypatch):
+    settings = {"jobs": {"lease_s": 1.0, "backoff_s": 0.05}, "workers": {"request_s": 0.5}, "orphan_age_s": 2.0}
+    async with daemon(short_dir, **settings) as node, node.connect() as line:
+        real, runs = pipeline.STAGES["verify"], []
+
+        async def slow(job, tools):
+            runs.append(job.id)
+            await anyio.sleep(0.8)
+            return await real(job, tools)
+
+        renew, left = node.parts.jobs.renew, [NoSpace("full")]
+
+        async def refuse(job):
+            if left:
+                raise left.pop()
+            return await renew(job)
+
+        monkeypatch.setitem(pipeline.STAGES, "verify", slow)
+        monkeypatch.setattr(node.parts.jobs, "renew", refuse)
+        await (await Training(line, str(node.runs)).open()).saved(1)
+        assert (left, len(runs)) == ([], 1)
+
+
+async def test_the_next_save_is_written_while_the_one_before_is_read_back(short_dir, monkeypatch):
+    """M208: stages in order for one checkpoint; the memory of the next does not wait for a read-back."""
+    gate = anyio.Event()
+    real = pipeline.STAGES["verify"]
+
+    async def held(job, tools):
+        await gate.wait()
+        return await real(job, tools)
+
+    monkeypatch.setitem(pipeline.STAGES, "verify", held)
+    async with daemon(short_dir) as node, node.connect() as line:
+        training = await Training(line, str(node.runs)).open()
+        ids = [await training.save(step) for step in (1, 2, 3)]
+        for one in ids:
+            await line.push("level", checkpoint=one, level="durable")
+        gate.set()
+        verified = [(await line.push("level", level="verified"))["checkpoint"] for _ in ids]
+        assert verified == ids
+
+
+async def test_each_stage_runs_once_and_in_order(short_dir, monkeypatch):
+    """M208, M023: one traced save shows every stage once."""
+    trace: list[str] = []
+    for name, real in dict(pipeline.STAGES).items():
+
+        async def traced(job, tools, name=name, real=real):
+            trace.append(name)
+            return await real(job, tools)
+
+        monkeypatch.setitem(pipeline.STAGES, name, traced)
+    async with daemon(short_dir) as node, node.connect() as line:
+        await (await Training(line, str(node.runs)).open()).saved(1)
+        await eventually(lambda: trace[-1:] == ["retain"])
+        assert trace == ["publish", "verify", "link", "retain"]
+        trace.clear()
+        path = short_dir / "single" / "a.safetensors"
+        path.parent.mkdir()
+        path.write_bytes(a_tensor())
+        one = (await line.ask("submit", path=str(path), checkpoint=new_id()))["checkpoint"]
+        await line.ask("wait", checkpoint=one, level="verified", timeout_s=10)
+        assert trace == ["settle", "publish", "verify"], "where no link and no rule applies, nothing more is asked"
+
+
+async def test_no_transaction_ever_asks_a_worker(short_dir, monkeypatch):
+    """A transaction that waited for a disk would stop every trainer's commit."""
+    from ckptd.catalog.writer import Writer
+
+    async with daemon(short_dir, retention={"keep_last": 1}) as node, node.connect() as line:
+        inside = 0
+        run, call = Writer._run, node.parts.workers.call
+
+        async def counted(self, pending):
+            nonlocal inside
+            inside += 1
+            try:
+                await run(self, pending)
+            finally:
+                inside -= 1
+
+        asked = []
+
+        async def watched(request, **more):
+            import traceback
+
+            asked.append(any("writer.py" in frame.filename for frame in traceback.extract_stack()))
+            return await call(request, **more)
+
+        monkeypatch.setattr(Writer, "_run", counted)
+        monkeypatch.setattr(node.parts.workers, "call", watched)
+        training = await Training(line, str(node.runs)).open()
+        for step in range(1, 4):
+            await training.saved(step)
+        assert asked
+        assert not any(asked)
+
+
+async def test_descriptors_of_images_are_closed_whatever_a_stage_does(short_dir, monkeypatch):
+    from tests.support.in_process import open_fds
+
+    failing(monkeypatch, "verify", *[TimedOut("slow")] * 3)
+    async with daemon(short_dir) as node, node.connect() as line:
+        training = await Training(line, str(node.runs)).open()
+        await training.saved(1)
+        before = open_fds()
+        call, left = node.parts.workers.call, [NoSpace("full")] * 4
+
+        async def flaky(request, **more):
+            if left:
+                raise left.pop()
+            return await call(request, **more)
+
+        monkeypatch.setattr(node.parts.workers, "call", flaky)
+        await training.saved(2)
+        assert open_fds() <= before + 3  # one more arena: its memfd, its control page, the store's copy
+        assert Path(node.runs / "demo/run/step_0000000002").is_dir()
+        assert os.path.exists(node.runs / "demo/run/latest")
