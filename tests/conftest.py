@@ -1,6 +1,7 @@
 """Fixtures that every suite shares."""
 
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,10 @@ import pytest
 from tests.support.node import Node
 from tests.support.skips import pytest_sessionfinish, pytest_terminal_summary  # noqa: F401  hooks
 from tests.support.trainer import Nursery
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # Started in the background by a shell: the programs under test would inherit a deaf ear for Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

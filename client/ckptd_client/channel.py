@@ -42,9 +42,12 @@ def peer_uid(sock: socket.socket) -> int:
 def dial(place: SocketPlace) -> "Channel":
     """Connect to `place` and check who serves it.
 
-    ChannelLost  nobody listens, the queue of connections is full, or another uid serves it
+    ChannelLost  nobody listens, the queue of connections is full, another uid serves it, or no descriptor is left
     """
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    except OSError as error:  # the training process is out of descriptors: it may have some again later
+        raise ChannelLost(f"no socket to connect with: {error.strerror}") from error
     try:
         # With a timeout a full backlog answers EAGAIN at once, where a blocking connect would hang.
         sock.settimeout(CONNECT_S)
