@@ -30,6 +30,10 @@ from ckptd.worker.protocol import (
 from tests.support.arena import MIB, publish_request, sealed
 from tests.support.worker_process import Died, WorkerProcess
 
+# One after another: a loop device that another test took in between would give the image another
+# device number after its power cut, and a checkpoint's identity names the device.
+pytestmark = pytest.mark.xdist_group("loop")
+
 EXT4_IOC_SHUTDOWN = 0x8004587D
 WITHOUT_FLUSHING_THE_JOURNAL = 2
 FILES = {"model.safetensors": os.urandom(MIB * 5 + 5), "deep/opt.safetensors": os.urandom(4096), "state.json": b"{}"}
