@@ -30,10 +30,6 @@ from ckptd.worker.protocol import (
 from tests.support.arena import MIB, publish_request, sealed
 from tests.support.worker_process import Died, WorkerProcess
 
-# One after another: a loop device that another test took in between would give the image another
-# device number after its power cut, and a checkpoint's identity names the device.
-pytestmark = pytest.mark.xdist_group("loop")
-
 EXT4_IOC_SHUTDOWN = 0x8004587D
 WITHOUT_FLUSHING_THE_JOURNAL = 2
 FILES = {"model.safetensors": os.urandom(MIB * 5 + 5), "deep/opt.safetensors": os.urandom(4096), "state.json": b"{}"}
@@ -50,12 +46,19 @@ class Disk:
             image.truncate(64 * MIB)
         subprocess.run(["mkfs.ext4", "-q", "-F", self._image], check=True)
         self._mounted = False
-
-    def mount(self) -> None:
-        done = subprocess.run(["mount", "-o", "loop", self._image, self.path], capture_output=True, check=False)
+        # One device for the image's whole life: a checkpoint's identity names the device's number.
+        done = subprocess.run(["losetup", "-f", "--show", self._image], capture_output=True, check=False)
         if done.returncode:
             pytest.skip(f"can't mount a loop device: {done.stderr.decode().strip()}")
+        self._device = done.stdout.decode().strip()
+
+    def mount(self) -> None:
+        subprocess.run(["mount", self._device, self.path], check=True)
         self._mounted = True
+
+    def give_back(self) -> None:
+        self.unmount()
+        subprocess.run(["losetup", "-d", self._device], check=True)
 
     def unmount(self) -> None:
         if self._mounted:
@@ -80,7 +83,7 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
     made = Disk(tmp_path)
     made.mount()
     yield made
-    made.unmount()
+    made.give_back()
 
 
 @pytest.fixture(scope="module")
