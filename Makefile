@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTHON_FOUND := $(shell command -v $(PYTHON) || command -v python3)
 
-.PHONY: demo test check quick bench test-faults setup docs clean
+.PHONY: demo test check quick bench bench-load soak test-faults setup docs clean
 
 $(STAMP): pyproject.toml client/pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON_FOUND) -m venv $(VENV)
@@ -37,10 +37,17 @@ test-faults: $(STAMP)  ## the long form of the crash suites
 bench: $(STAMP)  ## ckptd beside its peers; writes docs/benchmarks.md
 	$(BIN)/python -m tests.bench --out docs/benchmarks.md
 
+bench-load: $(STAMP)  ## the load targets beside what this machine does; LOAD="--out FILE.md" writes a page
+	$(BIN)/python -m tests.bench_load $(LOAD)
+
+SOAK_MIN ?= 60
+soak: $(STAMP)  ## trainers, writers, readers and random faults; SOAK_MIN minutes, SOAK="--seed N" repeats a schedule
+	$(BIN)/python -m tests.soak --minutes $(SOAK_MIN) $(SOAK)
+
 docs: $(STAMP)  ## regenerate the references that tests compare
 	$(BIN)/python -m ckptd.origins reference example
 	$(BIN)/python -m ckptd.cli.reference
 	$(BIN)/python docs/generate.py
 
 clean:
-	rm -rf $(VENV) .demo .bench .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) .demo .bench .soak .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

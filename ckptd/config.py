@@ -73,6 +73,9 @@ class Arenas(Section):
         default_factory=lambda: int(_memory_bytes() * 0.4),
         description="All arenas together. Default: 40 % of the machine's memory.",
     )
+    bytes_per_uid_max: Size = Field(
+        0, description="Arenas of one user, where a daemon of root serves several. 0: half of bytes_max."
+    )
     per_experiment_max: int = Field(
         2, ge=1, le=8, description="Arenas of one experiment: two let a save overlap the publish before it."
     )
@@ -80,6 +83,11 @@ class Arenas(Section):
         60.0, description="Longest time a lease request waits for an arena before it is answered `no_arena`."
     )
     idle_s: Span = Field(600.0, description="A free arena unused for this long gives its memory back.")
+
+    @property
+    def share_bytes(self) -> int:
+        """What one user may have who is not the daemon's own: that one pays for all of it and has no share."""
+        return self.bytes_per_uid_max or self.bytes_max // 2
 
 
 class Intake(Section):

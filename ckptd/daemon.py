@@ -15,6 +15,7 @@ This process never touches a storage root, never hashes, never parses foreign by
 """
 
 import argparse
+import faulthandler
 import os
 import signal
 import sys
@@ -42,6 +43,7 @@ from ckptd.errors import BadConfig, CkptdError
 from ckptd.events import Bus, Event
 from ckptd.intake import premises, recover
 from ckptd.intake.admit import Admission
+from ckptd.intake.alarm import announce
 from ckptd.intake.arenas import ArenaPool, Use
 from ckptd.intake.commands import Commands
 from ckptd.intake.control import Control
@@ -53,18 +55,23 @@ from ckptd.intake.presence import MetricsBuffer, Presence
 from ckptd.intake.reconcile import Reconciler
 from ckptd.intake.service import Service
 from ckptd.intake.spooled import Spool
-from ckptd.intake.status import Plant, Status, Vitals
+from ckptd.intake.status import Plant, Status
 from ckptd.intake.training import Front
+from ckptd.intake.trouble import Signs, Troubles, Vitals
 from ckptd.jobs import Jobs
 from ckptd.notify import Notifier, passed_fds
 from ckptd.pipeline import Pipeline, retain
 from ckptd.pipeline.tools import Tools
+from ckptd.pipeline.winners import follow_rules
 from ckptd.worker import Workers
 
 log = structlog.get_logger()
 
 REAP_S = 0.5
 TEND_S = 10.0
+STARTING_S = 600.0  # a large catalog is checked, and perhaps migrated, before anything else can be said
+CLOSING_S = 20.0  # workers are ended, the WAL is written back
+SPILL_BYTES_PER_S = 20 << 20  # what the slowest disk of a node is trusted to take
 
 
 @dataclass
@@ -90,6 +97,7 @@ class Parts:
     service: Service
     listener: Listener
     vitals: Vitals
+    troubles: Troubles
     stop: anyio.Event
 
 
@@ -106,9 +114,11 @@ async def run(loaded: origins.Loaded, passed: list[tuple[str, int]], options: ar
     clock, notifier, bus = SystemClock(), Notifier(), Bus()
     settings = loaded.settings
     listening, stored = premises.listening(passed, settings.socket, settings.mode)
+    notifier.adopted(name for name, _ in stored)
+    notifier.extend(STARTING_S)
     target = settings.catalog.url or settings.state_dir / "catalog.sqlite"
     async with (
-        open_catalog(target, settings.catalog, clock, bus.publish) as catalog,
+        open_catalog(target, settings.catalog, clock, partial(announce, bus)) as catalog,
         anyio.create_task_group() as services,
     ):
         parts = _assemble(loaded, options, catalog, Said(clock, notifier, bus))
@@ -127,16 +137,18 @@ async def run(loaded: origins.Loaded, passed: list[tuple[str, int]], options: ar
                         front.start_soon(task)
                     front.start_soon(_reap, parts)
                     front.start_soon(_tend, parts)
-                    front.start_soon(_feed_watchdog, parts)
+                    front.start_soon(parts.troubles.pulse.run)
                     notifier.ready()
-                    notifier.status("serving")
+                    notifier.status(parts.troubles.line())
                     log.info("daemon.ready", pid=os.getpid(), version=__version__, socket=str(settings.socket))
                     await parts.stop.wait()
                     _say_goodbye(parts, drain)
                     front.cancel_scope.cancel()
         with anyio.CancelScope(shield=True):
+            notifier.extend(CLOSING_S)
             await parts.metrics.flush()
             await _spill(parts)
+            notifier.extend(CLOSING_S)
         services.cancel_scope.cancel()
     parts.pool.close()
     listening.close()
@@ -148,7 +160,7 @@ def _assemble(loaded: origins.Loaded, options: argparse.Namespace, catalog: Cata
     settings, clock, notifier, bus = loaded.settings, said.clock, said.notifier, said.bus
     vitals = Vitals(socket=str(settings.socket), started_s=clock.monotonic_s())
     jobs = Jobs(catalog, settings.jobs, clock, SystemRandom())
-    workers = Workers(settings.workers, clock, partial(_announce, bus))
+    workers = Workers(settings.workers, clock, partial(announce, bus))
     pool = ArenaPool(settings.arenas, notifier, clock)
     admission = Admission(catalog, jobs, pool)
     # The settings are asked for anew at each use, so that a reload reaches everything at once.
@@ -165,8 +177,11 @@ def _assemble(loaded: origins.Loaded, options: argparse.Namespace, catalog: Cata
         str(settings.state_dir),
     )  # fmt: skip
     plant = Plant(front, workers, reconciler, vitals, lambda: listener)
-    status = Status(plant)
-    commands = Commands(plant, tools, Doctor(plant, status, notifier, spool).examine)
+    troubles = Troubles(
+        Signs(catalog, jobs, pool, workers, reconciler, spool, notifier, bus, clock, admission.settings, vitals)
+    )
+    status = Status(plant, troubles)
+    commands = Commands(plant, tools, Doctor(plant, status, troubles).examine)
     service = Service(front, {**Control(front).handlers, **status.handlers, **commands.handlers})
     listener = Listener(settings.intake, clock, service.handle, service.gone)
     admission.on_root = reconciler.add
@@ -174,17 +189,10 @@ def _assemble(loaded: origins.Loaded, options: argparse.Namespace, catalog: Cata
     commands.stop = stop.set
     parts = Parts(
         settings, clock, notifier, bus, catalog, jobs, workers, pool, admission, spool, followers,
-        presence, metrics, reconciler, Pipeline(tools), tools, service, listener, vitals, stop,
+        presence, metrics, reconciler, Pipeline(tools), tools, service, listener, vitals, troubles, stop,
     )  # fmt: skip
     commands.reload = partial(_reload, parts, options)
     return parts
-
-
-def _announce(bus: Bus, event: Event) -> None:
-    """Publish what workers and disks do; there is no row for it, so the log keeps it."""
-    bus.publish(event)
-    say = log.warning if event.name in {"worker.lost", "root.degraded"} else log.info
-    say(event.name, **event.data)
 
 
 async def _start_up(parts: Parts, stored: list[tuple[str, int]]) -> None:
@@ -192,9 +200,11 @@ async def _start_up(parts: Parts, stored: list[tuple[str, int]]) -> None:
     if failpoint.armed():
         log.warning("failpoints.armed", points=failpoint.armed())
     adopted = recover.adopt(parts.pool, stored)
+    failpoint.hit("start.adopted")
     running = await parts.jobs.recover()
     await _enter_roots(parts, parts.settings)
     found = await recover.recover(parts.catalog, parts.admission, parts.pool, parts.spool)
+    failpoint.hit("start.recovered")
     log.info("daemon.recovered", arenas=len(adopted), jobs_interrupted=running, saves_found=found)
 
 
@@ -233,8 +243,10 @@ async def _spill(parts: Parts) -> None:
         await parts.admission.rescue(arena)  # committed since the front closed, by a trainer that may be dead by now
     for arena in parts.pool.all():
         if arena.use is Use.BUSY:
+            parts.notifier.extend(CLOSING_S + arena.size_bytes / SPILL_BYTES_PER_S)
             try:
                 await parts.spool.spill(arena)
+                failpoint.hit("stop.spilled")
             except (CkptdError, OSError) as error:
                 # The service manager's copy is all that is left of it; the other saves are still written.
                 log.critical("save.not_spilled", checkpoint=arena.checkpoint_id, error=str(error))
@@ -247,8 +259,10 @@ def _say_goodbye(parts: Parts, drain: anyio.CancelScope) -> None:
     drain_s = parts.settings.drain_s
     drain.deadline = anyio.current_time() + drain_s
     parts.notifier.stopping()
-    parts.notifier.extend(drain_s + 5)
+    parts.notifier.status("draining: what was acknowledged is finished, or goes to the spool")
+    parts.notifier.extend(drain_s + CLOSING_S)
     log.info("daemon.draining", drain_s=drain_s)
+    failpoint.hit("stop.draining")
     for peer in parts.listener.peers:
         peer.push({"push": "closing"})
 
@@ -283,9 +297,11 @@ RESTART_NEEDED = ("mode", "state_dir", "socket", "catalog", "workers", "intake",
 async def _reload(parts: Parts, options: argparse.Namespace) -> dict[str, Any]:
     """Read the configuration again. Names what changed, and what of it waits for a restart. BadConfig: nothing did."""
     new = (await anyio.to_thread.run_sync(_load, options)).settings
-    changed = _changed(parts.admission.current, new)
-    parts.admission.current = new
+    old, parts.admission.current = parts.admission.current, new
+    changed = _changed(old, new)
+    failpoint.hit("reload.applied")
     await _enter_roots(parts, new)
+    await follow_rules(parts.tools, old)
     parts.bus.publish(Event("config.reloaded", parts.clock.now(), data={"changed": changed}))
     return {"changed": changed, "restart_needed": [n for n in changed if n.startswith(RESTART_NEEDED)]}
 
@@ -315,6 +331,7 @@ async def _tend(parts: Parts) -> None:
     while True:
         parts.pool.trim()
         try:
+            await parts.catalog.recover()
             await retain.resume(parts.tools)
             if parts.clock.monotonic_s() - swept_s > parts.settings.orphan_age_s:
                 swept_s = parts.clock.monotonic_s()
@@ -323,24 +340,6 @@ async def _tend(parts: Parts) -> None:
         except CkptdError as error:
             log.warning("upkeep.failed", **error.to_wire())
         await anyio.sleep(TEND_S)
-
-
-async def _feed_watchdog(parts: Parts) -> None:
-    """Tell the service manager that the loop goes round and the catalog answers; say nothing when not."""
-    interval_s = min((parts.notifier.watchdog_s or 10.0) / 2, 10.0)
-    while True:
-        asked_s = parts.clock.monotonic_s()
-        await anyio.sleep(interval_s)
-        lag_s = parts.clock.monotonic_s() - asked_s - interval_s
-        if lag_s > parts.settings.watchdog_lag_s:
-            log.error("loop.lag", lag_s=round(lag_s, 3))
-            continue
-        try:
-            await parts.jobs.counts()
-        except CkptdError as error:
-            log.error("watchdog.not_fed", **error.to_wire())  # noqa: TRY400 - silence is what the manager acts on
-        else:
-            parts.notifier.watchdog()
 
 
 def _load(options: argparse.Namespace) -> origins.Loaded:
@@ -360,6 +359,7 @@ def main(argv: list[str] | None = None) -> int:
     if sys.flags.optimize:
         sys.stderr.write("ckptd: refuses to run under -O: asserts are part of the program\n")
         return BadConfig.exit_code
+    faulthandler.enable()  # the service manager's SIGABRT leaves every thread's stack in the log
     passed = passed_fds()
     try:
         loaded = _load(options)

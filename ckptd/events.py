@@ -59,7 +59,7 @@ class Declared:
 
 
 _CHECKPOINT = ("project", "name", "step", "path", "size_bytes")
-_PROBLEM = (*_CHECKPOINT, "error", "damage")
+_PROBLEM = (*_CHECKPOINT, "error")
 
 EVENTS: dict[str, Declared] = {
     "config.reloaded": Declared("the configuration was read again and holds", ("changed",)),
@@ -76,8 +76,8 @@ EVENTS: dict[str, Declared] = {
     "checkpoint.published": Declared(
         "durable under its final name", (*_CHECKPOINT, "revision", "write_ms", "hash_ms", "adopted")
     ),
-    "checkpoint.verified": Declared("read back from the disk, every digest equal", (*_CHECKPOINT, "ms")),
-    "checkpoint.corrupt": Declared("its bytes no longer match their digest", _PROBLEM),
+    "checkpoint.verified": Declared("read back from the disk, every digest equal", _CHECKPOINT),
+    "checkpoint.corrupt": Declared("its bytes no longer match their digest", (*_PROBLEM, "damage")),
     "checkpoint.missing": Declared("its files are gone, and not by ckptd", _PROBLEM),
     "checkpoint.failed": Declared("it never became durable", _PROBLEM),
     "checkpoint.replaced": Declared("dropped before durable for a newer save", (*_CHECKPOINT, "by")),
@@ -120,12 +120,14 @@ class Subscription:
         """Hold at most `queued_max` (1 or more) events."""
         self._events: deque[Event] = deque(maxlen=queued_max)
         self._missed = 0
+        self.missed = 0  # in all, and never taken back
         self._more = anyio.Event()
 
     def put(self, event: Event) -> None:
         """Queue one event; never blocks."""
         if len(self._events) == self._events.maxlen:
             self._missed += 1
+            self.missed += 1
         self._events.append(event)
         self._more.set()
 
@@ -150,6 +152,12 @@ class Bus:
     def __init__(self) -> None:
         """Start with no subscriber: events published now are nobody's."""
         self._subscriptions: list[Subscription] = []
+        self._missed = 0
+
+    @property
+    def missed(self) -> int:
+        """Return how many events subscribers have lost, those that are gone included."""
+        return self._missed + sum(subscription.missed for subscription in self._subscriptions)
 
     def publish(self, event: Event) -> None:
         """Hand the event to every subscriber. Never blocks; Bug when it is not declared."""
@@ -170,3 +178,4 @@ class Bus:
             yield subscription
         finally:
             self._subscriptions.remove(subscription)
+            self._missed += subscription.missed

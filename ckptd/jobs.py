@@ -85,6 +85,11 @@ class Jobs:
         if known.state is JobState.RUNNING:
             await self.enqueue_new(tx, [new])
 
+    async def enqueue_aside(self, tx: Tx, new: NewJob) -> None:
+        """Add a job that is not the checkpoint's own and in nobody's way; one waiting in its lane is enough."""
+        if all(job.state is JobState.RUNNING for job in await queue.in_lane(tx.conn, new.lane)):
+            await self.enqueue_new(tx, [new])
+
     async def try_parked(self, limit: int = 100) -> int:
         """Give parked jobs of checkpoints that are still PENDING one more try each; return how many."""
 

@@ -49,6 +49,7 @@ _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
 
 Record = MutableMapping[str, Any]
+_sinks: list["Sink"] = []  # of the process, as structlog's own configuration is
 
 
 class Sink:
@@ -183,10 +184,16 @@ def start(settings: config.Log, clock: Clock, fd: int = 2) -> Log:
         logger_factory=lambda *_: _Printer(sink),
         cache_logger_on_first_use=False,
     )
+    _sinks[:] = [sink]
     root = logging.getLogger()
     root.handlers = [_Library()]
     root.setLevel(max(lowest, logging.WARNING))  # libraries chat at info
     return Log(sink)
+
+
+def dropped() -> int:
+    """Return how many lines of this process's log nobody will ever read."""
+    return sum(sink.dropped for sink in _sinks)
 
 
 def get(name: str = "", **fields: Any) -> Any:

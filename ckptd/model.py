@@ -10,7 +10,7 @@ import secrets
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from ckptd.errors import Bug
 
@@ -140,6 +140,22 @@ class FileEntry:
     xxh3: tuple[str, ...] = ()
 
 
+class Seen(Protocol):
+    """An identity, however it came here."""
+
+    @property
+    def ino(self) -> int:
+        """Its inode's number."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Its length; of a directory the sum of its files'."""
+
+    @property
+    def mtime_ns(self) -> int:
+        """When it was last written to; of a directory the newest of its files' times and its own."""
+
+
 @dataclass(frozen=True, slots=True)
 class Identity:
     """Which bytes were meant: recorded at publish, compared before anything is removed."""
@@ -149,6 +165,14 @@ class Identity:
     size_bytes: int
     mtime_ns: int
     ctime_ns: int
+
+    def means(self, seen: Seen) -> bool:
+        """Whether these are the same bytes: the same inode, size and time of writing.
+
+        `dev` is left out, since many file systems get another number with each mount, and `ctime_ns`:
+        a chmod, a link or a rename writes nothing.
+        """
+        return (self.ino, self.size_bytes, self.mtime_ns) == (seen.ino, seen.size_bytes, seen.mtime_ns)
 
 
 @dataclass(frozen=True, slots=True)

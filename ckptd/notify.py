@@ -12,8 +12,8 @@ import errno
 import os
 import socket
 import threading
-from collections import deque
-from collections.abc import MutableMapping
+from collections import Counter, deque
+from collections.abc import Iterable, MutableMapping
 
 import anyio
 
@@ -61,7 +61,8 @@ class Notifier:
 
     enabled     a manager listens
     watchdog_s  it wants to hear `watchdog()` at least this often, None: it does not care
-    store_max   descriptors it keeps, where it says so ($FDSTORE), else None
+    store_max   descriptors it keeps, where it says so ($FDSTORE), else None: it keeps none, or is systemd before 254
+    stored      how many it keeps now, as far as this process knows
     trouble     the last error of a message that will never arrive, for doctor and the log
     """
 
@@ -77,6 +78,7 @@ class Notifier:
         self.watchdog_s = int(usec) / 1e6 if self.enabled and mine and usec.isdigit() and int(usec) else None
         self.store_max = int(stored) if self.enabled and stored.isdigit() else None
         self.trouble: OSError | None = None
+        self._names: Counter[str] = Counter()
         self._waiting: deque[tuple[bytes, int | None]] = deque()
         self._lock = threading.Lock()
         self._socket: socket.socket | None = None
@@ -97,12 +99,25 @@ class Notifier:
         self._send("STATUS=" + line.encode()[:STATUS_BYTES_MAX].decode(errors="ignore"), keep=False)
 
     def watchdog(self) -> None:
-        """Say that the event loop goes round. Lost, not queued, while the manager is slow."""
+        """Say that the daemon makes progress. Lost, not queued, while the manager is slow."""
         self._send("WATCHDOG=1", keep=False)
 
     def extend(self, extend_s: float) -> None:
         """Ask for `extend_s` seconds from now for the start or the stop under way; say it again before they end."""
         self._send(f"EXTEND_TIMEOUT_USEC={int(extend_s * 1e6)}")
+
+    @property
+    def stored(self) -> int:
+        """Return how many descriptors the manager keeps, as far as this process knows."""
+        return self._names.total()
+
+    def has_room(self, more: int = 1) -> bool:
+        """Whether the manager would keep `more` of them: beyond its limit it drops them without a word."""
+        return self.store_max is None or self.stored + more <= self.store_max
+
+    def adopted(self, names: Iterable[str]) -> None:
+        """Count what an earlier daemon stored and this one was passed."""
+        self._names.update(names)
 
     def store(self, name: str, fd: int) -> None:
         """Give the manager a copy of `fd`; the next daemon finds it under `name` in `passed_fds()`.
@@ -114,11 +129,13 @@ class Notifier:
         """
         _check_name(name)
         self._send(f"FDSTORE=1\nFDNAME={name}", fd=fd)
+        self._names[name] += 1
 
     def remove(self, name: str) -> None:
         """Make the manager forget what it stores under `name`; unknown names are fine."""
         _check_name(name)
         self._send(f"FDSTOREREMOVE=1\nFDNAME={name}")
+        self._names.pop(name, None)
 
     async def barrier(self, timeout_s: float = 5.0) -> bool:
         """Wait until the manager has dealt with everything said so far; False when it did not in time.

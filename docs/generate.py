@@ -1,7 +1,7 @@
 """Write what the pages under docs/ say about code from the code itself: `make docs`, in the repository.
 
-docs/reference/errors.md from ckptd.errors, events.md from ckptd.events, python.md from the client's
-docstrings, and the two diagrams in docs/design/handoff.md from ckptd.model's tables of transitions.
+docs/reference/errors.md from ckptd.errors, events.md from ckptd.events, failpoints.md from ckptd.failpoint,
+python.md from the client's docstrings, and the two diagrams in docs/design/handoff.md from ckptd.model's tables of transitions.
 The command line and the settings have generators of their own (ckptd.cli.reference, ckptd.origins);
 tests/test_docs.py keeps all pages current.
 """
@@ -13,11 +13,12 @@ from enum import StrEnum
 from pathlib import Path
 
 import ckptd_client
-from ckptd import errors, events, model
+from ckptd import errors, events, failpoint, model
 from ckptd_client.cadence import Cadence
 
 ERRORS = Path("docs/reference/errors.md")
 EVENTS = Path("docs/reference/events.md")
+FAILPOINTS = Path("docs/reference/failpoints.md")
 PYTHON = Path("docs/reference/python.md")
 HANDOFF = Path("docs/design/handoff.md")
 DRAWN = re.compile(r"(<!-- drawn from (\w+) by docs/generate\.py -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -49,6 +50,16 @@ Generated from `ckptd/events.py` by `docs/generate.py`; a test keeps it current.
 
 Facts, told after the commit that made them true: `ckpt log` shows them, `ckpt log -f` as they happen; the
 operation `events` in [wire-control.md](wire-control.md) says how they travel. Every key of `data` may be absent.
+"""
+_FAILPOINTS_HEAD = """\
+# Fail points
+
+Generated from `ckptd/failpoint.py` by `docs/generate.py`; a test keeps it current.
+
+Named steps of everything that promises something, in the order of a checkpoint's way. The crash suites kill the process
+at each of them, start it again and check every promise ([architecture](../architecture.md)). `CKPTD_FAIL`
+arms points in tests: `CKPTD_FAIL=publish.renamed:2=kill` kills at the second time, `eio` and `enospc` raise, `delay:1` waits a
+second. A daemon that has one armed says so at its start and in `ckpt doctor`.
 """
 _PYTHON_HEAD = """\
 # Python
@@ -95,6 +106,12 @@ def render_events() -> str:
         for name, declared in events.EVENTS.items()
     ]
     return "\n".join([_EVENTS_HEAD, "| event | meaning | `data` |", "|---|---|---|", *rows]) + "\n"
+
+
+def render_failpoints() -> str:
+    """Return docs/reference/failpoints.md: every named step, who reaches it, and what is true there."""
+    rows = [f"| `{name}` | {process} | {meaning} |" for name, (process, meaning) in failpoint.POINTS.items()]
+    return "\n".join([_FAILPOINTS_HEAD, "| point | process | what is true there |", "|---|---|---|", *rows]) + "\n"
 
 
 def render_python() -> str:
@@ -167,8 +184,9 @@ def render_handoff(page: str) -> str:
 
 
 def main() -> None:
-    """Write all four pages under the current directory."""
+    """Write all five pages under the current directory."""
     pages = {ERRORS: render_errors(), EVENTS: render_events(), PYTHON: render_python()}
+    pages[FAILPOINTS] = render_failpoints()
     pages[HANDOFF] = render_handoff(HANDOFF.read_text(encoding="utf-8"))
     for path, text in pages.items():
         path.write_text(text, encoding="utf-8")

@@ -5,16 +5,26 @@ import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.support import tally
+from tests.support.history import History
 from tests.support.node import Node
+from tests.support.onlooker import Onlooker, end, make
 from tests.support.skips import pytest_sessionfinish, pytest_terminal_summary  # noqa: F401  hooks
 from tests.support.trainer import Nursery
+from tests.support.writer import Writer
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # Started in the background by a shell: the programs under test would inherit a deaf ear for Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Counts of the crash suites are printed at the end of the run."""
+    config.pluginmanager.register(tally, "ckptd-tally")
 
 
 @pytest.fixture
@@ -71,3 +81,39 @@ def plain_nursery(nurseries: dict[bool, Nursery]) -> Iterator[Nursery]:
         nurseries[True] = Nursery(made_in[-1], plain=True)
     yield nurseries[True]
     nurseries[True].clear()
+
+
+@pytest.fixture(scope="module")
+def onlooker() -> Iterator[Onlooker]:
+    """A node that runs, with questions about what lies under its watched roots; one for all tests of a file."""
+    made = make().start()
+    yield made
+    end(made)
+
+
+@pytest.fixture(scope="module")
+def writer() -> Iterator[Writer]:
+    """A foreign process that writes checkpoints; one for all tests of a file."""
+    with Writer() as made:
+        yield made
+
+
+@pytest.fixture
+def root(onlooker: Onlooker, tmp_path: Path) -> Iterator[Path]:
+    """A tree that the onlooker watches, under a project named after the test."""
+    yield onlooker.watch(tmp_path / "root", tmp_path.name)
+    print(onlooker.tail())
+
+
+@pytest.fixture(scope="module")
+def history() -> Iterator[History]:
+    """A small real history behind a real daemon; one for all tests of a file."""
+    with History() as made:
+        yield made
+
+
+@pytest.fixture
+def ckpt(history: History) -> Iterator[Any]:
+    """The real command, asked about the history."""
+    yield history.node.run
+    print(history.node.tail())

@@ -26,7 +26,6 @@ WIRE, CONTROL = "docs/reference/wire.md", "docs/reference/wire-control.md"
 TOP = {path.split("/")[0] for path in tree.files() if "/" in path}
 SUFFIXES = (".py", ".md", ".service", ".socket")
 SCOPE = {"selector", "project", "name", "experiment"}  # said once for all operations that take a selector
-MADE = {"docs/benchmarks.md"}  # by a command of ours, where its page says so
 
 
 # -- generated pages ------------------------------------------------------------------------------
@@ -37,6 +36,7 @@ MADE = {"docs/benchmarks.md"}  # by a command of ours, where its page says so
     [
         (generate.ERRORS, generate.render_errors),
         (generate.EVENTS, generate.render_events),
+        (generate.FAILPOINTS, generate.render_failpoints),
         (generate.PYTHON, generate.render_python),
         (generate.HANDOFF, lambda: generate.render_handoff(tree.text(str(generate.HANDOFF)))),
     ],
@@ -318,9 +318,7 @@ def test_every_link_inside_the_repository_leads_somewhere(path):
             continue
         page = Path(path).parent / target if target else Path(path)
         inside = str((tree.ROOT / page).resolve().relative_to(tree.ROOT))
-        if (inside not in MADE and not (tree.ROOT / inside).exists()) or (
-            anchor and anchor not in pages.anchors(inside)
-        ):
+        if not (tree.ROOT / inside).exists() or (anchor and anchor not in pages.anchors(inside)):
             broken.append(link)
     assert broken == []
 
@@ -351,7 +349,7 @@ def test_documents_that_code_points_at_exist():
     for path in tree.python():
         for name in re.findall(r"(?<![\w/{}])(?:[\w-]+/)*[\w-]+\.md\b", tree.text(path)):
             known = any(document == name or document.endswith(f"/{name}") for document in tree.documents())
-            if not known and name not in MADE and "tests/test_" not in path:
+            if not known and "tests/test_" not in path:
                 found.append(f"{path}: {name}")
     assert found == []
 

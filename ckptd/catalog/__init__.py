@@ -9,6 +9,7 @@ Row functions live in one file per noun and take the transaction or the connecti
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,10 +21,10 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from ckptd import config
-from ckptd.catalog import eventlog, faults, sqlite, versions
+from ckptd.catalog import eventlog, faults, sqlite, timesteps, versions
 from ckptd.catalog.ballast import Ballast
 from ckptd.catalog.tx import Tx
-from ckptd.catalog.writer import Writer
+from ckptd.catalog.writer import Trouble, Writer
 from ckptd.clock import Clock
 from ckptd.errors import CatalogFault, CkptdError, NotFound, Unreachable
 from ckptd.events import Event
@@ -48,6 +49,9 @@ class Catalog:
         self._settings = settings
         self._where = where
         self._reading = anyio.Semaphore(settings.readers)
+        self._wall = timesteps.WallClock(writer.clock) if writer is not None else None
+        self._standing: sqlite.Standing | None = None
+        self._torn: Trouble | None = None
         self._upkeep_commits = 0
         self._upkeep_s = writer.clock.monotonic_s() if writer is not None else 0.0
 
@@ -96,6 +100,85 @@ class Catalog:
                     raise known from error
         return result
 
+    async def touch(self) -> None:
+        """Take the writer's turn and the database's lock, and change nothing: returns when the writer is alive.
+
+        Errors as `write`; they are no trouble of a commit's, and are not kept.
+        """
+        if self._writer is None:
+            raise Unreachable("the catalog is open for reading only, because no daemon runs")
+        try:
+            await self._writer.exclusive(_touch)
+        except DBAPIError as error:
+            known = faults.explain(error, self._where)
+            if known is None:
+                raise
+            raise known from error
+
+    @property
+    def trouble(self) -> Trouble | None:
+        """Why nothing can be written at the moment; None as far as is known."""
+        return self._torn or (self._writer.trouble if self._writer is not None else None)
+
+    @property
+    def reserve(self) -> tuple[int, bool]:
+        """Bytes of the reserve beside the catalog, and whether it is whole: it is not while the disk is full."""
+        if self._writer is None:
+            return 0, True
+        return self._writer.ballast.size_bytes, self._writer.ballast.whole
+
+    async def follow_clock(self) -> None:
+        """Before wall times are compared: move graces and leases along when the clock was set. Errors as `write`."""
+        if self._wall is None:
+            return
+        async with self._wall.turn:
+            if not self._wall.known:
+                await self.write(lambda tx: timesteps.clamp(tx, tx.clock.now()))
+                self._wall.known = True
+            by = self._wall.look()
+            if not by:
+                return
+            log.warning("clock.stepped", by_s=by.total_seconds())
+            await self.write(lambda tx: timesteps.shift(tx, by))
+            self._wall.owed = timedelta(0)
+
+    async def recover(self) -> None:
+        """Upkeep of every few seconds: the clock, one row written again after trouble, the reserve when there is room."""
+        writer = self._writer
+        if writer is None:
+            return
+        try:
+            await self.follow_clock()
+            if writer.path is not None:
+                await self._look_at_files(writer, writer.path)
+            if writer.trouble is not None:
+                await writer.run(versions.stamp_again)
+                log.warning("catalog.recovered", path=self._where)
+            if not writer.ballast.whole and await writer.ballast.fill():
+                log.warning("catalog.reserve_restored", path=self._where, bytes=writer.ballast.size_bytes)
+        except (CkptdError, DBAPIError, OSError) as error:
+            log.warning("catalog.not_recovered", path=self._where, cause=type(error).__name__, error=str(error))
+
+    async def _look_at_files(self, writer: Writer, path: Path) -> None:
+        """Notice files that were removed or replaced under us: what is committed then is gone with this process.
+
+        The log that lost its name is still open here, so what it holds is moved into the file, now and at each look.
+        """
+        found = await sqlite.standing(path)
+        if self._standing is None:
+            self._standing = found
+        if found == self._standing:
+            return
+        saved = await writer.exclusive(sqlite.truncate_wal)
+        if self._torn is None:
+            error = CatalogFault(
+                f"the files of the catalog {path} were removed or replaced while they were in use",
+                hint="restart ckptd now; if the catalog itself was removed, run `ckpt rebuild` then",
+                path=str(path),
+            )
+            self._torn = Trouble(error, writer.clock.now())
+            log.critical("catalog.torn", saved=saved, **error.to_wire())
+
     def _upkeep_is_due(self, writer: Writer) -> bool:
         """Claim the turn, so that of many writers that end together one does the upkeep."""
         now_s = writer.clock.monotonic_s()
@@ -107,13 +190,18 @@ class Catalog:
     async def _upkeep(self, writer: Writer) -> None:
         """Keep event log, ballast and WAL at their sizes."""
         await writer.run(eventlog.trim)
-        if writer.eased_full_disk:
-            writer.eased_full_disk = not await writer.ballast.fill()
+        if not writer.ballast.whole:
+            await writer.ballast.fill()
         if writer.path is None:
             return
         size_bytes = await sqlite.wal_bytes(writer.path)
         if size_bytes > self._settings.wal_bytes_max and not await writer.exclusive(sqlite.truncate_wal):
             log.warning("catalog.wal_large", path=self._where, size_bytes=size_bytes, why="a reader's view is open")
+
+
+async def _touch(conn: AsyncConnection) -> None:
+    async with conn.begin():
+        await conn.exec_driver_sql("SELECT 1")
 
 
 @asynccontextmanager
@@ -136,7 +224,10 @@ async def open_catalog(
     try:
         async with writing.connect() as conn:
             await _make_ready(conn, path, where)
-            await ballast.fill()
+            try:
+                await ballast.fill()
+            except OSError as error:  # no reason to refuse saves: the disk is not full yet
+                log.warning("catalog.no_reserve", path=where, error=str(error))
             writer = Writer(conn=conn, clock=clock, publish=publish, ballast=ballast, where=where, path=path)
             try:
                 yield Catalog(reading, writer, settings, where)

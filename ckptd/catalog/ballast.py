@@ -22,28 +22,31 @@ class Ballast:
 
     def __init__(self, path: Path, size_bytes: int) -> None:
         """Name the file; nothing is written yet. `size_bytes` 0: no reserve."""
+        self.size_bytes = size_bytes
+        self.whole = size_bytes == 0
         self._path = path
-        self._size_bytes = size_bytes
 
     async def fill(self) -> bool:
         """Reserve the space if there is room; say whether the reserve is whole."""
-        return await anyio.to_thread.run_sync(self._fill)
+        self.whole = await anyio.to_thread.run_sync(self._fill)
+        return self.whole
 
     async def release(self) -> bool:
         """Give the space back; False when there was none to give."""
+        self.whole = self.size_bytes == 0
         return await anyio.to_thread.run_sync(self._release)
 
     def _fill(self) -> bool:
-        if self._size_bytes == 0:
+        if self.size_bytes == 0:
             return True
         fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
-            if os.fstat(fd).st_blocks * 512 >= self._size_bytes:
+            if os.fstat(fd).st_blocks * 512 >= self.size_bytes:
                 return True
             disk = os.fstatvfs(fd)
-            if disk.f_bavail * disk.f_frsize < self._size_bytes * ROOM_FACTOR:
+            if disk.f_bavail * disk.f_frsize < self.size_bytes * ROOM_FACTOR:
                 return False
-            os.posix_fallocate(fd, 0, self._size_bytes)
+            os.posix_fallocate(fd, 0, self.size_bytes)
         except OSError as error:
             if error.errno not in _FULL:
                 raise

@@ -27,15 +27,11 @@ class Best:
 _best = schema.best.c
 _row = schema.checkpoint.c
 _metric = schema.checkpoint_metric.c
-_CURRENT = (
-    select(schema.best, _row.id.label("checkpoint_id"))
-    .join_from(schema.best, schema.checkpoint)
-    .where(
-        _best.experiment_no
-        == select(schema.experiment.c.no).where(schema.experiment.c.id == bindparam("experiment")).scalar_subquery()
-    )
-    .order_by(_best.metric, _best.mode, _best.rank)
-)
+_PLACES = select(schema.best, _row.id.label("checkpoint_id")).join_from(schema.best, schema.checkpoint)
+_CURRENT = _PLACES.where(
+    _best.experiment_no
+    == select(schema.experiment.c.no).where(schema.experiment.c.id == bindparam("experiment")).scalar_subquery()
+).order_by(_best.metric, _best.mode, _best.rank)
 
 
 async def candidates(
@@ -61,6 +57,26 @@ async def candidates(
 async def current(conn: AsyncConnection, experiment_id: str) -> list[Best]:
     """Return the current best rows of every rule, by metric, mode and rank."""
     rows = await conn.execute(_CURRENT, {"experiment": experiment_id})
+    return [Best(row.metric, row.mode, row.rank, row.checkpoint_id, row.value) for row in rows]
+
+
+async def firsts(conn: AsyncConnection, experiment_ids: Sequence[str]) -> dict[str, list[Best]]:
+    """Return the first places of each of these experiments (those of a page), by metric and mode."""
+    named = _PLACES.add_columns(schema.experiment.c.id.label("experiment_id")).join(
+        schema.experiment, schema.experiment.c.no == _best.experiment_no
+    )
+    wanted = named.where(schema.experiment.c.id.in_(experiment_ids), _best.rank == 1)
+    found: dict[str, list[Best]] = {}
+    for row in await conn.execute(wanted.order_by(_best.metric, _best.mode)):
+        best = Best(row.metric, row.mode, row.rank, row.checkpoint_id, row.value)
+        found.setdefault(row.experiment_id, []).append(best)
+    return found
+
+
+async def of_checkpoints(conn: AsyncConnection, checkpoint_ids: Sequence[str]) -> list[Best]:
+    """Return the places that these checkpoints (a page of them) hold now, by metric, mode and rank."""
+    wanted = _PLACES.where(_row.id.in_(checkpoint_ids)).order_by(_best.metric, _best.mode, _best.rank)
+    rows = await conn.execute(wanted)
     return [Best(row.metric, row.mode, row.rank, row.checkpoint_id, row.value) for row in rows]
 
 

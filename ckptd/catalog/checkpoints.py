@@ -84,6 +84,8 @@ class Durable:
     manifest_sha256: str = ""
     step: int | None = None
     epoch: float | None = None
+    adopted: bool = False  # an earlier publish had written it
+    took_ms: dict[str, float] = field(default_factory=dict)  # what was measured: write_ms, hash_ms
 
 
 _row = schema.checkpoint.c
@@ -141,9 +143,10 @@ async def set_target(tx: Tx, checkpoint_id: str, path: str, root_id: int | None 
     await _set(tx, checkpoint_id, {**_place(path), "root_no": row.root_no if root_id is None else root_id})
 
 
-async def set_identity(tx: Tx, checkpoint_id: str, found: Identity) -> None:
-    """Note which inode holds the same bytes now, after a repair wrote them again. NotFound."""
-    await _set(tx, checkpoint_id, _identity_values(found))
+async def set_identity(tx: Tx, checkpoint_id: str, found: Identity, manifest_sha256: str | None = None) -> None:
+    """Note which inode holds the same bytes now, after a repair wrote them (and a manifest) again. NotFound."""
+    manifest = {} if manifest_sha256 is None else {"manifest_sha256": manifest_sha256}
+    await _set(tx, checkpoint_id, {**_identity_values(found), **manifest})
 
 
 async def mark_durable(tx: Tx, checkpoint_id: str, durable: Durable) -> Checkpoint:
@@ -184,7 +187,7 @@ async def mark_durable(tx: Tx, checkpoint_id: str, durable: Durable) -> Checkpoi
         revision = await _revision(tx.conn, row.experiment_no, durable.step, None)
         values |= {"step": durable.step, "revision": revision}
     moved = await _move(tx, row, State.LIVE, Level.DURABLE, values)
-    _tell(tx, "checkpoint.published", moved, revision=moved.revision)
+    _tell(tx, "checkpoint.published", moved, revision=moved.revision, adopted=durable.adopted, **durable.took_ms)
     return moved
 
 
@@ -216,12 +219,12 @@ async def mark_corrupt(tx: Tx, checkpoint_id: str, damage: Sequence[Damage]) -> 
 
 
 async def mark_missing(tx: Tx, checkpoint_id: str, detail: str = "") -> Checkpoint:
-    """-> MISSING: its files are gone, and not by us. Emits checkpoint.missing, once."""
+    """-> MISSING, out of the trash too: its files are gone, and not by us. Emits checkpoint.missing, once."""
     row = await one(tx.conn, checkpoint_id)
     if row.state == State.MISSING:
         return from_row(row)
     error = {"code": "missing", "message": detail or f"{row.path} is gone"}
-    moved = await _move(tx, row, State.MISSING, None, {"error": error})
+    moved = await _move(tx, row, State.MISSING, None, {"error": error, "trash": None, "trashed_at": None})
     _tell(tx, "checkpoint.missing", moved, error=error)
     return moved
 
@@ -264,12 +267,12 @@ async def mark_dropped(tx: Tx, checkpoint_id: str) -> Checkpoint:
 async def mark_restored(tx: Tx, checkpoint_id: str, path: str, found: Identity) -> Checkpoint:
     """TRASHED or MISSING -> LIVE. Emits checkpoint.restored.
 
-    The level falls back to DURABLE unless `found` is the recorded inode with the recorded size
-    and mtime: what came from elsewhere must be read again before it counts as verified.
+    The level falls back to DURABLE unless `found` means the recorded bytes: what came from elsewhere
+    must be read again before it counts as verified.
     """
     row = await one(tx.conn, checkpoint_id)
     recorded = identity_of(row)
-    same = recorded is not None and replace(recorded, ctime_ns=0) == replace(found, ctime_ns=0)
+    same = recorded is not None and recorded.means(found)
     values = {**_place(path), **_identity_values(found), "trash": None, "trashed_at": None, "error": None}
     moved = await _move(tx, row, State.LIVE, None if same else Level.DURABLE, values)
     _tell(tx, "checkpoint.restored", moved)

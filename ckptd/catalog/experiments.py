@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
-from sqlalchemy import Row, delete, func, insert, select, update
+from sqlalchemy import Row, delete, func, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ckptd.catalog import schema
@@ -158,6 +158,14 @@ async def heartbeat(tx: Tx, experiment_id: str, step: int | None = None) -> None
             closed_at=None if status is ExperimentStatus.RUNNING else known.closed_at,
             last_step=known.last_step if step is None else step,
         )
+    )
+
+
+async def saved_at(tx: Tx, experiment_id: str, step: int) -> None:
+    """Note the step of a save: training has come that far, whether or not its process says so itself."""
+    behind = or_(_experiment.last_step.is_(None), _experiment.last_step < step)
+    await tx.conn.execute(
+        update(schema.experiment).where(_experiment.id == experiment_id, behind).values(last_step=step)
     )
 
 

@@ -14,23 +14,33 @@ _UNUSABLE = (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READO
 _LOCKED = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 _ENDS_TRANSACTION = (*_DAMAGED, *_UNUSABLE, *_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_NOMEM)
 
+# A quota or a file size limit that stops a write is told by SQLite as an I/O error, as is a shared-memory
+# file that can't grow. A failed fsync is not among them: it is never tried again.
+_MAY_BE_FULL = (sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE)
+
 LOCKED_RETRY_S = 1.0
+SHORT_RETRY_S = 1.0
 
 
 def sqlite_code(error: BaseException) -> int | None:
     """Return the primary SQLite result code behind an error; None when there is none."""
     cause = error.orig if isinstance(error, DBAPIError) else error
-    code = getattr(cause, "sqlite_errorcode", None)
+    code = _extended_code(error)
     if code is None:
         # "file is not a database" at connect may reach us as a plain DatabaseError without a code.
         is_foreign = isinstance(cause, sqlite3.DatabaseError) and "not a database" in str(cause)
         return sqlite3.SQLITE_NOTADB if is_foreign else None
-    return int(code) & _PRIMARY
+    return code & _PRIMARY
+
+
+def _extended_code(error: BaseException) -> int | None:
+    code = getattr(error.orig if isinstance(error, DBAPIError) else error, "sqlite_errorcode", None)
+    return None if code is None else int(code)
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Say whether SQLite could not get space."""
-    return sqlite_code(error) == sqlite3.SQLITE_FULL
+    """Say whether SQLite could not get space, or may have failed for want of it."""
+    return sqlite_code(error) == sqlite3.SQLITE_FULL or _extended_code(error) in _MAY_BE_FULL
 
 
 def ends_transaction(error: BaseException) -> bool:
@@ -62,6 +72,8 @@ def explain(error: Exception, where: Path | str) -> CkptdError | None:
             hint="end the program that has the catalog open for writing; ckptd goes on by itself then",
             retry_after_s=LOCKED_RETRY_S,
         )
+    if code == sqlite3.SQLITE_NOMEM:
+        return Busy(f"no memory for the catalog {where}", retry_after_s=SHORT_RETRY_S)
     if code == sqlite3.SQLITE_FULL:
         return NoSpace(f"no space for the catalog {where}", path=str(where))
     if code in _DAMAGED:

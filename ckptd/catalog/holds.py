@@ -1,5 +1,6 @@
 """What keeps a checkpoint: a person's pin, a reader's lease (with expiry), a branch that starts from it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -46,13 +47,13 @@ async def pin(tx: Tx, checkpoint_id: str, uid: int, note: str = "") -> None:
     )
 
 
-async def unpin(tx: Tx, checkpoint_id: str) -> bool:
-    """Lift the pin; False when there was none. NotFound. Emits checkpoint.unpinned."""
+async def unpin(tx: Tx, checkpoint_id: str, uid: int) -> bool:
+    """Lift the pin for the user `uid`; False when there was none. NotFound. Emits checkpoint.unpinned."""
     row = await one(tx.conn, checkpoint_id)
     gone = await tx.conn.execute(delete(schema.pin).where(_pin.checkpoint_no == row.sequence))
     if gone.rowcount == 0:
         return False
-    tx.tell("checkpoint.unpinned", _about(row), experiment=row.experiment_id, checkpoint=row.id)
+    tx.tell("checkpoint.unpinned", {**_about(row), "uid": uid}, experiment=row.experiment_id, checkpoint=row.id)
     return True
 
 
@@ -88,6 +89,11 @@ async def of_experiment(conn: AsyncConnection, experiment_id: str, now: datetime
     """Return everything that holds checkpoints of one experiment at `now`."""
     no = select(schema.experiment.c.no).where(schema.experiment.c.id == experiment_id).scalar_subquery()
     return await _found(conn, _checkpoint.experiment_no == no, now)
+
+
+async def of_checkpoints(conn: AsyncConnection, checkpoint_ids: Sequence[str], now: datetime) -> list[Hold]:
+    """Return everything that holds these checkpoints (a page of them) at `now`."""
+    return await _found(conn, _checkpoint.id.in_(checkpoint_ids), now)
 
 
 async def expire(tx: Tx, now: datetime) -> int:

@@ -4,6 +4,7 @@ Pages go by key (the last row's sort values), never by offset, so page 1,000 cos
 Names are turned into row numbers first: then one index has the filter and the order both.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from sqlalchemy import ColumnElement, Select, and_, exists, func, or_, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ckptd.catalog import schema
-from ckptd.catalog.checkpoint_rows import SELECT, from_row, identity_of, newest_good
+from ckptd.catalog.checkpoint_rows import SELECT, from_row, identity_of, newest_good, newest_good_ids
 from ckptd.catalog.selectors import Scope, resolve
 from ckptd.errors import BadRequest
 from ckptd.model import Checkpoint, Identity, Level, Origin, State
@@ -26,6 +27,7 @@ __all__ = [
     "find",
     "known",
     "latest",
+    "latest_of",
     "of_experiment",
     "resolve",
     "trashed_before",
@@ -33,11 +35,12 @@ __all__ = [
 ]
 
 LIMIT_MAX = 500
-COMMON = 5000  # so many bearers of a tag are no longer collected and sorted for one page
+COMMON = 5000  # so many rows of a tag, a state, a project are no longer collected and sorted for one page
 
 _row = schema.checkpoint.c
 _metric = schema.checkpoint_metric.c
 _HERE = (State.PENDING, State.LIVE, State.CORRUPT)
+_ENDED = (State.DROPPED, State.REPLACED)
 _ON_PATH = (State.PENDING, State.LIVE, State.CORRUPT, State.MISSING)
 
 
@@ -50,6 +53,7 @@ class Filter:
     name: str | None = None  # of the experiment
     experiment_id: str | None = None
     state: State | None = None
+    ended: bool = True  # without a state: also what was dropped or replaced, and is no checkpoint any more
     level: Level | None = None  # at least this one
     tag: str | None = None  # of the checkpoint or of its experiment
     sort: Literal["newest", "step", "metric"] = "newest"
@@ -107,6 +111,11 @@ async def latest(conn: AsyncConnection, experiment_id: str) -> Checkpoint | None
     segment that has one.
     """
     return await newest_good(conn, experiment_id)
+
+
+async def latest_of(conn: AsyncConnection, experiment_ids: Sequence[str]) -> set[str]:
+    """Return the ids of what `latest` finds in each of these experiments."""
+    return await newest_good_ids(conn, experiment_ids)
 
 
 async def known(
@@ -168,7 +177,9 @@ async def _narrow(conn: AsyncConnection, wanted: Filter) -> Select[Any] | None:
     """Apply everything but sort and cursor; None when a name fits nothing."""
     query = SELECT
     if wanted.state is not None:
-        query = query.where(_row.state == wanted.state)
+        query = query.where(await _equal(conn, wanted, _row.state, wanted.state, ""))
+    elif not wanted.ended:
+        query = query.where(_row.state.not_in(_ENDED))
     if wanted.level is not None:
         query = query.where(_row.level_rank >= wanted.level.rank)
     if wanted.tag is not None:
@@ -178,12 +189,28 @@ async def _narrow(conn: AsyncConnection, wanted: Filter) -> Select[Any] | None:
     elif wanted.project is not None:
         column, numbers = _row.project_no, _projects(wanted)
     else:
-        return query if wanted.uid is None else query.where(_row.uid == wanted.uid)
+        return query if wanted.uid is None else query.where(await _equal(conn, wanted, _row.uid, wanted.uid, 0))
     found = (await conn.execute(numbers)).scalars().all()
     if not found:
         return None
     # One number, the usual case, is an equality: then the index has the order too.
-    return query.where(column == found[0] if len(found) == 1 else column.in_(found))
+    if len(found) == 1:
+        return query.where(await _equal(conn, wanted, column, found[0], 0))
+    return query.where(column.in_(found))
+
+
+async def _equal(conn: AsyncConnection, wanted: Filter, column: Any, value: Any, nothing: Any) -> ColumnElement[bool]:
+    """Say that a column has a value, in the form that is fast for the order that is wanted.
+
+    Its index has rows in the order of their arrival. By step they would all be sorted for one page, so when there
+    are many the list is walked by step (`nothing`, added to the column, keeps SQLite from collecting).
+    """
+    equal: ColumnElement[bool] = column == value
+    if wanted.sort != "step":
+        return equal
+    some = select(_row.sequence).where(equal).limit(COMMON).subquery()
+    is_common = (await conn.execute(select(func.count()).select_from(some))).scalar_one() == COMMON
+    return (column + nothing) == value if is_common else equal
 
 
 def _experiments(wanted: Filter) -> Select[Any]:

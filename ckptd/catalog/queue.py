@@ -17,6 +17,8 @@ LANE_MAX = 64  # a longer lane (a path) is stored as its digest
 
 UNFINISHED = (JobState.QUEUED, JobState.RUNNING, JobState.PARKED)
 
+ASIDE = ("amend",)  # stages beside a checkpoint's way: a job of these is not the checkpoint's own
+
 _job = schema.job.c
 _other = schema.job.alias("other")
 
@@ -107,8 +109,9 @@ async def get(conn: AsyncConnection, job_id: int) -> Job:
 
 
 async def of_checkpoint(conn: AsyncConnection, checkpoint_id: str) -> Job | None:
-    """Return the unfinished job of a checkpoint."""
-    wanted = select(schema.job).where(_job.checkpoint_id == checkpoint_id, _job.state.in_(UNFINISHED))
+    """Return the unfinished job that takes a checkpoint on its way; not one beside it."""
+    own = _job.stage.not_in(ASIDE)
+    wanted = select(schema.job).where(_job.checkpoint_id == checkpoint_id, _job.state.in_(UNFINISHED), own)
     row = (await conn.execute(wanted.order_by(_job.no).limit(1))).one_or_none()
     return None if row is None else _from_row(row)
 

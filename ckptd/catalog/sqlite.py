@@ -17,13 +17,16 @@ from sqlalchemy import URL, event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import StaticPool
 
-from ckptd import config
+from ckptd import config, failpoint
 from ckptd.errors import Bug, CatalogFault
 from ckptd_client import places
 
 BUSY_TIMEOUT_MS = 5000  # how long one statement waits for another process's lock
 TRUNCATE_WAIT_MS = 250  # how long truncation waits for readers, while every write waits for it
 READ_WAIT_S = 10.0  # how long a read waits for a connection
+VERSION_TABLE = "alembic_version"  # alembic's own; what has it is a catalog
+_JOURNAL_BYTE = 18  # of the file's header: how it is journalled, https://sqlite.org/fileformat.html
+_ROLLBACK = b"\x01"
 CACHE_KIB = 16 * 1024
 ALLOW_NETWORK = "network"  # in the URL's query: "allow" accepts a network file system
 
@@ -91,15 +94,42 @@ async def check_place(path: Path, *, network_allowed: bool) -> None:
                 path=str(path),
             )
         try:
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                header = os.pread(fd, _JOURNAL_BYTE + 1, 0)
+            finally:
+                os.close(fd)
         except OSError as error:
             raise CatalogFault(
                 f"the catalog {path} can't be opened for writing: {error.strerror}",
                 hint="check the owner and the permissions of the file and its directory",
                 path=str(path),
             ) from error
+        if header[_JOURNAL_BYTE:] == _ROLLBACK:
+            _check_ours(path)
 
     await anyio.to_thread.run_sync(check)
+
+
+def _check_ours(path: Path) -> None:
+    """Refuse somebody else's database before a pragma of ours could change it: our own is in WAL mode already."""
+    other = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+    try:
+        names = {str(row[0]) for row in other.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    except sqlite3.DatabaseError:
+        return  # damaged, or locked: opening it says so
+    finally:
+        other.close()
+    if names and VERSION_TABLE not in names:
+        raise foreign_tables(names)
+
+
+def foreign_tables(names: set[str]) -> CatalogFault:
+    """Return the error of a database that holds tables, but not ours."""
+    return CatalogFault(
+        f"the database holds tables that are not ckptd's: {', '.join(sorted(names))[:200]}",
+        hint="name another database in catalog.url",
+    )
 
 
 async def quick_check(conn: AsyncConnection) -> list[str]:
@@ -119,11 +149,33 @@ async def wal_bytes(path: Path) -> int:
     return await anyio.to_thread.run_sync(size)
 
 
+Standing = tuple[tuple[int, int] | None, ...]
+
+
+async def standing(path: Path) -> Standing:
+    """Say which files the names of the catalog and its write-ahead log lead to; None for one that leads nowhere."""
+
+    def look() -> Standing:
+        found: list[tuple[int, int] | None] = []
+        for name in (path, Path(f"{path}-wal")):
+            try:
+                facts = os.stat(name)
+            except FileNotFoundError:
+                found.append(None)
+            else:
+                found.append((facts.st_dev, facts.st_ino))
+        return tuple(found)
+
+    return await anyio.to_thread.run_sync(look)
+
+
 async def truncate_wal(conn: AsyncConnection) -> bool:
     """Move the WAL into the file and cut it to nothing; False when a reader's view still needs it."""
     await pragma(conn, f"busy_timeout={TRUNCATE_WAIT_MS}")
     try:
+        failpoint.hit("catalog.truncate")
         busy, *_ = await pragma(conn, "wal_checkpoint(TRUNCATE)")
+        failpoint.hit("catalog.truncated")
     finally:
         await pragma(conn, f"busy_timeout={BUSY_TIMEOUT_MS}")  # noqa: ASYNC102  Writer.exclusive shields it
     return not busy
@@ -139,18 +191,30 @@ async def pragma(conn: AsyncConnection, words: str) -> Any:
 
 
 async def snapshot(path: Path, target: Path) -> None:
-    """Copy a live catalog to `target` by the backup API: whole, or not there. OSError, sqlite3.Error."""
+    """Copy a live catalog to `target` by the backup API: whole, or not there, whatever dies. OSError, sqlite3.Error.
+
+    The copy is fsynced under another name, renamed, and its directory fsynced. SQLite's own journal
+    would not do: it is unlinked without an fsync, so after a power cut it may be back and undo the copy.
+    """
 
     def copy() -> None:
-        source = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+        fresh = f"{target}.tmp"  # what an earlier, killed try left there is begun anew
+        fd = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
-            os.close(os.open(target, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-            backup = sqlite3.connect(target)
-            try:
+            with (
+                contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as source,
+                contextlib.closing(sqlite3.connect(fresh)) as backup,
+            ):
+                backup.execute("PRAGMA journal_mode=OFF")
                 source.backup(backup)
-            finally:
-                backup.close()
+            os.fsync(fd)
         finally:
-            source.close()
+            os.close(fd)
+        os.rename(fresh, target)  # noqa: TID251 - the catalog lies in the state directory, which workers don't serve
+        directory = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
 
     await anyio.to_thread.run_sync(copy)

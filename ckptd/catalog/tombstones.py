@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from datetime import datetime
 
-from sqlalchemy import select
+from sqlalchemy import select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ckptd.catalog import schema
+from ckptd.catalog.tx import Tx
 from ckptd.model import State
 
 TOMBSTONES_MAX = 20_000  # of one look; the oldest first, and what is older goes first
@@ -44,3 +45,16 @@ async def tombstones_before(conn: AsyncConnection, before: datetime) -> list[Tom
     return [
         Tombstone(row.id, row.project, row.experiment, row.trashed_at, row.trash) for row in await conn.execute(wanted)
     ]
+
+
+async def give_up_inodes(tx: Tx, checkpoint_ids: list[str]) -> list[str]:
+    """Note that what lies in the trash under these ids is unlinked from now on; return those still TRASHED.
+
+    From here on no inode is meant by the row: its number may be another file's in a moment. And whoever
+    finds a row like this after a crash knows that its files were in the trash, not that they got lost.
+    """
+    trashed = select(_row.id).where(_row.id.in_(checkpoint_ids), _row.state == State.TRASHED)
+    found = list((await tx.conn.execute(trashed)).scalars())
+    nowhere = {"dev": None, "ino": None, "inode_size_bytes": None, "mtime_ns": None, "ctime_ns": None}
+    await tx.conn.execute(update(schema.checkpoint).where(_row.id.in_(found)).values(nowhere))
+    return found

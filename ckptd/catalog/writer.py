@@ -8,10 +8,12 @@ the same moment cost one fsync. There is no writer task: the work is done by who
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import anyio
+import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ckptd import failpoint
@@ -19,10 +21,12 @@ from ckptd.catalog import faults
 from ckptd.catalog.ballast import Ballast
 from ckptd.catalog.tx import Tx
 from ckptd.clock import Clock
-from ckptd.errors import Busy
+from ckptd.errors import Busy, CkptdError
 from ckptd.events import Event
 
 T = TypeVar("T")
+
+log = structlog.get_logger()
 
 WRITERS_MAX = 1024  # callers that may wait; beyond it a caller is told to come back
 BATCH_MAX = 64  # functions that share one commit; bounds how long the first of them waits
@@ -41,6 +45,13 @@ class _Pending:
     error: BaseException | None = None
 
 
+class Trouble(NamedTuple):
+    """Why commits fail, and since when; the first that changed something and succeeded ends it."""
+
+    error: CkptdError
+    since: datetime
+
+
 @dataclass(slots=True, kw_only=True)
 class Writer:
     """Owner of the one connection that writes."""
@@ -52,7 +63,7 @@ class Writer:
     where: str
     path: Path | None
     commits: int = 0
-    eased_full_disk: bool = False
+    trouble: Trouble | None = None
     _waiting: deque[_Pending] = field(default_factory=deque)
     _lock: anyio.Lock = field(default_factory=anyio.Lock)
 
@@ -96,8 +107,7 @@ class Writer:
         try:
             await self._attempt(batch)
         except Exception as error:  # noqa: BLE001  the outcome of every caller in the batch, each raises it
-            if faults.is_disk_full(error) and await self.ballast.release():
-                self.eased_full_disk = True
+            if faults.is_disk_full(error) and await self._ease():
                 await self._second_attempt(batch)
             else:
                 self._fail(batch, error)
@@ -109,6 +119,17 @@ class Writer:
                 pending.done.set()
         self._tell(batch)
 
+    async def _ease(self) -> bool:
+        """Give the reserve to the disk; say whether there was any."""
+        try:
+            if not await self.ballast.release():
+                return False
+        except OSError as error:  # a disk that fails in more than one way: the commit's own error tells of it
+            log.warning("catalog.reserve_stuck", path=self.where, error=str(error))
+            return False
+        log.warning("catalog.reserve_released", path=self.where, bytes=self.ballast.size_bytes, why="the disk is full")
+        return True
+
     async def _second_attempt(self, batch: list[_Pending]) -> None:
         try:
             await self._attempt(batch)
@@ -119,12 +140,15 @@ class Writer:
         known = faults.explain(error, self.where)
         if known is not None:
             known.__cause__ = error
+            if self.trouble is None or type(self.trouble.error) is not type(known):
+                self.trouble = Trouble(known, self.clock.now())
         for pending in batch:
             pending.error = pending.error or known or error
 
     async def _attempt(self, batch: list[_Pending]) -> None:
         """Run a batch in one transaction. An error that comes out of here has undone all of it."""
         transaction = await self.conn.begin()
+        changes = await self._changes()
         try:
             if len(batch) == 1:
                 await self._run(batch[0])
@@ -137,7 +161,14 @@ class Writer:
             await transaction.rollback()  # noqa: ASYNC102  run() shields the whole batch
             raise
         self.commits += 1
+        if self.trouble is not None and await self._changes() != changes:
+            self.trouble = None  # a commit of nothing writes nothing, and proves nothing
         failpoint.hit("catalog.committed")
+
+    async def _changes(self) -> int:
+        """Rows changed so far on this connection; another database than SQLite does not say, and is believed."""
+        driver = (await self.conn.get_raw_connection()).driver_connection
+        return int(getattr(driver, "total_changes", self.commits))
 
     async def _run_in_savepoint(self, pending: _Pending) -> None:
         savepoint = await self.conn.begin_nested()

@@ -103,6 +103,14 @@ def _socket(name: str) -> Check:
         if mode & 0o006 and place.own:
             hint = f"chmod 600 {place.path}; the daemon makes it so when it starts"
             return _check(name, f"{place.path} is open to everybody (mode {mode:04o})", status="warn", hint=hint)
+        parent = os.path.dirname(place.path)
+        above = os.stat(parent)
+        if above.st_uid not in {0, os.getuid()} or (above.st_mode & 0o022 and not above.st_mode & stat.S_ISVTX):
+            detail = f"{parent} belongs to uid {above.st_uid}, mode {stat.S_IMODE(above.st_mode):04o}"
+            hint = (
+                f"chown it to you or root and chmod go-w {parent}: who may write there can serve in the daemon's place"
+            )
+            return _check(name, detail, status="fail", hint=hint)
         return _check(name, f"{place.path}, mode {mode:04o}, owner uid {found.st_uid}")
     tried = ", ".join(place.path for place in places())
     return _check(name, f"no socket at {tried}", status="fail", hint="start a daemon with `ckptd`")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ckptd.origins import Loaded
 
 _PASSWORD = re.compile(r"(://[^:/@]*:)[^@]*@")
+_PARAMETER = re.compile(r"(?i)([?&][^=&]*(?:token|secret|passw|key|credential|cert)[^=&]*=)[^&]*")
 
 
 @click.group(
@@ -49,7 +50,8 @@ def show(file: str | None, out: Output, *, origin: bool) -> None:
     """
     loaded = load(file)
     settings = loaded.settings.model_dump(mode="json")
-    settings["catalog"]["url"] = _PASSWORD.sub(r"\1***@", settings["catalog"]["url"])
+    url = _PASSWORD.sub(r"\1***@", settings["catalog"]["url"])
+    settings["catalog"]["url"] = _PARAMETER.sub(r"\1***", url)
     body = {"settings": settings, "origins": loaded.origins, "files": [str(path) for path in loaded.files]}
     if not out.json(body):
         lines = list(setting_lines(settings, loaded.origins if origin else {}, out.screen))

@@ -105,8 +105,10 @@ def describe_status(body: Row, screen: Screen) -> list[str]:
     lines = [screen.paint(escape(head), "bold") + (", draining" if daemon.get("draining") else "")]
     lines += _pairs(_state(body), screen)
     for problem in daemon.get("degraded") or ():
-        text = f"degraded: {problem.get('what')}: {problem.get('why')}"
-        lines.append("  " + screen.paint(escape(text), "red"))
+        word, colour = ("degraded", "red") if problem.get("grave", True) else ("warning", "yellow")
+        lines.append("  " + screen.paint(escape(f"{word}: {problem.get('what')}: {problem.get('why')}"), colour))
+        if problem.get("do"):
+            lines.append("    " + escape(f"hint: {problem['do']}"))
     for key, columns in _TABLES:
         rows = list(body.get(key) or ())
         if rows:

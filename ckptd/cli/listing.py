@@ -151,6 +151,7 @@ def _print_rows(out: Output, found: Iterator[tuple[Row, str | None]], key: str, 
     ("ckpt ls", "the newest of everything"),
     ("ckpt ls imagenet/resnet50 --sort step", "one experiment, the highest step first"),
     ("ckpt ls --state corrupt --all", "whatever is damaged"),
+    ("ckpt ls imagenet --state all", "with those that were dropped or replaced"),
     ("ckpt ls --level verified -q | xargs -n1 ckpt verify", "ids for another program"),
     ("ckpt ls imagenet --summary", "counts and sizes only"),
 )
@@ -158,8 +159,8 @@ def _print_rows(out: Output, found: Iterator[tuple[Row, str | None]], key: str, 
 @click.option("--project", metavar="NAME", help="Of this project.")
 @click.option(
     "--state",
-    type=click.Choice(["pending", "live", "corrupt", "missing", "failed", "replaced", "trashed", "dropped"]),
-    help="Only in this state.",
+    type=click.Choice(["pending", "live", "corrupt", "missing", "failed", "replaced", "trashed", "dropped", "all"]),
+    help="Only in this state; all: dropped and replaced ones too.",
 )
 @click.option("--level", type=click.Choice(["staged", "durable", "verified", "tiered"]), help="At least this good.")
 @click.option("--tag", metavar="TAG", help="Carrying this tag, or in an experiment that does.")
@@ -169,7 +170,7 @@ def _print_rows(out: Output, found: Iterator[tuple[Row, str | None]], key: str, 
 @click.option("--summary", is_flag=True, help="Counts, sizes, the newest, the oldest and the best, not the rows.")
 @output(lines=True, ids=True)
 def ls(scope: str | None, out: Output, *, everything: bool, summary: bool, **wanted: Any) -> None:
-    """List checkpoints, newest first.
+    """List checkpoints, newest first; those that were dropped or replaced only when asked for.
 
     In a pipe: id, PROJECT/EXPERIMENT, step, state, level, bytes, time, holds and path, separated by tabs.
     """

@@ -81,9 +81,11 @@ class OfflineCatalog:
 
 
 async def _list(conn: AsyncConnection, fields: Fields) -> Answer:
+    state = fields.get("state")
     wanted = listing.Filter(
         **{key: fields[key] for key in ("project", "name", "tag", "sort", "limit", "after") if key in fields},
-        state=State(fields["state"]) if "state" in fields else None,
+        state=None if state in {None, "all"} else State(state),
+        ended=state == "all",
         level=Level(fields["level"]) if "level" in fields else None,
     )
     page = await listing.find(conn, wanted)

@@ -38,7 +38,7 @@ Every verb also takes these, before or after its name:
 
 _MEANINGS = {
     0: "done",
-    1: "failed, or a check of `doctor` did",
+    1: "failed, or a check of `doctor` or a probe did",
     2: "the command line is wrong, or names something that can't be meant",
     3: "no such checkpoint, experiment, root or file",
     4: "a checkpoint is damaged or its files are gone",

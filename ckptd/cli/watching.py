@@ -19,20 +19,44 @@ AWAY_S = 60.0  # how long `wait` and `log -f` go on looking for a daemon that we
 AWAY_PAUSE_S = 0.5
 GRACE_S = 5.0  # beyond the time the daemon itself was given for an answer
 EVENTS = 100
+PROBE_S = 5.0
 
 Row = dict[str, Any]
 
 
-@verb(("ckpt status", "a page for people"), ("ckpt status --json | jq .jobs", "for a program"))
+@verb(
+    ("ckpt status", "a page for people"),
+    ("ckpt status --json | jq .jobs", "for a program"),
+    ("ckpt status --probe", "one line; exit 0 when all is well, 1 when not"),
+)
+@click.option("--probe", is_flag=True, help="Ask only whether it is alive and well; touches no disk.")
 @output()
-def status(out: Output) -> None:
-    """What the daemon is doing: arenas, jobs, roots, experiments, disks."""
+def status(out: Output, *, probe: bool) -> int:
+    """What the daemon is doing: arenas, jobs, roots, experiments, disks.
+
+    With --probe the exit code is 1 as well when no daemon answers within --timeout (5 s without it).
+    """
+    if probe:
+        return _probe(out)
     with connect() as daemon:
         body = daemon.request("status")
     if not out.json(body):
         from ckptd.cli.describing import describe_status
 
         render.print_lines(out.screen, describe_status(body, out.screen))
+    return 0
+
+
+def _probe(out: Output) -> int:
+    """Ask for one line. Nothing that goes wrong is more than that: who probes wants an exit code."""
+    try:
+        with connect() as daemon:
+            body = daemon.request("health", within_s=asked().or_timeout_s(PROBE_S))
+    except CkptdError as error:
+        body = {"well": False, "line": error.message, "degraded": []}
+    if not out.json(body):
+        sys.stdout.write(render.escape(str(body["line"])) + "\n")
+    return 0 if body["well"] else CkptdError.exit_code
 
 
 @verb(
@@ -136,7 +160,7 @@ def raise_if_lost(reached: Row) -> None:
 @click.option(
     "--since",
     metavar="WHEN",
-    help="Of the newest, those after a span such as 1h or an ISO time; or all after an event's number.",
+    help="Those after a span such as 1h, an ISO time or an event's number, the oldest first.",
 )
 @click.option("-n", "--limit", type=click.IntRange(1, 500), default=EVENTS, show_default=True, help="How many at most.")
 @output(lines=True)
@@ -165,6 +189,8 @@ def log(since: str | None, limit: int, out: Output, *, follow: bool, audit: bool
             _print_event(event, out)
         return
     render.print_lines(out.screen, [event_line(event, out.screen) for event in events])
+    if start and body.get("next") is not None:
+        render.say(f"there are more than these {len(events)}: --since {body['next']}, or --limit N")
 
 
 def _start(since: str | None) -> tuple[Row, str]:
@@ -185,7 +211,8 @@ def _start(since: str | None) -> tuple[Row, str]:
             found = datetime.fromisoformat(since)
         except ValueError as error:
             raise BadRequest(f"--since {since!r} is no span, no ISO time and no number") from error
-    return {}, (found if found.tzinfo else found.astimezone()).astimezone(UTC).isoformat()
+    at = (found if found.tzinfo else found.astimezone()).astimezone(UTC).isoformat()
+    return {"since": at}, at
 
 
 def _is_since(event: Row, since: str) -> bool:
@@ -209,8 +236,8 @@ def _followed(start: Row, limit: int) -> Iterator[Row]:
 
 
 def _missed(daemon: Daemon, start: Row, limit: int) -> Iterator[Row]:
-    """Page through what was recorded after the last event seen."""
-    more = "since_seq" in start
+    """Page through what was recorded since a time, or after the last event seen."""
+    more = bool(start)
     while more:
         body = daemon.request("events", {"limit": limit, "follow": False, **start})
         yield from body["events"]

@@ -28,7 +28,8 @@ from ckptd.intake.follow import sees_all
 from ckptd.intake.requests import ExperimentOpen
 from ckptd.jobs import Jobs, NewJob
 from ckptd.model import Checkpoint, Origin, RootKind, State
-from ckptd.pipeline.verify import refresh_best
+from ckptd.pipeline.manifest import amend
+from ckptd.pipeline.winners import refresh_best
 from ckptd_client.wire import from_number
 
 log = structlog.get_logger()
@@ -161,6 +162,8 @@ class Admission:
             staged = await self._stage(tx, found, uid, root, arena)
             if staged.existed and await checkpoints.uid_of(tx.conn, found.checkpoint) != uid:
                 raise Exists(f"the id {found.checkpoint} belongs to another checkpoint")
+            if found.step is not None and not staged.existed:
+                await experiments.saved_at(tx, staged.checkpoint.experiment_id, found.step)
             revived = staged.existed and staged.checkpoint.state is State.FAILED
             if revived:
                 await checkpoints.mark_pending(tx, found.checkpoint)
@@ -228,6 +231,7 @@ class Admission:
             if row.state is State.LIVE:
                 lane = f"{row.experiment_id}/after"
                 await self._jobs.enqueue_after(tx, NewJob(checkpoint_id=row.id, lane=lane, stage="link"))
+            await amend(tx, self._jobs, row)
 
         await self._catalog.write(add)
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+from ckptd import failpoint
 from ckptd_client import control
 
-_F_ADD_SEALS = 1033
+_F_ADD_SEALS, _F_GET_SEALS = 1033, 1034
 _SEAL_SEAL, _SEAL_SHRINK, _SEAL_GROW = 0x1, 0x2, 0x4
 FD_PREFIX = "arena-"
 # The trainer writes the descriptor's length; it is read and hashed on the event loop.
@@ -34,6 +35,19 @@ class Holder(Protocol):
 
     def push(self, message: dict[str, object]) -> None:
         """Send without waiting."""
+
+
+class Store(Protocol):
+    """The service manager's fd store (notify.Notifier)."""
+
+    def has_room(self, more: int = 1) -> bool:
+        """Whether it would keep `more` of them."""
+
+    def store(self, name: str, fd: int) -> None:
+        """Keep a copy of `fd` under `name` beyond this process."""
+
+    def remove(self, name: str) -> None:
+        """Forget it."""
 
 
 @dataclass(eq=False)
@@ -104,6 +118,15 @@ class Arena:
         os.close(self.fd)
 
 
+def is_sealed(fd: int) -> bool:
+    """Whether `fd` is memory that nobody can shrink under a reader. Only memory files have seals at all."""
+    wanted = _SEAL_SHRINK | _SEAL_GROW | _SEAL_SEAL
+    try:
+        return fcntl.fcntl(fd, _F_GET_SEALS) & wanted == wanted
+    except OSError:
+        return False
+
+
 def owner_of(uid: int) -> int:
     """Whose memory an arena for `uid` is: only root can give files away, others serve themselves alone."""
     return uid if os.getuid() == 0 else os.getuid()
@@ -118,6 +141,7 @@ def make(size_bytes: int, owner_uid: int) -> tuple[int, mmap.mmap]:
             os.fchown(fd, owner_uid, -1)
         os.posix_fallocate(fd, 0, size_bytes)
         fcntl.fcntl(fd, _F_ADD_SEALS, _SEAL_SHRINK | _SEAL_GROW | _SEAL_SEAL)
+        failpoint.hit("arena.sealed")
         return fd, mmap.mmap(fd, control.PAGE)
     except BaseException:
         os.close(fd)

@@ -17,7 +17,6 @@ import secrets
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import anyio
 import anyio.to_thread
@@ -26,24 +25,14 @@ from ckptd import failpoint
 from ckptd.clock import Clock
 from ckptd.config import Arenas
 from ckptd.errors import BadRequest, NoArena, OverQuota
-from ckptd.intake.arena import FD_PREFIX, Arena, Holder, Use, make, owner_of
+from ckptd.intake.arena import FD_PREFIX, Arena, Holder, Store, Use, is_sealed, make, owner_of
 from ckptd_client import control
 
 __all__ = ["FD_PREFIX", "Arena", "ArenaPool", "Holder", "Use"]
 
-WAITERS_MAX = 4096
+WAITERS_MAX, WAITERS_PER_UID_MAX = 4096, 1024
 RECLAIM_AGAIN_S = 1.0  # who is asked for an arena may not have it mapped yet, and is asked again
 LOOK_S = 0.25  # a waiter looks again this often: a reader that died frees memory without a word
-
-
-class Store(Protocol):
-    """The service manager's fd store (notify.Notifier)."""
-
-    def store(self, name: str, fd: int) -> None:
-        """Keep a copy of `fd` under `name` beyond this process."""
-
-    def remove(self, name: str) -> None:
-        """Forget it."""
 
 
 @dataclass(eq=False)
@@ -64,9 +53,10 @@ class ArenaPool:
         self._store = store
         self._clock = clock
         self._arenas: dict[bytes, Arena] = {}
-        self._making_bytes = 0
+        self._making_bytes: Counter[int] = Counter()  # by owner
         self._making: Counter[str] = Counter()
         self._waiters: list[_Waiter] = []
+        self.denied_s = -math.inf  # when a save last waited in vain
         # One at a time: two threads that fill pages side by side take twice as long each.
         self._maker = anyio.CapacityLimiter(1)
 
@@ -75,7 +65,12 @@ class ArenaPool:
     @property
     def bytes_used(self) -> int:
         """Bytes of all arenas, those in the making included."""
-        return sum(arena.size_bytes for arena in self._arenas.values()) + self._making_bytes
+        return sum(arena.size_bytes for arena in self._arenas.values()) + self._making_bytes.total()
+
+    @property
+    def waiting(self) -> int:
+        """How many saves wait for an arena."""
+        return len(self._waiters)
 
     def all(self) -> Iterable[Arena]:
         """Every arena there is."""
@@ -97,7 +92,7 @@ class ArenaPool:
     def adopt(self, name: str, fd: int) -> Arena | None:
         """Take an arena back from the fd store; None (and the fd closed) when it is not one of ours."""
         facts = os.fstat(fd)
-        page = mmap.mmap(fd, control.PAGE) if facts.st_size > control.PAGE else None
+        page = mmap.mmap(fd, control.PAGE) if is_sealed(fd) and facts.st_size > control.PAGE else None
         found = control.read(page) if page is not None else None
         if page is None or found is None or FD_PREFIX + found.arena.hex() != name or found.arena in self._arenas:
             if page is not None:
@@ -136,8 +131,11 @@ class ArenaPool:
                 f"a save of {size_bytes} bytes can't fit into arenas.bytes_max={self._settings.bytes_max}",
                 hint="raise arenas.bytes_max, or hand the save off as files",
             )
-        if len(self._waiters) >= WAITERS_MAX:
-            raise NoArena(f"{WAITERS_MAX} requests wait for an arena already")
+        if size_bytes > self._share(owner_of(holder.uid)):
+            raise OverQuota(f"{size_bytes} bytes are over one user's share", hint="see arenas.bytes_per_uid_max")
+        same = sum(waiter.holder.uid == holder.uid for waiter in self._waiters)
+        if len(self._waiters) >= WAITERS_MAX or same >= WAITERS_PER_UID_MAX:
+            raise NoArena(f"{len(self._waiters)} requests wait for an arena already, {same} of them yours")
         waiter = _Waiter(experiment_id, size_bytes, holder)
         self._waiters.append(waiter)
         try:
@@ -155,6 +153,8 @@ class ArenaPool:
         finally:
             self._waiters.remove(waiter)
             self.wake()  # those behind it may have waited for its turn only
+        if wait_s > 0:  # who asks without patience has another way
+            self.denied_s = self._clock.monotonic_s()
         raise NoArena(f"no arena of {size_bytes} bytes came free within {wait_s:g} s")
 
     def wake(self) -> None:
@@ -202,7 +202,16 @@ class ArenaPool:
         return held + self._making[experiment_id]
 
     def _fits(self, size_bytes: int) -> bool:
-        return self.bytes_used + size_bytes <= self._settings.bytes_max
+        # An arena that nobody keeps over a crash would break the promise of STAGED.
+        kept = self._store.has_room(self._making.total() + 1)
+        return kept and self.bytes_used + size_bytes <= self._settings.bytes_max
+
+    def _share(self, owner: int) -> float:
+        return math.inf if owner == os.getuid() else self._settings.share_bytes
+
+    def _over_share_bytes(self, owner: int, size_bytes: int) -> float:
+        held = sum(arena.size_bytes for arena in self._arenas.values() if arena.owner_uid == owner)
+        return held + self._making_bytes[owner] + size_bytes - self._share(owner)
 
     async def _make_for(self, waiter: _Waiter) -> Arena | None:
         if self._held(waiter.experiment_id) >= self._settings.per_experiment_max:
@@ -212,12 +221,18 @@ class ArenaPool:
                 return None
         if any(earlier.wants_room for earlier in self._waiters[: self._waiters.index(waiter)]):
             return None
+        owner = owner_of(waiter.holder.uid)
+        # A user's own older copies make room in its share first; who is over it holds up nobody else.
+        while (over := self._over_share_bytes(owner, waiter.size_bytes)) > 0:
+            idle = [a for a in self._arenas.values() if a.owner_uid == owner and a.is_idle()]
+            if sum(arena.size_bytes for arena in idle) < over:
+                return None
+            self.destroy(min(idle, key=lambda arena: (arena.use is Use.HOT, arena.used_s)))
         self._make_room(waiter.size_bytes)
         waiter.wants_room = not self._fits(waiter.size_bytes)
         if waiter.wants_room:
             return None
-        owner = owner_of(waiter.holder.uid)
-        self._making_bytes += waiter.size_bytes
+        self._making_bytes[owner] += waiter.size_bytes
         self._making[waiter.experiment_id] += 1
         try:
             # Shielded: making is no waiting, and who asks without patience gets what there is room for.
@@ -226,7 +241,7 @@ class ArenaPool:
         except OSError as error:
             raise NoArena(f"memory for an arena of {waiter.size_bytes} bytes is not to be had: {error}") from error
         finally:
-            self._making_bytes -= waiter.size_bytes
+            self._making_bytes[owner] -= waiter.size_bytes
             self._making[waiter.experiment_id] -= 1
             self._making += Counter()  # forget zeros
         arena = Arena(secrets.token_bytes(16), fd, waiter.size_bytes, page, owner, experiment_id=waiter.experiment_id)

@@ -150,7 +150,7 @@ class Commands:
         row = await select(self._front, peer, request)
 
         async def unpin(tx: Tx) -> bool:
-            changed = await holds.unpin(tx, row.id)
+            changed = await holds.unpin(tx, row.id, peer.uid)
             if changed:
                 await audits.record(tx, Deed(uid=peer.uid, pid=peer.pid, verb="unpin", subject=row.id))
             return changed

@@ -1,7 +1,7 @@
 """What people ask through `ckpt` and only want to know: lists, one checkpoint, the log, who did what."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ T = TypeVar("T", State, Level)
 FILES_SHOWN_MAX = 1000
 REPLY_BYTES_MAX = 900_000  # below a frame's limit, so that the envelope fits
 CURSOR_DIGITS_MAX = 18
+EVERY = "all"  # in the place of a state
 
 
 class Control:
@@ -47,7 +48,8 @@ class Control:
             uid=visible_to(peer.uid),
             project=request.project,
             name=request.name,
-            state=None if request.state is None else _one_of(State, request.state),
+            state=None if request.state in {None, EVERY} else _one_of(State, request.state),
+            ended=request.state == EVERY,
             level=None if request.level is None else _one_of(Level, request.level),
             tag=request.tag,
             sort=request.sort,
@@ -68,18 +70,15 @@ class Control:
         return await self._front.catalog.read(read)
 
     async def _described(self, conn: AsyncConnection, rows: list[Checkpoint]) -> list[dict[str, Any]]:
-        """Describe rows; holds are looked up once per experiment of the page."""
-        now = self._front.clock.now()
-        held: dict[str, tuple[str | None, list[bests.Best], list[holds.Hold]]] = {}
-        for experiment_id in {row.experiment_id for row in rows}:
-            newest = await listing.latest(conn, experiment_id)
-            winners = await bests.current(conn, experiment_id)
-            kept = await holds.of_experiment(conn, experiment_id, now)
-            held[experiment_id] = (None if newest is None else newest.id, winners, kept)
+        """Describe rows; what holds them is looked up for the whole page at once, however many experiments it shows."""
+        ids = [row.id for row in rows]
+        newest = await listing.latest_of(conn, list({row.experiment_id for row in rows}))
+        winners = await bests.of_checkpoints(conn, ids)
+        held = await holds.of_checkpoints(conn, ids, self._front.clock.now())
         return [
             describe.checkpoint(
                 row,
-                describe.hold_words(row, *held[row.experiment_id]),
+                describe.hold_words(row, row.id if row.id in newest else None, winners, held),
                 hot=self._front.pool.of_checkpoint(row.id) is not None,
             )
             for row in rows
@@ -94,29 +93,26 @@ class Control:
             rows, cursor = await experiments.page(
                 conn, uid=uid, project=request.project, limit=request.limit, after=after
             )
-            shown = _fitting([await self._experiment(conn, row) for row in rows])
+            shown = _fitting(await self._experiments(conn, rows))
             if len(shown) < len(rows):
                 cursor = rows[len(shown) - 1].sequence
             return {"experiments": shown, "next": None if cursor is None else str(cursor)}
 
         return await self._front.catalog.read(read)
 
-    async def _experiment(self, conn: AsyncConnection, row: experiments.Experiment) -> dict[str, Any]:
-        newest = await listing.latest(conn, row.id)
-        winners = [w for w in await bests.current(conn, row.id) if w.rank == 1]
-        rows = await checkpoints.get_many(conn, [w.checkpoint_id for w in winners])
-        best = [
-            {
-                "metric": w.metric,
-                "mode": w.mode,
-                "checkpoint": w.checkpoint_id,
-                "step": rows[w.checkpoint_id].step,
-                "value": number(w.value),
-            }
-            for w in winners
-            if w.checkpoint_id in rows
+    async def _experiments(self, conn: AsyncConnection, rows: Sequence[experiments.Experiment]) -> list[dict[str, Any]]:
+        """Describe experiments; the newest, the best and the sums of all of them are looked up at once."""
+        ids = [row.id for row in rows]
+        firsts = await bests.firsts(conn, ids)
+        newest = await listing.latest_of(conn, ids)
+        winners = {winner.checkpoint_id for found in firsts.values() for winner in found}
+        known = await checkpoints.get_many(conn, sorted(newest | winners))
+        newest_of = {known[checkpoint].experiment_id: known[checkpoint] for checkpoint in newest if checkpoint in known}
+        counts = await figures.on_disk_each(conn, [row.sequence for row in rows])
+        return [
+            describe.experiment(row, newest_of.get(row.id), _best(firsts.get(row.id, []), known), counts[row.sequence])
+            for row in rows
         ]
-        return describe.experiment(row, newest, best, await figures.on_disk(conn, experiment_id=row.id))
 
     async def summary(self, peer: Peer, request: ask.Summary) -> Answer:
         """Counts, sizes, the newest, the oldest and the best."""
@@ -149,7 +145,7 @@ class Control:
                 "checkpoint": describe.checkpoint(
                     row, words, hot=self._front.pool.of_checkpoint(row.id) is not None, meta=True
                 ),
-                "experiment": await self._experiment(conn, experiment),
+                "experiment": (await self._experiments(conn, [experiment]))[0],
                 "files": [
                     {"path": f.path, "size_bytes": f.size_bytes, "sha256": f.sha256} for f in files[:FILES_SHOWN_MAX]
                 ],
@@ -236,6 +232,20 @@ async def _experiment_of(conn: AsyncConnection, uid: int | None, request: ask.Ta
     if row is None or uid not in {None, row.uid}:
         raise NotFound(f"there is no experiment {request.experiment or f'{request.project}/{request.name}'}")
     return row
+
+
+def _best(winners: Sequence[bests.Best], known: Mapping[str, Checkpoint]) -> list[dict[str, Any]]:
+    return [
+        {
+            "metric": winner.metric,
+            "mode": winner.mode,
+            "checkpoint": winner.checkpoint_id,
+            "step": known[winner.checkpoint_id].step,
+            "value": number(winner.value),
+        }
+        for winner in winners
+        if winner.checkpoint_id in known
+    ]
 
 
 def _deed(entry: audits.Entry) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def decode(raw: bytes, arena_bytes: int) -> Descriptor:
 
 def check_file_name(name: str) -> None:
     """BadPath unless `name` is one plain component that is not ours."""
-    if "/" in name or not is_plain(name) or name == "manifest.json":
+    if "/" in name or not is_plain(name) or name in {"manifest.json", "late.json"}:
         raise BadPath(f"file name {name!r} is not possible in a checkpoint")
 
 

@@ -26,7 +26,8 @@ from ckptd.intake.descriptor import check_directory, check_name
 from ckptd.intake.follow import sees_all
 from ckptd.jobs import Jobs, NewJob
 from ckptd.model import Checkpoint, Identity, Level, Origin, RootKind, State, new_id
-from ckptd.pipeline.verify import refresh_best
+from ckptd.pipeline.manifest import amend
+from ckptd.pipeline.winners import refresh_best
 from ckptd.worker import Workers
 from ckptd.worker.protocol import Candidate, IdentityRecord, Settle, Settlement
 
@@ -174,7 +175,10 @@ class Files:
             ),
         )
         if not staged.existed:
-            await self._jobs.enqueue(tx, self._job(root, offer.id, path, told=True))
+            job = self._job(root, offer.id, path, told=True)
+            if self._settings.mode == "system" and not sees_all(offer.uid):
+                job.payload["owner_uid"] = offer.uid  # the worker may read more than this user could
+            await self._jobs.enqueue(tx, job)
         elif not sees_all(offer.uid) and await checkpoints.uid_of(tx.conn, offer.id) != offer.uid:
             raise Exists(f"the id {offer.id} belongs to another checkpoint")
         return staged.checkpoint
@@ -273,7 +277,7 @@ class Files:
         news = []
         for checkpoint_id, candidate in ids.items():
             recorded = known.get(checkpoint_id)
-            if recorded is None or recorded.state is State.MISSING:
+            if recorded is None or recorded.state in {State.MISSING, State.FAILED}:
                 news.append(candidate)
                 continue
             taken.known += 1
@@ -292,8 +296,11 @@ class Files:
             recorded = known.get(_claimed(candidate))
             if recorded is None:
                 added += await manifest.enter(tx, self._jobs, root, candidate)
+            elif recorded.state is State.FAILED:
+                added += await manifest.take_up(tx, self._jobs, root, candidate)
             elif recorded.state is State.MISSING and recorded.was_durable:
-                await checkpoints.mark_restored(tx, recorded.id, candidate.path, _identity(candidate.identity))
+                seen = _identity(candidate.identity)
+                await amend(tx, self._jobs, await checkpoints.mark_restored(tx, recorded.id, candidate.path, seen))
                 await self._jobs.enqueue(tx, _verify_again(recorded.id))
                 added += 1
         return added
@@ -301,10 +308,7 @@ class Files:
 
 def is_other(recorded: Identity | None, seen: IdentityRecord) -> bool:
     """Whether other bytes lie at a path than were recorded. ctime is left out: a chmod is no new checkpoint."""
-    if recorded is None:
-        return True
-    was = (recorded.ino, recorded.size_bytes, recorded.mtime_ns)
-    return was != (seen.ino, seen.size_bytes, seen.mtime_ns)
+    return recorded is None or not recorded.means(seen)
 
 
 def _is_news(recorded: Recorded | None, candidate: Candidate) -> bool:

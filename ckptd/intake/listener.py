@@ -19,6 +19,7 @@ import anyio
 import anyio.abc
 import structlog
 
+from ckptd import failpoint
 from ckptd.clock import Clock
 from ckptd.config import Intake
 from ckptd_client import wire
@@ -31,6 +32,10 @@ _CREDENTIALS = struct.Struct("iII")
 _RECV_BYTES = 1 << 16
 _OUT_OF_DESCRIPTORS = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 REQUESTS_RUNNING_MAX = 64
+# What the daemon holds for all connections of one user together, in multiples of intake.send_bytes_max: else
+# 256 connections that read nothing would hold a gigabyte. A connection below FAIR_BYTES is never the one to go.
+SHARES_PER_UID = 8
+FAIR_BYTES = 64 << 10
 
 Message = dict[str, Any]
 
@@ -40,6 +45,14 @@ class _Passenger(NamedTuple):
 
     fd: int
     undelivered: Callable[[], None]
+
+
+class Held:
+    """Bytes that wait in this process for one user's connections: answers not read, frames half arrived."""
+
+    def __init__(self) -> None:
+        """Nothing waits."""
+        self.size_bytes = 0
 
 
 class Peer:
@@ -62,6 +75,8 @@ class Peer:
         self._out: deque[tuple[bytes, _Passenger | None]] = deque()
         self._out_bytes = 0
         self._out_bytes_max = settings.send_bytes_max
+        self._unfinished_bytes = 0
+        self.held = Held()  # the listener gives all connections of one user the same
         self._more = anyio.Event()
 
     def _pidfd(self) -> int | None:
@@ -80,7 +95,8 @@ class Peer:
     def send(self, message: Message, fd: int | None = None, undelivered: Callable[[], None] = lambda: None) -> None:
         """Queue one frame, with at most one descriptor (duplicated here). Never waits.
 
-        A peer that lets more than intake.send_bytes_max pile up is cut off: it reconnects and asks.
+        A peer that lets more than intake.send_bytes_max pile up, or its user more than SHARES_PER_UID times
+        that, is cut off: it reconnects and asks.
         `undelivered` is called when the descriptor never left: the connection ended first.
 
         FrameError  the message is over FRAME_BYTES_MAX; nothing is sent
@@ -92,12 +108,23 @@ class Peer:
             return
         self._out.append((frame, None if fd is None else _Passenger(os.dup(fd), undelivered)))
         self._out_bytes += len(frame)
-        if self._out_bytes > self._out_bytes_max:
+        self.held.size_bytes += len(frame)
+        if self._out_bytes > self._out_bytes_max or self.is_over_share():
             self.cut()
         elif len(self._out) == 1:
             self._flush()
         if self._out:
             self._more.set()
+
+    def hold(self, unfinished_bytes: int) -> None:
+        """Count what has arrived of a frame that is not whole yet."""
+        self.held.size_bytes += unfinished_bytes - self._unfinished_bytes
+        self._unfinished_bytes = unfinished_bytes
+
+    def is_over_share(self) -> bool:
+        """Whether its user's connections hold too much together, and this one more than little of it."""
+        own_bytes = self._out_bytes + self._unfinished_bytes
+        return own_bytes > FAIR_BYTES and self.held.size_bytes > SHARES_PER_UID * self._out_bytes_max
 
     def _flush(self) -> None:
         while self._out:
@@ -116,6 +143,7 @@ class Peer:
             if passenger is not None:
                 os.close(passenger.fd)
             self._out_bytes -= sent
+            self.held.size_bytes -= sent
             if sent < len(frame):
                 self._out[0] = (frame[sent:], None)
             else:
@@ -147,6 +175,9 @@ class Peer:
                 os.close(passenger.fd)
                 passenger.undelivered()
         self._out.clear()
+        self.held.size_bytes -= self._out_bytes
+        self._out_bytes = 0
+        self.hold(0)
         if self.pidfd is not None:
             os.close(self.pidfd)
         self.sock.close()
@@ -167,6 +198,7 @@ class Listener:
         self._gone = gone
         self.peers: set[Peer] = set()
         self._per_uid: Counter[int] = Counter()
+        self._held: dict[int, Held] = {}
 
     async def run(self, listening: socket.socket, *, task_status: anyio.abc.TaskStatus[None]) -> None:
         """Accept until cancelled. Running out of descriptors pauses accepting, it never ends it."""
@@ -215,6 +247,7 @@ class Listener:
             return
         self.peers.add(peer)
         self._per_uid[peer.uid] += 1
+        peer.held = self._held.setdefault(peer.uid, Held())
         group.start_soon(self._serve, peer)
 
     async def _serve(self, peer: Peer) -> None:
@@ -226,12 +259,15 @@ class Listener:
                     group.start_soon(_cut_when_dead, peer, peer.pidfd)
                 await self._read(peer)
                 group.cancel_scope.cancel()
+        except Exception:
+            # A defect that one peer's bytes find must cost that peer its connection, and nobody else theirs.
+            log.exception("peer.bug", pid=peer.pid, uid=peer.uid)
         finally:
             self.peers.discard(peer)
             self._per_uid[peer.uid] -= 1
-            if not self._per_uid[peer.uid]:
-                del self._per_uid[peer.uid]
             peer.close()
+            if not self._per_uid[peer.uid]:
+                del self._per_uid[peer.uid], self._held[peer.uid]
             with anyio.CancelScope(shield=True):
                 await self._gone(peer)
 
@@ -249,9 +285,14 @@ class Listener:
             except wire.FrameError as error:
                 peer.send(_error_frame(error.code, str(error), f"a frame holds at most {wire.FRAME_BYTES_MAX} bytes"))
                 return
+            peer.hold(splitter.waiting_bytes)
+            if peer.is_over_share():
+                peer.send(_error_frame("busy", "this user's connections hold too many bytes", "read the answers"))
+                return
             if not data:
                 return
             for frame in frames:
+                failpoint.hit("recv.header")
                 await self._handle(peer, frame)
             if data.endswith(b"\n"):
                 begun_s = None

@@ -1,6 +1,7 @@
 """A checkpoint directory of ours that the catalog does not know, back into the catalog.
 
-The catalog can be lost: manifest.json holds everything its rows need. What comes back this way is
+The catalog can be lost: manifest.json holds everything its rows need, and late.json beside it what was
+said after it was written. What comes back this way is
 DURABLE (its writer fsynced it before the name existed) and is read back before it is VERIFIED again.
 """
 
@@ -47,6 +48,25 @@ class Manifest(msgspec.Struct, frozen=True):
     update_best: bool = True
 
 
+class Late(msgspec.Struct, frozen=True):
+    """What late.json must say to be believed."""
+
+    checkpoint: Id
+    metrics: Metrics
+
+
+def _metrics(manifest: Manifest, late: dict[str, Any] | None) -> dict[str, float]:
+    """Return the metrics of both; what was said later wins. A late.json of another checkpoint says nothing."""
+    said = dict(manifest.metrics)
+    try:
+        found = None if late is None else msgspec.convert(late, Late)
+    except msgspec.ValidationError:
+        found = None
+    if found is not None and found.checkpoint == manifest.checkpoint:
+        said |= found.metrics
+    return {name: from_number(value) for name, value in said.items()}
+
+
 async def enter(tx: Tx, jobs: Jobs, root: Root, found: Candidate) -> bool:
     """Make the rows of one manifest; False when its checkpoint is known, or it is not a manifest."""
     try:
@@ -83,7 +103,7 @@ async def enter(tx: Tx, jobs: Jobs, root: Root, found: Candidate) -> bool:
             path=found.path,
             format=manifest.format,
             created_at=manifest.created_at or datetime.fromtimestamp(found.identity.mtime_ns / 1e9, UTC),
-            metrics={name: from_number(value) for name, value in manifest.metrics.items()},
+            metrics=_metrics(manifest, found.late),
             note=manifest.note,
             meta=manifest.meta,
             tags=tuple(manifest.tags),
@@ -91,8 +111,31 @@ async def enter(tx: Tx, jobs: Jobs, root: Root, found: Candidate) -> bool:
             update_best=manifest.update_best,
         ),
     )
+    await _enter_files(tx, jobs, manifest, found)
+    return True
+
+
+async def take_up(tx: Tx, jobs: Jobs, root: Root, found: Candidate) -> bool:
+    """Go on with a FAILED checkpoint whose directory is whole after all; False when it is of another root.
+
+    The power failed after its name was durable and before its row said so: the row met its job first,
+    which found the memory gone.
+    """
+    try:
+        manifest = msgspec.convert(found.manifest, Manifest)
+    except msgspec.ValidationError:
+        return False
+    if (await checkpoints.get(tx.conn, manifest.checkpoint)).root != root.path:
+        return False
+    await checkpoints.mark_pending(tx, manifest.checkpoint)
+    await _enter_files(tx, jobs, manifest, found)
+    return True
+
+
+async def _enter_files(tx: Tx, jobs: Jobs, manifest: Manifest, found: Candidate) -> None:
+    """Make a pending row durable by what its manifest says, and have it read back."""
     seen = found.identity
-    await checkpoints.mark_durable(
+    durable = await checkpoints.mark_durable(
         tx,
         manifest.checkpoint,
         Durable(
@@ -103,6 +146,5 @@ async def enter(tx: Tx, jobs: Jobs, root: Root, found: Candidate) -> bool:
             format=manifest.format,
         ),
     )
-    lane = f"{experiment.id}/rebuild"
+    lane = f"{durable.experiment_id}/rebuild"
     await jobs.enqueue(tx, NewJob(checkpoint_id=manifest.checkpoint, lane=lane, stage="verify"))
-    return True

@@ -7,6 +7,7 @@ import stat
 from pathlib import Path
 
 from ckptd.errors import AlreadyRunning, BadConfig
+from ckptd_client import places
 
 SOCKET_NAME = "ckptd.socket"
 _PROBE_S = 1.0
@@ -16,9 +17,12 @@ _UMASK = {"user": 0o177, "system": 0o111}  # in system mode everybody may connec
 def lock(state_dir: Path) -> int:
     """Hold the state directory for this process. AlreadyRunning names the holder; BadConfig when it can't be made."""
     try:
-        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        places.ensure_private_dir(str(state_dir))
+        os.chmod(state_dir, 0o700)  # catalog and spooled models are nobody else's to read either
         (state_dir / "spool").mkdir(mode=0o700, exist_ok=True)
         fd = os.open(state_dir / "daemon.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except places.PlaceError as error:
+        raise BadConfig(str(error)) from error
     except OSError as error:
         raise BadConfig(f"the state directory {state_dir} can't be used: {error.strerror}") from error
     try:
@@ -41,6 +45,10 @@ def listening(passed: list[tuple[str, int]], path: Path, mode: str) -> tuple[soc
     for name, fd in passed:
         if name == SOCKET_NAME or (len(passed) == 1 and stat.S_ISSOCK(os.fstat(fd).st_mode)):
             return socket.socket(fileno=fd), [other for other in passed if other[1] != fd]
+    try:
+        places.check_socket_dir(str(path))
+    except places.PlaceError as error:
+        raise BadConfig(str(error)) from error
     _clear(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     # The mode is set before the name exists: nobody can connect in between.

@@ -41,6 +41,7 @@ class _Watched:
     hinted: anyio.Event = field(default_factory=anyio.Event)
     scanning: bool = False
     problem: str = ""
+    unseen: str = ""  # why its changes make no events
 
 
 @dataclass
@@ -92,6 +93,19 @@ class Reconciler:
         """Whether a root is being scanned, and what is wrong with it."""
         watched = self._roots.get(path)
         return (watched.scanning, watched.problem) if watched is not None else (False, "")
+
+    def unseen(self) -> list[tuple[str, str]]:
+        """Name the watched roots whose changes make no events, and why: they are found by scans alone."""
+        return [(w.root.path, w.unseen) for w in self._roots.values() if w.unseen]
+
+    def owner(self, path: str) -> int | None:
+        """Return the uid whose root this is; None when nobody's."""
+        watched = self._roots.get(path)
+        return watched.root.uid if watched is not None else None
+
+    def problems(self) -> list[tuple[str, str]]:
+        """Name the roots that can't be scanned now, and why."""
+        return [(w.root.path, w.problem) for w in self._roots.values() if w.problem]
 
     async def run(self) -> None:
         """Look after every root until cancelled."""
@@ -148,6 +162,10 @@ class Reconciler:
             pause_s = min(pause_s * 2, RETRY_S_MAX)
 
     def _hint(self, watched: _Watched, hints: Hints) -> None:
+        unseen = hints.problem if hints.blind else ""
+        if unseen and not watched.unseen:
+            log.warning("watch.blind", root=watched.root.path, why=unseen)
+        watched.unseen = unseen
         watched.directories.update(hints.directories)
         if hints.lost or len(watched.directories) > DIRECTORIES_MAX:
             watched.everything = True

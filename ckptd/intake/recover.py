@@ -8,8 +8,6 @@ spool image, spool offer           admitted now
 row PENDING, bytes nowhere         its job finds that out and the checkpoint FAILS, visibly
 """
 
-import os
-
 import structlog
 
 from ckptd.catalog import Catalog, checkpoints
@@ -25,14 +23,13 @@ log = structlog.get_logger()
 
 
 def adopt(pool: ArenaPool, passed: list[tuple[str, int]]) -> list[Arena]:
-    """Take the arenas out of the descriptors that the service manager passed; close what is unknown."""
+    """Take the arenas out of the descriptors that the service manager passed; close and forget what is unknown."""
     adopted = []
     for name, fd in passed:
-        arena = pool.adopt(name, fd) if name.startswith(FD_PREFIX) else None
+        arena = pool.adopt(name, fd)
         if arena is not None:
             adopted.append(arena)
         elif not name.startswith(FD_PREFIX):
-            os.close(fd)
             log.warning("fd.unknown", name=name)
     return adopted
 

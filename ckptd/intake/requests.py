@@ -16,7 +16,7 @@ Name = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
 Text = Annotated[str, msgspec.Meta(max_length=65536)]
 PathText = Annotated[str, msgspec.Meta(min_length=1, max_length=4095)]
 Step = Annotated[int, msgspec.Meta(ge=0, le=(1 << 62))]
-AnyStep = Annotated[int, msgspec.Meta(ge=-(1 << 62), le=(1 << 62))]  # of a metric: some count down
+Whole = Annotated[int, msgspec.Meta(ge=-(1 << 62), le=(1 << 62))]  # also the step of a metric: some count down
 Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 62))]
 UnixTime = Annotated[float, msgspec.Meta(ge=0, le=253_402_300_799)]  # up to the year 9999
 Number = float | Literal["NaN", "Infinity", "-Infinity"]
@@ -29,16 +29,16 @@ PAGE_MAX = 500
 class Request(msgspec.Struct, frozen=True, kw_only=True, tag_field="op"):
     """What every request carries."""
 
-    id: int
-    v: int = wire.VERSION
+    id: Whole
+    v: Whole = wire.VERSION
 
 
 class Hello(Request, frozen=True, tag="hello"):
     """Who are you, and which protocol versions do you speak?"""
 
-    versions: list[int]
+    versions: Annotated[list[Whole], msgspec.Meta(max_length=64)]
     client: Text = ""
-    pid: int = 0
+    pid: Whole = 0
 
 
 class ExperimentOpen(Request, frozen=True, tag="experiment.open"):
@@ -153,7 +153,7 @@ class MetricPoints(Request, frozen=True, tag="metrics"):
 
     experiment: Id
     points: Annotated[
-        list[tuple[Annotated[str, msgspec.Meta(max_length=256)], AnyStep | None, Number, UnixTime]],
+        list[tuple[Annotated[str, msgspec.Meta(max_length=256)], Whole | None, Number, UnixTime]],
         msgspec.Meta(max_length=POINTS_MAX),
     ]
 
@@ -180,6 +180,10 @@ class Replace(Request, frozen=True, tag="replace"):
 
 class Status(Request, frozen=True, tag="status"):
     """How is the daemon?"""
+
+
+class Health(Request, frozen=True, tag="health"):
+    """Is the daemon alive and well? Costs it nothing."""
 
 
 class List(Request, frozen=True, tag="list"):
@@ -216,8 +220,6 @@ class Show(Selecting, frozen=True, tag="show"):
 
 class Verify(Selecting, frozen=True, tag="verify"):
     """Read back and compare now; the answer comes when it is done."""
-
-    all: bool = False
 
 
 class Wait(Selecting, frozen=True, tag="wait"):
@@ -311,7 +313,7 @@ class Reload(Request, frozen=True, tag="reload"):
 
 ALL: tuple[type[Request], ...] = (
     Hello, ExperimentOpen, ExperimentBeat, ExperimentClose, ExperimentTag, Lease, Commit, Abandon, Submit,
-    Attach, Detach, Resolve, Follow, MetricPoints, CheckpointMetrics, Report, Replace, Status, List, Experiments,
+    Attach, Detach, Resolve, Follow, MetricPoints, CheckpointMetrics, Report, Replace, Status, Health, List, Experiments,
     Summary, Show, Verify, Wait, Pin, Unpin, Remove, Retention, Events, Audit, Doctor, Rebuild, RootAdd, Roots, Tail,
     Stop, Reload,
 )  # fmt: skip
@@ -320,7 +322,7 @@ _decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(type=Union[ALL])  # n
 
 
 class _Envelope(msgspec.Struct):
-    id: int | None = None
+    id: Whole | None = None
     op: str = ""
 
 
@@ -347,6 +349,11 @@ def decode(frame: bytes) -> Request:
         value = getattr(request, free, None)
         if value is not None:
             check_depth(free, value)
+    try:
+        wire.check_depth(frame)  # also what lies in fields that this daemon does not know
+        wire.check_keys(frame)
+    except wire.FrameError as error:
+        raise BadRequest(str(error), hint="see docs/reference/wire.md") from error
     return request
 
 

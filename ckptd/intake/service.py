@@ -8,8 +8,10 @@ import os
 from functools import partial
 from typing import Any
 
+import anyio.to_thread
 import structlog
 
+from ckptd import failpoint
 from ckptd.catalog import holds
 from ckptd.errors import BadRequest, Bug, Busy, CkptdError, NotAuthorized, OverQuota
 from ckptd.intake import requests as ask
@@ -24,6 +26,8 @@ _WAITING = (
     ask.Lease, ask.Submit, ask.Attach, ask.Verify, ask.Wait, ask.Retention, ask.Rebuild, ask.Remove, ask.RootAdd,
     ask.Status, ask.Doctor, ask.Reload,
 )  # fmt: skip
+INLINE_BYTES_MAX = 64 << 10  # a larger frame is parsed in a thread: 1 MiB of empty objects takes over 100 ms
+MESSAGE_CHARS_MAX = 4096  # of an error: what a peer sent may stand in it, six times as long as JSON
 ADMIT_AGAIN_S, ADMIT_AGAIN_S_MAX = 0.5, 30.0  # pauses between tries to admit what a dead trainer committed
 
 
@@ -41,18 +45,17 @@ class Service:
     async def handle(self, peer: Peer, frame: bytes) -> None:
         """Answer one frame. Errors are answers; only the framing itself can end a connection."""
         try:
-            request = ask.decode(frame)
+            inline = len(frame) <= INLINE_BYTES_MAX
+            request = ask.decode(frame) if inline else await anyio.to_thread.run_sync(ask.decode, frame)
             self._check_peer(peer, request)
         except CkptdError as error:
-            peer.send(_failure(ask.request_id(frame), error))
+            peer.send(failure(ask.request_id(frame), error))
             return
         if not isinstance(request, _WAITING):
             await self._answer(peer, request)
         elif peer.running >= REQUESTS_RUNNING_MAX or peer.group is None:
             peer.send(
-                _failure(
-                    request.id, Busy(f"{peer.running} requests of this connection wait already", retry_after_s=1.0)
-                )
+                failure(request.id, Busy(f"{peer.running} requests of this connection wait already", retry_after_s=1.0))
             )
         else:
             peer.running += 1
@@ -84,21 +87,24 @@ class Service:
                         os.close(fd)
             else:
                 peer.send(_success(request.id, await self._handlers[type(request)](peer, request)))
+                if isinstance(request, ask.Commit):
+                    failpoint.hit("ack.accepted")
         except CkptdError as error:
-            peer.send(_failure(request.id, error))
+            peer.send(failure(request.id, error))
         except (OverflowError, UnicodeEncodeError) as error:
-            peer.send(_failure(request.id, BadRequest(f"a value is out of range: {error}")))
+            peer.send(failure(request.id, BadRequest(f"a value is out of range: {error}")))
         except wire.FrameError as error:
-            peer.send(_failure(request.id, OverQuota(f"the answer does not fit into a frame: {error}")))
+            peer.send(failure(request.id, OverQuota(f"the answer does not fit into a frame: {error}")))
         except Exception as error:
             # A bug in one handler must not take the daemon and every other trainer's hand-off with it.
             log.exception("request.bug", op=type(request).__struct_config__.tag)
-            peer.send(_failure(request.id, Bug(f"{type(error).__name__} while answering {type(request).__name__}")))
+            peer.send(failure(request.id, Bug(f"{type(error).__name__} while answering {type(request).__name__}")))
 
     async def _lend(self, peer: Peer, request: ask.Lease) -> None:
         """Answer a lease with its descriptor; a lease that does not reach its trainer is none."""
         answer, arena = await self._training.lease(peer, request)
         back = partial(self._front.pool.undelivered, arena, arena.generation)
+        failpoint.hit("arena.lent")
         try:
             peer.send(_success(request.id, answer, fds=1), arena.fd, back)
         except OSError as error:
@@ -146,5 +152,9 @@ def _success(request_id: int, answer: dict[str, Any], fds: int = 0) -> dict[str,
     return {**head, "fds": fds, **answer} if fds else {**head, **answer}
 
 
-def _failure(request_id: int | None, error: CkptdError) -> dict[str, Any]:
-    return {"v": wire.VERSION, "id": request_id, "ok": False, "error": error.to_wire()}
+def failure(request_id: int | None, error: CkptdError) -> dict[str, Any]:
+    """Make the reply that tells an error. It fits into a frame whatever of the request its message repeats."""
+    told = error.to_wire()
+    if len(error.message) > MESSAGE_CHARS_MAX:
+        told["message"] = f"{error.message[:MESSAGE_CHARS_MAX]}... ({len(error.message)} characters)"
+    return {"v": wire.VERSION, "id": request_id, "ok": False, "error": told}

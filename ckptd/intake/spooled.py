@@ -4,6 +4,7 @@ The spool lies in the state directory, which is ours and node-local. An image st
 checkpoint it holds is durable elsewhere; an offer until its row is made.
 """
 
+import contextlib
 import errno
 import mmap
 import os
@@ -118,6 +119,7 @@ class Spool:
         """Remove the spooled image of a checkpoint, if there is one."""
         if checkpoint_id in self._known:
             await anyio.to_thread.run_sync(_remove, spool.arena_path(self._directory, checkpoint_id))
+            failpoint.hit("spool.removed")
             self._known.discard(checkpoint_id)
 
 
@@ -207,11 +209,12 @@ def _open(path: str) -> int | None:
 
 
 def _remove(path: str) -> None:
-    """Remove one of our own small files and make that last, so that it is not taken in again."""
-    try:
+    """Remove one of our own small files and make that last, so that it is not taken in again.
+
+    The directory is fsynced even when the file is gone: who removed it may have died right then.
+    """
+    with contextlib.suppress(FileNotFoundError):
         os.unlink(path)  # noqa: TID251 - the spool lies in the state directory, which workers don't serve
-    except FileNotFoundError:
-        return
     fd = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

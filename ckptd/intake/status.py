@@ -6,7 +6,7 @@ does not answer within DISK_ANSWER_S is left out, and named as what does not wor
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import anyio
@@ -23,6 +23,7 @@ from ckptd.intake.follow import sees_all, visible_to
 from ckptd.intake.listener import Listener, Peer
 from ckptd.intake.reconcile import Reconciler
 from ckptd.intake.training import Answer, Front, Handler
+from ckptd.intake.trouble import Troubles, Vitals
 from ckptd.model import JobState, Level, State
 from ckptd.worker import Workers
 from ckptd.worker.protocol import Usage, Used
@@ -31,16 +32,6 @@ from ckptd_client import spool
 EXPERIMENTS_SHOWN_MAX = 50
 DISK_ANSWER_S = 2.0
 _WORKER_STATES = {"idle": "ok", "running": "ok", "degraded": "stuck"}
-
-
-@dataclass
-class Vitals:
-    """What the daemon knows of itself."""
-
-    socket: str
-    started_s: float
-    draining: bool = False
-    problems: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -55,13 +46,18 @@ class Plant:
 
 
 class Status:
-    """Answers `status` and `roots`, and tells the doctor."""
+    """Answers `status`, `health` and `roots`, and tells the doctor."""
 
-    def __init__(self, plant: Plant) -> None:
+    def __init__(self, plant: Plant, troubles: Troubles) -> None:
         """Keep what the methods look at."""
         self._plant = plant
         self._front = plant.front
-        self.handlers: dict[type[ask.Request], Handler] = {ask.Status: self.status, ask.Roots: self.roots}
+        self._troubles = troubles
+        self.handlers: dict[type[ask.Request], Handler] = {
+            ask.Status: self.status,
+            ask.Health: self.health,
+            ask.Roots: self.roots,
+        }
 
     async def status(self, peer: Peer, _request: ask.Status) -> Answer:
         """How is everything? Of experiments and roots a user sees the own ones."""
@@ -79,7 +75,7 @@ class Status:
                 "state_dir": front.state_dir,
                 "connections": len(plant.listener().peers),
                 "draining": plant.vitals.draining,
-                "degraded": self.degraded(),
+                "degraded": [trouble.to_wire() for trouble in self._troubles.known_to(peer.uid)],
             },
             "arenas": {
                 "bytes_used": front.pool.bytes_used,
@@ -118,14 +114,14 @@ class Status:
         """Which trees are managed or watched?"""
         return {"roots": await self.root_states(peer.uid)}
 
-    def degraded(self) -> list[dict[str, Any]]:
-        """Everything that does not work as it should, with why and since when."""
-        found = list(self._plant.vitals.problems)
-        return found + [
-            {"what": f"mount {worker.mount}", "why": "its I/O worker does not answer", "since": None}
-            for worker in self._plant.workers.state()
-            if worker.state == "degraded"
-        ]
+    async def health(self, peer: Peer, _request: ask.Health) -> Answer:
+        """Is it alive and well? Answered from memory: no disk, no catalog, no waiting."""
+        troubles = self._troubles.known_to(peer.uid)
+        return {
+            "well": not any(trouble.grave for trouble in troubles),
+            "line": self._troubles.line(troubles),
+            "degraded": [trouble.to_wire() for trouble in troubles],
+        }
 
     async def _experiment_states(self, conn: AsyncConnection, uid: int | None) -> tuple[list[dict[str, Any]], int]:
         shown = []

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+import msgspec
+import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ckptd import __version__
@@ -32,9 +34,12 @@ from ckptd.model import Checkpoint, ExperimentStatus, Level, Origin, State
 from ckptd_client import control, wire
 from ckptd_client.wire import from_number, number
 
+log = structlog.get_logger()
+
 Answer = dict[str, Any]
 Handler = Callable[[Peer, Any], Awaitable[Answer]]
 READ_LEASE_S = 3600.0
+LISTED_BYTES_MAX = 800_000  # of the files in one answer, as JSON: a frame has 1 MiB
 
 
 @dataclass(frozen=True)
@@ -212,7 +217,14 @@ class Training:
             return {**facts, "hot": True, "files": images, "arena_bytes": arena.size_bytes}, fd
         files = await front.catalog.read(lambda conn: checkpoints.files(conn, row.id))
         listed = [{"path": f.path, "size_bytes": f.size_bytes, "sha256": f.sha256} for f in files]
-        return {**facts, "hot": False, "files": listed}, None
+        if _fits(listed):
+            return {**facts, "hot": False, "files": listed}, None
+        if row.origin in {Origin.MEMORY, Origin.REBUILD}:  # the manifest beside them names them all
+            return {**facts, "hot": False, "files": None}, None
+        raise BadRequest(
+            f"checkpoint {row.id} has {len(listed)} files: more than one answer can name",
+            hint="`ckpt path` prints where it lies, `ckpt verify` reads it back: load it with the library that wrote it",
+        )
 
     def _hot(self, peer: Peer, row: Checkpoint) -> tuple[Arena, list[dict[str, Any]], int] | None:
         """Note the peer as a reader of the arena that holds `row`; None when there is no place or no arena.
@@ -224,8 +236,17 @@ class Training:
         if arena is None or raw is None or not control.started_ticks(peer.pid):
             return None
         images = self._images(raw, arena)
-        # Opened anew and read-only: the reader can map it, never write what others may still read.
-        fd = os.open(f"/proc/self/fd/{arena.fd}", os.O_RDONLY | os.O_CLOEXEC)
+        if not _fits(images):
+            return None
+        # Opened anew and read-only: the reader can map it, never write what others may still read. Without
+        # waiting: whoever was lent the arena can hold a file lease on it, and open() would wait for that.
+        try:
+            fd = os.open(f"/proc/self/fd/{arena.fd}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            log.warning(
+                "arena.not_attached", cause="open", errno=error.errno, arena=arena.id.hex(), uid=arena.owner_uid
+            )
+            return None
         if not control.add_reader(arena.page, peer.pid):
             os.close(fd)
             return None
@@ -363,3 +384,13 @@ async def select(front: Front, peer: Peer, request: ask.Selecting) -> Checkpoint
         best_mode=rules.keep_best[0].mode if rules.keep_best else "min",
     )
     return await front.catalog.read(lambda conn: listing.resolve(conn, request.selector, scope))
+
+
+def _fits(listed: list[dict[str, Any]]) -> bool:
+    """Whether so many files can be named in one frame."""
+    size_bytes = 0
+    for one in listed:
+        size_bytes += len(msgspec.json.encode(one)) + 1
+        if size_bytes > LISTED_BYTES_MAX:
+            return False
+    return True

@@ -3,6 +3,7 @@
     memory hand-off            publish ─► verify ─► link ─► retain
     file hand-off, watched     settle ─► publish ─► verify ─► link ─► retain
     (damage while an arena still holds the bytes: verify ─► repair ─► verify)
+    said after the publish     amend, beside all of these
 
 Stages know nothing of one another; only this table knows what there is. A stage records its result
 and the job's next stage in one transaction, so a crash repeats at most one stage, and each stage
@@ -21,8 +22,9 @@ from ckptd.catalog.tx import Tx
 from ckptd.errors import Bug, CkptdError, Denied, DiskFault, NoSpace, RootDegraded, TimedOut, Weather
 from ckptd.jobs import Job
 from ckptd.model import Origin, State
-from ckptd.pipeline import link, publish, repair, retain, settle, verify
+from ckptd.pipeline import amend, link, publish, repair, retain, settle, verify
 from ckptd.pipeline.tools import Ended, Outcome, Stage, Tools
+from ckptd.pipeline.winners import follow_rules
 
 log = structlog.get_logger()
 _WARNING, _ERROR = 30, 40
@@ -34,9 +36,11 @@ STAGES: dict[str, Stage] = {
     "repair": repair.run,
     "link": link.run,
     "retain": retain.run,
+    "amend": amend.run,
 }
 PASSING = (Weather, RootDegraded, NoSpace, DiskFault, Denied)
 PURGE_S = 30.0
+PURGE_AGAIN_S = 1.0  # the first pause before what was put off is tried again: a worker is back by then
 CLAIM_AGAIN_S = 1.0
 PARKED_FIRST_S, PARKED_AGAIN_S = 20.0, 900.0
 LAST_WORD_S = 2.0
@@ -62,6 +66,7 @@ class Pipeline:
             claiming.start_soon(self._claim, running)
             claiming.start_soon(self._purge)
             claiming.start_soon(self._try_parked)
+            claiming.start_soon(self._follow_rules)
             await stop.wait()
             while undone():  # noqa: ASYNC110 - several things end it, and it runs once in a daemon's life
                 await anyio.sleep(DRAIN_LOOK_S)
@@ -221,13 +226,27 @@ class Pipeline:
                     log.warning("parked.tried_again", jobs=woken)
             await anyio.sleep(PARKED_AGAIN_S)
 
+    async def _follow_rules(self) -> None:
+        """The configuration may have changed while no daemon ran."""
+        try:
+            await follow_rules(self._tools)
+        except CkptdError as error:
+            log.warning("best.rules_not_followed", **error.to_wire())
+
     async def _purge(self) -> None:
+        """Empty the trash now and then; soon again, with growing pauses, while something of it was put off."""
+        again_s = PURGE_AGAIN_S
         while True:
             try:
                 await retain.purge(self._tools)
             except CkptdError as error:
                 log.warning("purge.failed", **error.to_wire())
-            await anyio.sleep(PURGE_S)
+            if self._tools.delayed:
+                await anyio.sleep(again_s)
+                again_s = min(again_s * 2, PURGE_S)
+            else:
+                await anyio.sleep(PURGE_S)
+                again_s = PURGE_AGAIN_S
 
 
 def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:

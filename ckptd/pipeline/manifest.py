@@ -1,9 +1,15 @@
-"""What manifest.json says of a checkpoint, but for its files, which the worker adds."""
+"""What manifest.json says of a checkpoint, but for its files, which the worker adds; and what comes after it.
+
+A metric that is known only after the manifest was written goes into late.json, by a job that is made
+in the very transaction that makes the metric true. So whatever crashes, the file follows the catalog.
+"""
 
 from typing import Any
 
 from ckptd.catalog import experiments
-from ckptd.model import Checkpoint
+from ckptd.catalog.tx import Tx
+from ckptd.jobs import Jobs, NewJob
+from ckptd.model import Checkpoint, Origin, State
 from ckptd_client.wire import number
 
 
@@ -33,3 +39,9 @@ def manifest(checkpoint: Checkpoint, experiment: experiments.Experiment, revisio
         "experiment_tags": list(experiment.tags),
         "facts": experiment.facts,
     }
+
+
+async def amend(tx: Tx, jobs: Jobs, row: Checkpoint) -> None:
+    """Have late.json follow `row`, where there is a manifest: one job waits at most, whatever comes meanwhile."""
+    if row.state in {State.LIVE, State.CORRUPT} and row.origin in {Origin.MEMORY, Origin.REBUILD}:
+        await jobs.enqueue_aside(tx, NewJob(checkpoint_id=row.id, lane=f"{row.id}/amend", stage="amend"))

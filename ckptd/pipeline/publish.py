@@ -18,7 +18,7 @@ from ckptd.catalog.tx import Tx
 from ckptd.errors import CkptdError, Missing
 from ckptd.jobs import Job
 from ckptd.model import Checkpoint, FileEntry, Identity, JobState, Level, Origin, State, step_name
-from ckptd.pipeline.manifest import manifest
+from ckptd.pipeline.manifest import amend, manifest
 from ckptd.pipeline.tools import Ended, Fresh, Onward, Outcome, Tools
 from ckptd.worker.protocol import (
     Digest,
@@ -57,7 +57,9 @@ async def run(job: Job, tools: Tools) -> Outcome:
 
     async def record(tx: Tx) -> Job:
         if checkpoint.origin is Origin.MEMORY:
-            await checkpoints.mark_durable(tx, checkpoint.id, durable)
+            row = await checkpoints.mark_durable(tx, checkpoint.id, durable)
+            if (durable.adopted and row.metrics) or row.metrics != checkpoint.metrics:
+                await amend(tx, tools.jobs, row)  # said after the manifest on the disk was made
             # The experiment's next save is written while this one is read back; what follows keeps
             # its own order in a lane of its own.
             return await tools.jobs.move(tx, job, NEXT, f"{checkpoint.experiment_id}/after")
@@ -111,7 +113,9 @@ async def _from_image(job: Job, tools: Tools, checkpoint: Checkpoint) -> Durable
                 if error.code == "exists":  # a directory that this catalog does not know is never touched
                     continue
                 raise
-            return _durable(published.path, published.files, published.identity, published.manifest_sha256)
+            made = _durable(published.path, published.files, published.identity, published.manifest_sha256)
+            took_ms = {"write_ms": round(published.write_ms, 1), "hash_ms": round(published.hash_ms, 1)}
+            return replace(made, adopted=published.adopted, took_ms={} if published.adopted else took_ms)
     finally:
         os.close(fd)
     raise Missing(

@@ -11,8 +11,8 @@ from ckptd.catalog import checkpoints, experiments
 from ckptd.catalog.tx import Tx
 from ckptd.errors import CkptdError
 from ckptd.jobs import Job
-from ckptd.model import Identity, State
-from ckptd.pipeline.manifest import manifest
+from ckptd.model import Checkpoint, Identity, State
+from ckptd.pipeline.manifest import amend, manifest
 from ckptd.pipeline.tools import Ended, Onward, Outcome, Tools
 from ckptd.worker.protocol import FileImage, IdentityRecord, Publish, Published, Trash
 
@@ -29,7 +29,7 @@ async def run(job: Job, tools: Tools) -> Outcome:
     try:
         damaged = await tools.catalog.read(lambda conn: checkpoints.identity(conn, checkpoint.id))
         if damaged is not None and checkpoint.state is not State.MISSING:
-            await _aside(tools, checkpoint.root, checkpoint.path, damaged, job.payload["trash"])
+            await _aside(tools, checkpoint, damaged, job.payload["trash"])
         experiment = await tools.catalog.read(lambda conn: experiments.get(conn, checkpoint.experiment_id))
         written: Published = await tools.workers.call(
             Publish(
@@ -46,16 +46,19 @@ async def run(job: Job, tools: Tools) -> Outcome:
 
     async def record(tx: Tx) -> Job:
         found = Identity(new.dev, new.ino, new.size_bytes, new.mtime_ns, new.ctime_ns)
-        await checkpoints.set_identity(tx, checkpoint.id, found)
+        await checkpoints.set_identity(tx, checkpoint.id, found, written.manifest_sha256)
+        row = await checkpoints.get(tx.conn, checkpoint.id)
+        if (written.adopted and row.metrics) or row.metrics != checkpoint.metrics:
+            await amend(tx, tools.jobs, row)
         return await tools.jobs.advance(tx, job, NEXT)
 
     return Onward(await tools.catalog.write(record))
 
 
-async def _aside(tools: Tools, root: str, path: str, damaged: Identity, trash: str) -> None:
+async def _aside(tools: Tools, of: Checkpoint, damaged: Identity, trash: str) -> None:
     identity = IdentityRecord(damaged.dev, damaged.ino, damaged.size_bytes, damaged.mtime_ns, damaged.ctime_ns)
     try:
-        await tools.workers.call(Trash(root=root, path=path, identity=identity, trash=trash))
+        await tools.workers.call(Trash(root=of.root, path=of.path, identity=identity, trash=trash, checkpoint=of.id))
     except CkptdError as error:
         # Gone, or no longer the damaged inode: an earlier try of this stage came this far.
         if error.code not in {"missing", "not_found", "source_changed"}:

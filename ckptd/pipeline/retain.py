@@ -3,8 +3,13 @@
 The order: the plan is made and its tombstones are written in ONE transaction, so that a pin, a
 lease or a late metric either comes before the plan and counts, or after it and finds the checkpoint
 in the trash, from where it can be restored. Then the rename, then nothing until the grace has
-passed; then the unlink, then the last note. A crash between any two leaves a row that `resume()`
-carries on from: a tombstone whose files still stand under their name, or a purge to be repeated.
+passed; then the note that the unlink begins, the unlink, and the last note. A crash between any two
+leaves a row that `resume()` carries on from: a tombstone whose files still stand under their name,
+or a purge to be repeated.
+
+DROPPED is only what was in the trash: files that are neither there nor, unchanged, under their name
+were not retired by us, and their row says MISSING. The note before the unlink tells the two apart
+for whoever comes after a crash: it is written while the files are known to lie in the trash.
 """
 
 from collections import defaultdict
@@ -14,7 +19,7 @@ import structlog
 
 from ckptd import failpoint, retention
 from ckptd.catalog import audits, bests, checkpoints, holds, listing, roots
-from ckptd.catalog.tombstones import tombstones_before
+from ckptd.catalog.tombstones import Tombstone, give_up_inodes, tombstones_before
 from ckptd.catalog.tx import Tx
 from ckptd.config import Rules
 from ckptd.errors import CkptdError, Held, NotFound
@@ -73,6 +78,8 @@ async def apply(
         decided = await plan(tx, experiment_id, rules)
         drop = (d for d in decided.drop if d.checkpoint.id not in linked)
         decided = retention.Plan(decided.keep, tuple(d for d in drop if only is None or d.checkpoint.id in only))
+        if decided.drop:
+            failpoint.hit("retain.planned")
         for dropped in decided.drop:
             await checkpoints.mark_trashed(tx, dropped.checkpoint.id, dropped.checkpoint.id, dropped.why)
             await audits.record(
@@ -80,6 +87,7 @@ async def apply(
             )
         return decided
 
+    await tools.catalog.follow_clock()
     decided = await tools.catalog.write(tombstones)
     failpoint.hit("retain.tombstone")
     for dropped in decided.drop:
@@ -122,9 +130,9 @@ async def kept_by(tx: Tx, checkpoint: Checkpoint) -> list[str]:
 
 
 async def move(tools: Tools, checkpoint: Checkpoint) -> None:
-    """Carry a tombstone out; safe to repeat. What is gone or is not the recorded bytes stays untouched."""
+    """Carry a tombstone out; safe to repeat. What is not the recorded bytes stays untouched, and the row is MISSING."""
     found = await tools.catalog.read(lambda conn: checkpoints.identity(conn, checkpoint.id))
-    if found is None:
+    if found is None:  # its unlinking has begun
         tools.moved.add(checkpoint.id)
         return
     try:
@@ -134,16 +142,29 @@ async def move(tools: Tools, checkpoint: Checkpoint) -> None:
                 path=checkpoint.path,
                 identity=IdentityRecord(found.dev, found.ino, found.size_bytes, found.mtime_ns, found.ctime_ns),
                 trash=checkpoint.id,
+                checkpoint=checkpoint.id,
             )
         )
     except CkptdError as error:
         if error.code not in {"missing", "not_found", "source_changed", "bad_path"}:
             raise
-        # Nothing of ours is there any more: there is nothing to move and nothing may be touched.
-        log.warning("trash.not_ours", checkpoint=checkpoint.id, path=checkpoint.path, error=error.message)
+        await _not_ours(tools, checkpoint, error)
+    else:
+        tools.moved.add(checkpoint.id)
     failpoint.hit("retain.moved")
-    tools.moved.add(checkpoint.id)
     await tools.sources.drop(checkpoint.id)
+
+
+async def _not_ours(tools: Tools, checkpoint: Checkpoint, error: CkptdError) -> None:
+    """Nothing of ours is there any more: there is nothing to move, nothing may be touched, and that is what is said."""
+    log.warning("trash.not_ours", checkpoint=checkpoint.id, path=checkpoint.path, error=error.message)
+
+    async def gone(tx: Tx) -> None:
+        if await checkpoints.state_of(tx.conn, checkpoint.id) is State.TRASHED:
+            why = f"when it was to be retired, its files were not there any more: {error.message}"
+            await checkpoints.mark_missing(tx, checkpoint.id, why)
+
+    await tools.catalog.write(gone)
 
 
 async def _try_to_move(tools: Tools, checkpoint: Checkpoint) -> None:
@@ -173,33 +194,52 @@ async def purge(tools: Tools) -> int:
 
     One that can't be unlinked now is left for the next round and holds up no other.
     """
+    await tools.catalog.follow_clock()
     now = tools.clock.now()
-    purged = 0
+    due = []
     for one in await tools.catalog.read(lambda conn: tombstones_before(conn, now)):
         rules = tools.settings().rules_for(one.project, one.experiment)
-        if (now - one.trashed_at).total_seconds() < rules.trash_grace_s:
-            continue
-        try:
-            await _purge(tools, one.id, one.trash)
-        except CkptdError as error:
-            log.warning("purge.delayed", checkpoint=one.id, **error.to_wire())
-            continue
-        purged += 1
-        if purged >= PURGES_MAX:
-            break
+        if (now - one.trashed_at).total_seconds() >= rules.trash_grace_s:
+            due.append(one)
+    purged = 0
+    tools.delayed.clear()
+    for start in range(0, len(due), PURGES_MAX):
+        for one in await _begun(tools, due[start : start + PURGES_MAX]):
+            try:
+                await _purge(tools, one)
+            except CkptdError as error:
+                log.warning("purge.delayed", checkpoint=one.id, **error.to_wire())
+                tools.delayed.add(one.id)
+                continue
+            purged += 1
+            if purged >= PURGES_MAX:
+                return purged
     return purged
 
 
-async def _purge(tools: Tools, checkpoint_id: str, trash: str) -> None:
-    checkpoint = await tools.catalog.read(lambda conn: checkpoints.get(conn, checkpoint_id))
-    if checkpoint_id not in tools.moved:
-        await move(tools, checkpoint)  # in case the tombstone was never carried out
-    await tools.workers.call(Purge(root=checkpoint.root, trash=trash))
+async def _begun(tools: Tools, due: list[Tombstone]) -> list[Tombstone]:
+    """Return those that lie in the trash, once it is noted that their unlinking has begun."""
+    for one in due:
+        if one.id not in tools.moved:  # never carried out, or by an earlier daemon
+            await _try_to_move(tools, await tools.catalog.read(lambda conn, of=one.id: checkpoints.get(conn, of)))  # type: ignore[misc]
+    there = [one for one in due if one.id in tools.moved]
+    tools.delayed.update(one.id for one in due if one.id not in tools.moved)
+    if not there:
+        return []
+    begun = await tools.catalog.write(lambda tx: give_up_inodes(tx, [one.id for one in there]))
+    failpoint.hit("retain.purging")
+    return [one for one in there if one.id in begun]
+
+
+async def _purge(tools: Tools, one: Tombstone) -> None:
+    checkpoint = await tools.catalog.read(lambda conn: checkpoints.get(conn, one.id))
+    await tools.workers.call(Purge(root=checkpoint.root, trash=one.trash))
     failpoint.hit("retain.purged")
 
     async def drop(tx: Tx) -> None:
-        if (await checkpoints.get(tx.conn, checkpoint_id)).state is State.TRASHED:
-            await checkpoints.mark_dropped(tx, checkpoint_id)
+        if await checkpoints.state_of(tx.conn, one.id) is State.TRASHED:
+            await checkpoints.mark_dropped(tx, one.id)
 
     await tools.catalog.write(drop)
-    tools.moved.discard(checkpoint_id)
+    failpoint.hit("retain.recorded")
+    tools.moved.discard(one.id)

@@ -32,6 +32,7 @@ async def run(job: Job, tools: Tools) -> Outcome:
             last=last,
             still_s=still_s if last is not None else 0.0,
             told=bool(known.get("told")),
+            owner_uid=known.get("owner_uid"),
         )
     )
     if answer.settled:

@@ -36,6 +36,7 @@ class Tools:
 
     placing  of each root: held while links under it are placed
     moved    retired checkpoints known to lie in the trash already
+    delayed  those that the last look at the trash could not unlink
     """
 
     catalog: Catalog
@@ -44,7 +45,8 @@ class Tools:
     sources: Sources
     clock: Clock
     settings: Callable[[], Settings]
-    moved: set[str] = field(default_factory=set)  # retired checkpoints known to lie in the trash
+    moved: set[str] = field(default_factory=set)
+    delayed: set[str] = field(default_factory=set)
     placing: defaultdict[str, anyio.Lock] = field(default_factory=lambda: defaultdict(anyio.Lock))
 
 

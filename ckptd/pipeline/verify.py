@@ -8,14 +8,14 @@ import os
 from dataclasses import dataclass, replace
 
 from ckptd import failpoint
-from ckptd.best import best
-from ckptd.catalog import bests, checkpoints, roots
+from ckptd.catalog import checkpoints, roots
 from ckptd.catalog.tx import Tx
 from ckptd.config import Rules
 from ckptd.errors import CkptdError
 from ckptd.jobs import Job
 from ckptd.model import Checkpoint, Damage, FileEntry, Identity, JobState, Origin, State
 from ckptd.pipeline.tools import Ended, Fresh, Onward, Outcome, Tools
+from ckptd.pipeline.winners import refresh_best
 from ckptd.worker.protocol import DamageRecord, FileRecord, Purge, Settle, Settlement, Verified, Verify
 
 NEXT = "link"
@@ -33,6 +33,7 @@ class Subject:
     checkpoint: Checkpoint
     files: tuple[FileEntry, ...]
     recorded: Identity | None
+    manifest_sha256: str = ""  # "" where there is no manifest of ours
 
 
 async def subject(tools: Tools, checkpoint_id: str) -> Subject:
@@ -87,6 +88,7 @@ async def compare(tools: Tools, read: Subject) -> list[Damage]:
             root=read.checkpoint.root,
             path=read.checkpoint.path,
             files=[FileRecord(f.path, f.size_bytes, f.sha256, list(f.xxh3)) for f in read.files],
+            manifest_sha256=read.manifest_sha256,
         )
     )
     return [_damage(record) for record in answer.damage[:DAMAGE_MAX]]
@@ -133,16 +135,6 @@ async def bad(tx: Tx, read: Subject, damage: list[Damage], rules: Rules) -> Chec
     return after
 
 
-async def refresh_best(tx: Tx, experiment_id: str, rules: Rules) -> bool:
-    """Decide the best of every rule again, inside the transaction that changed what it depends on."""
-    decided = {}
-    for rule in rules.keep_best:
-        found = await bests.candidates(tx.conn, experiment_id, rule.metric, rule.mode, rule.k)
-        winners = best(found, rule)
-        decided[rule.metric, rule.mode] = [(winner.checkpoint.id, winner.value) for winner in winners]
-    return await bests.replace(tx, experiment_id, decided)
-
-
 async def is_overwritten(tools: Tools, read: Subject) -> bool:
     """Whether somebody else's file changed because its writer put another in its place: that is no damage."""
     if read.checkpoint.origin in {Origin.MEMORY, Origin.REBUILD} or read.recorded is None:
@@ -151,8 +143,7 @@ async def is_overwritten(tools: Tools, read: Subject) -> bool:
         seen = await look(tools, read)
     except CkptdError:
         return False
-    was = read.recorded
-    return seen is not None and (seen.ino, seen.size_bytes, seen.mtime_ns) != (was.ino, was.size_bytes, was.mtime_ns)
+    return seen is not None and not read.recorded.means(seen)
 
 
 async def _damaged(job: Job, tools: Tools, read: Subject, damage: list[Damage]) -> Outcome:

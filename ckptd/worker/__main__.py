@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
@@ -22,7 +23,7 @@ import msgspec
 from ckptd import failpoint
 from ckptd.errors import BadRequest, Bug, CkptdError
 from ckptd.worker import kernel, protocol
-from ckptd.worker.context import Context, Limits
+from ckptd.worker.context import Context, Limits, TakesLong
 from ckptd.worker.fault import coded
 from ckptd.worker.lane import Lane
 from ckptd_client.wire import FrameError, Splitter
@@ -35,11 +36,15 @@ WATCHES_MAX = 256  # watches run until cancelled: each has a thread of its own
 
 @dataclass(frozen=True, slots=True)
 class Verb:
-    """Where a verb lives (it is imported when it is first asked for), and the lane it runs in."""
+    """Where a verb lives (it is imported when it is first asked for), and the lane it runs in.
+
+    long  the lane it is asked again in when it turns out to take long
+    """
 
     module: str
     function: str = "run"
     lane: str = "quick"
+    long: str = ""
 
 
 VERBS: dict[type[protocol.Request], Verb] = {
@@ -49,13 +54,14 @@ VERBS: dict[type[protocol.Request], Verb] = {
     protocol.Scan: Verb("scan", lane="scan"),
     protocol.Watch: Verb("watch", lane="watch"),
     protocol.Inspect: Verb("inspect"),
-    protocol.Settle: Verb("settle"),
+    protocol.Settle: Verb("settle", long="read"),
     protocol.Link: Verb("link"),
     protocol.Trash: Verb("trash", "trash"),
     protocol.Restore: Verb("trash", "restore"),
     protocol.Purge: Verb("trash", "purge"),
     protocol.Sweep: Verb("sweep"),
     protocol.Usage: Verb("usage"),
+    protocol.Amend: Verb("amend"),
 }
 
 
@@ -63,7 +69,7 @@ def make_lanes(threads: int) -> dict[str, Lane]:
     """Share the threads out, so that nothing waits behind what may take much longer, or matters less.
 
     publish  a trainer's arena is held until it is done; each takes a second thread for its digests
-    read     scrubbing terabytes must not delay a publish
+    read     scrubbing terabytes must not delay a publish; also a settle that must read what it looks at
     scan     one at a time: it has the whole tree to itself, and all of reconcile hangs on it
     quick    questions of a millisecond, and removals, which a full disk waits for
     watch    runs until it is cancelled
@@ -147,10 +153,21 @@ class Loop:
         self._start(number, request, fd)
 
     def _start(self, number: int, request: protocol.Request, fd: int | None) -> None:
-        lane = self._lanes[VERBS[type(request)].lane]
-        context = Context(send=partial(self._speak, number, lane), fd=fd, limits=self._limits)
+        verb = VERBS[type(request)]
+        lane = self._lanes[verb.lane]
+        context = Context(send=partial(self._speak, number, lane), fd=fd, limits=self._limits, quick=bool(verb.long))
         with self._table:
             self._running[number] = context
+        self._submit(number, request, context, lane)
+
+    def _again(self, number: int, request: protocol.Request, context: Context) -> None:
+        """Ask the verb again in its long lane; it stays the same request, and may be cancelled all along."""
+        lane = self._lanes[VERBS[type(request)].long]
+        context.quick = False
+        context.send = partial(self._speak, number, lane)
+        self._submit(number, request, context, lane)
+
+    def _submit(self, number: int, request: protocol.Request, context: Context, lane: Lane) -> None:
         try:
             lane.submit(number, partial(self._serve, number, request, context))
         except CkptdError as error:
@@ -175,6 +192,9 @@ class Loop:
                 importlib.import_module(f"ckptd.worker.{verb.module}"), verb.function
             )
             reply = run(request, context)
+        except TakesLong:
+            self._again(number, request, context)
+            return
         except CkptdError as error:
             outcome = partial(self._fail, number, error)
         except OSError as error:
@@ -185,8 +205,10 @@ class Loop:
             outcome = partial(self._send, {"id": number, "ok": True, "result": reply})
         with self._table:
             del self._running[number]
-        context.close()
-        outcome()
+        try:
+            outcome()
+        finally:
+            context.close()
 
     def _bug(self, request: protocol.Request, error: Exception) -> Bug:
         import traceback  # noqa: PLC0415  never needed, if we are good
@@ -244,6 +266,25 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def _yield_to_training(nice: int) -> None:
+    """Take the given niceness, as a process and as a session.
+
+    With autogroups (on in most kernels, off under systemd's CPU control) niceness counts only among
+    processes of one session, and each session has an equal share: a worker in the daemon's would take
+    as much as the whole training. So it is a session of its own, with the same niceness. It is then
+    out of the process group that is killed behind a dead daemon: the kernel ends it in that case.
+    SCHED_BATCH, because a writer that wakes up after each write would else take the core from whoever
+    computes there: a save beside a running publish took a seventh longer.
+    """
+    kernel.end_with_parent()
+    os.nice(nice)
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    with suppress(OSError):  # it leads one already
+        os.setsid()
+    with suppress(OSError), open("/proc/self/autogroup", "w", encoding="ascii") as autogroup:
+        autogroup.write(str(nice))
+
+
 def main() -> NoReturn:
     """Set this process up and serve. The order matters: threads inherit what is set before them."""
     arguments = _arguments()
@@ -251,7 +292,7 @@ def main() -> NoReturn:
     # SIGTERM reach the whole group while the daemon drains: it ends us by the socket, when done.
     for number in (signal.SIGIO, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    os.nice(arguments.nice)
+    _yield_to_training(arguments.nice)
     if arguments.idle_io:
         kernel.idle_io()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -35,21 +35,28 @@ class Cancelled(TimedOut):
     default_hint = "nobody has to act: the one who asked went away"
 
 
+class TakesLong(Exception):
+    """What was asked quickly needs contents to be read."""
+
+
 @dataclass(slots=True)
 class Context:
     """One request's surroundings.
 
     send       sends one frame body ({"part": ...} or {"alive": true}); blocks while the daemon
                does not read, raises OSError when it is gone
-    fd         the arena that came with the request, or None; it closes when the verb returns
+    fd         the arena that came with the request, or None; it closes when the verb has answered
     cancelled  set by the daemon's `cancel`
+    quick      the thread is for questions of a millisecond: TakesLong instead of reading much
     """
 
     send: Callable[[dict[str, object]], None] = lambda _: None
     fd: int | None = None
     limits: Limits = field(default_factory=Limits)
     cancelled: threading.Event = field(default_factory=threading.Event)
+    quick: bool = False
     _beat_s: float = field(default_factory=time.monotonic)
+    _held: list[Callable[[], None]] = field(default_factory=list)
 
     def send_part(self, part: msgspec.Struct) -> None:
         """Send one part of a long answer. Blocks while the daemon does not read."""
@@ -68,8 +75,14 @@ class Context:
             self._beat_s = now_s
             self.send({"alive": True})
 
+    def after(self, act: Callable[[], None]) -> None:
+        """Do this when the verb has answered: what takes time and nobody waits for, as unmapping an arena (20 ms/GB)."""
+        self._held.append(act)
+
     def close(self) -> None:
-        """Close the arena that came along."""
+        """Do what waited for the answer; close the arena that came along."""
+        while self._held:
+            self._held.pop()()
         if self.fd is not None:
             os.close(self.fd)
             self.fd = None

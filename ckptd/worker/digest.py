@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from ckptd.errors import BadPath, Refused, SourceChanged
-from ckptd.worker import beneath, durable
+from ckptd.worker import beneath
 from ckptd.worker.context import Context
+from ckptd.worker.fsync import fsync_directory, fsync_file
 from ckptd.worker.hashing import FileDigest, HashThread, read_into
 from ckptd.worker.members import Member, identity, members
 from ckptd.worker.protocol import Digest, Digested, FileRecord, IdentityRecord
@@ -91,7 +92,7 @@ def _digest_member(directory_fd: int, path: str, hasher: HashThread, alive: Call
 
 def _digest_file(fd: int, hasher: HashThread, alive: Callable[[], None]) -> FileDigest:
     """Fsync first: what is read afterwards is what went to the disk, or the identity changes."""
-    durable.fsync_file(fd, "digest.fsynced")
+    fsync_file(fd, "digest.fsynced")
     digest = FileDigest()
     size_bytes = os.fstat(fd).st_size
     for _ in read_into(lambda buffer, offset: os.preadv(fd, [buffer], offset), size_bytes, hasher, digest):
@@ -105,7 +106,7 @@ def _sync_tree(fd: int, paths: list[str]) -> None:
     for parts in [*sorted(below, reverse=True), ()]:
         at = beneath.open_directory(fd, parts)
         try:
-            durable.fsync_directory(at)
+            fsync_directory(at)
         finally:
             os.close(at)
 
@@ -115,6 +116,6 @@ def _sync_names(root_fd: int, above: tuple[str, ...]) -> None:
     for count in range(len(above), -1, -1):
         at = beneath.open_directory(root_fd, above[:count])
         try:
-            durable.fsync_directory(at)
+            fsync_directory(at)
         finally:
             os.close(at)

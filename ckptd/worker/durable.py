@@ -1,4 +1,4 @@
-"""The only code of ckptd that makes, renames and removes under a storage root, and that calls fsync.
+"""The only code of ckptd that makes, renames and removes under a storage root; fsync.py is its other half.
 
 Everything works on (directory descriptor, name), so that a directory swapped for a symlink between
 two steps changes nothing. What must hold after a power cut is proved at each order that matters.
@@ -8,108 +8,80 @@ import errno
 import fcntl
 import os
 import stat
-from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
 from ckptd import failpoint
-from ckptd.errors import BadPath, DiskFault, Exists, SourceChanged
+from ckptd.errors import BadPath, DiskFault, Exists, NotFound, SourceChanged
 from ckptd.worker import beneath, kernel
-from ckptd.worker.fault import coded
+from ckptd.worker.fsync import fsync_directory, fsync_file
 
 TEMPORARY = ".ckptd-tmp-"
 MANIFEST = "manifest.json"
 _STEM_CHARS_MAX = 60  # of a final name inside a temporary one: 240 bytes at worst; NAME_MAX is 255
 _DEPTH_MAX = 256  # directories below one that is removed; each holds a descriptor meanwhile
-_FAILED_MAX = 4096
 _NO_FLAGS = frozenset({errno.ENOSYS, errno.EINVAL})  # renameat2 flags: old kernels, NFS, some FUSE
 
 UMASK = os.umask(0o077)  # there is no way to read it without setting it; once, before any thread
 os.umask(UMASK)
 
-# Files whose fsync failed: (dev, ino, mtime_ns). A write changes the last, another file all three.
-_failed: OrderedDict[tuple[int, int, int], None] = OrderedDict()
-
-
-class FsyncFailed(DiskFault):
-    """fsync failed: what was written may be lost although the page cache still shows it."""
-
-
-def fsync_file(fd: int, point: str = "") -> None:
-    """Make a file's bytes durable. FsyncFailed is final: write the bytes again to a new inode.
-
-    After a failed fsync the kernel marks the lost pages clean, and a second fsync of the same file
-    succeeds although the bytes are gone. So a failure is remembered by inode, and only a write to
-    it (which moves its mtime) or another inode lets fsync be called again.
-    """
-    facts = os.fstat(fd)
-    key = (facts.st_dev, facts.st_ino, facts.st_mtime_ns)
-    if key in _failed:
-        raise FsyncFailed("an earlier fsync of this file failed; its bytes may be lost", errno="EIO")
-    try:
-        os.fsync(fd)
-        failpoint.hit(point)
-    except OSError as error:
-        _failed[key] = None
-        while len(_failed) > _FAILED_MAX:
-            _failed.popitem(last=False)
-        raise _fsync_error(error) from error
-
-
-def fsync_directory(fd: int, point: str = "") -> None:
-    """Make the names in a directory durable. EINVAL (the file system can't) passes, EIO never."""
-    try:
-        try:
-            os.fsync(fd)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-        failpoint.hit(point)
-    except OSError as error:
-        raise _fsync_error(error) from error
-
-
-def _fsync_error(error: OSError) -> Exception:
-    if error.errno == errno.EIO:
-        return FsyncFailed(f"fsync: {error.strerror}", errno="EIO")
-    return coded(error) or error
-
-
-def start_writeback(fd: int, offset: int, size_bytes: int) -> None:
-    """Let a range go to the disk in the background. Promises nothing; FsyncFailed as from fsync."""
-    _writeback(fd, (offset, size_bytes), kernel.SYNC_WRITE)
-
-
-def await_writeback(fd: int, offset: int, size_bytes: int) -> None:
-    """Wait until a range has gone to the disk's own cache. Still needs fsync; FsyncFailed as from it."""
-    _writeback(fd, (offset, size_bytes), kernel.SYNC_WAIT_BEFORE | kernel.SYNC_WRITE | kernel.SYNC_WAIT_AFTER)
-
-
-def _writeback(fd: int, span: tuple[int, int], flags: int) -> None:
-    try:
-        kernel.sync_file_range(fd, *span, flags)
-    except OSError as error:
-        # A failed writeback is told to a descriptor once: fsync might not say it again.
-        raise _fsync_error(error) from error
-
 
 def make_root(root: str) -> int:
-    """Open a root; when it is missing it is made with its parents, and their names are durable."""
+    """Open a root; when it is missing it is made with its parents, and their names are durable.
+
+    Each name is durable before the next is made, so of an earlier try that was killed only the last
+    directory that is there may have a name that is not: it is fsynced again.
+    """
     missing = []
     path = root.rstrip("/")
     while path and not os.path.isdir(path):
         missing.append(path)
         path = os.path.dirname(path)
+    _sync_name(path)
     for each in reversed(missing):
-        with suppress(FileExistsError):  # another publish made it just now
-            os.mkdir(each)
         above = beneath.open_root(os.path.dirname(each))
         try:
-            fsync_directory(above)
+            _make_durably(above, os.path.basename(each))
         finally:
             os.close(above)
     return beneath.open_root(root)
+
+
+def _sync_name(path: str) -> None:
+    """Make the name of a directory durable, unless we can't have made it: it is "/", or a foreign place."""
+    try:
+        above = beneath.open_root(os.path.dirname(path) or "/")
+    except (PermissionError, NotFound):
+        return
+    try:
+        if os.path.lexists(path) and os.fstat(above).st_dev == os.stat(path).st_dev:
+            fsync_directory(above, "", _change)
+    finally:
+        os.close(above)
+
+
+def _change(fd: int) -> None:
+    """Make and remove a name, so that the kernel has the directory to write again. OSError when we may not."""
+    name = f"{TEMPORARY}{os.urandom(8).hex()}"
+    os.mkdir(name, 0o700, dir_fd=fd)
+    os.rmdir(name, dir_fd=fd)
+
+
+def _make_durably(above: int, name: str) -> None:
+    """Make a directory unless it is there, and fsync its name; one that we made goes when that fails."""
+    made = True
+    try:
+        os.mkdir(name, dir_fd=above)
+    except FileExistsError:
+        made = False
+    try:
+        fsync_directory(above, "", _change)
+    except BaseException:
+        if made:
+            with suppress(OSError):  # somebody else works in it already
+                os.rmdir(name, dir_fd=above)
+        raise
 
 
 def make_dir_chain(root_fd: int, parts: tuple[str, ...]) -> int:
@@ -122,13 +94,9 @@ def make_dir_chain(root_fd: int, parts: tuple[str, ...]) -> int:
     at = beneath.open_directory(root_fd, ())
     try:
         for part in parts:
-            with suppress(FileExistsError):
-                os.mkdir(part, dir_fd=at)
+            _make_durably(at, part)
             above, at = at, beneath.open_directory(at, (part,))
-            try:
-                fsync_directory(above)
-            finally:
-                os.close(above)
+            os.close(above)
     except BaseException:
         os.close(at)
         raise
@@ -238,6 +206,33 @@ def _rename_by_hand(old: tuple[int, str], new: tuple[int, str]) -> None:
         raise
 
 
+def replace_file(directory_fd: int, name: str, text: bytes) -> None:
+    """Give a small file these bytes, atomically and durably. FsyncFailed: the old one stands.
+
+    The bytes are fsynced under another name before the rename, the directory after it, so at every
+    instant a power cut leaves the old file or the new one, and each is whole. One writer at a time:
+    what a dead one left under the other name is removed first.
+    """
+    temporary = f".{name[:_STEM_CHARS_MAX]}{TEMPORARY}replaces"
+    with suppress(FileNotFoundError):
+        os.unlink(temporary, dir_fd=directory_fd)
+    fd = beneath.open_beneath(directory_fd, (temporary,), os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode=0o666)
+    try:
+        rest = memoryview(text)
+        while rest:
+            rest = rest[os.write(fd, rest) :]
+        failpoint.hit("amend.written")
+        fsync_file(fd, "amend.fsynced")
+        os.rename(temporary, name, src_dir_fd=directory_fd, dst_dir_fd=directory_fd)
+    except BaseException:
+        os.unlink(temporary, dir_fd=directory_fd)
+        raise
+    finally:
+        os.close(fd)
+    failpoint.hit("amend.renamed")
+    fsync_directory(directory_fd, "amend.dir_fsynced")
+
+
 def replace_symlink(directory_fd: int, name: str, target: str) -> None:
     """Make the symlink `name` point to `target`, atomically and durably.
 
@@ -280,6 +275,7 @@ def remove_symlink(directory_fd: int, name: str) -> bool:
     try:
         facts = os.stat(name, dir_fd=directory_fd, follow_symlinks=False)
     except FileNotFoundError:
+        fsync_directory(directory_fd)  # who removed it may have died before its fsync
         return False
     if not stat.S_ISLNK(facts.st_mode):
         raise Exists(f"{name!r} is no symlink")
@@ -323,6 +319,7 @@ def remove_tree(parent_fd: int, name: str, beat: Callable[[], None] = lambda: No
     try:
         facts = os.stat(name, dir_fd=parent_fd, follow_symlinks=False)
     except FileNotFoundError:
+        fsync_directory(parent_fd)  # who removed it may have died before its fsync
         return 0
     if not stat.S_ISDIR(facts.st_mode):
         _unlink(parent_fd, name, beat)
@@ -332,7 +329,7 @@ def remove_tree(parent_fd: int, name: str, beat: Callable[[], None] = lambda: No
     try:
         with suppress(FileNotFoundError, IsADirectoryError):
             os.unlink(MANIFEST, dir_fd=fd)
-            fsync_directory(fd)
+        fsync_directory(fd)  # with no manifest there as well: who unlinked it may have died right then
         count = _empty(fd, 0, beat)
     finally:
         os.close(fd)

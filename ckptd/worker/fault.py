@@ -3,11 +3,13 @@
 import errno
 import os
 
-from ckptd.errors import BadPath, CkptdError, Denied, DiskFault, Missing, NoSpace
+from ckptd.errors import BadPath, Busy, CkptdError, Denied, DiskFault, Missing, NoSpace
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _FAULT = frozenset({errno.EIO, errno.EREMOTEIO, errno.ESTALE, errno.ENXIO, errno.EUCLEAN, errno.ENODEV})
 _DENIED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+# This process or this machine is out of something that comes back: nobody but time must act.
+_SCARCE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR})
 _PATH = frozenset({errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EXDEV})
 
 
@@ -28,6 +30,8 @@ def coded(error: OSError) -> CkptdError | None:
         cls = Missing
     elif number in _PATH:
         cls = BadPath
+    elif number in _SCARCE:
+        cls = Busy
     else:
         return None
     details = {} if error.filename is None else {"path": os.fsdecode(error.filename)}

@@ -33,6 +33,7 @@ class Image:
         self.size_bytes = facts.st_size
         _check_files(files, facts.st_size)
         self._map: mmap.mmap | None = None
+        self._populated: set[tuple[int, int]] = set()
         if _seals(fd) & _SEALED and facts.st_size:
             self._map = mmap.mmap(fd, facts.st_size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
             self._view = memoryview(self._map)
@@ -46,13 +47,16 @@ class Image:
         """Return the bytes where they lie, with their pages mapped in one go.
 
         Much cheaper than a fault for every 16 of them; a kernel before 5.14 refuses, and they are
-        then faulted in as they are touched.
+        then faulted in as they are touched. The thread that asks for a span first does it for the
+        others: the writer is ahead of the digest, and waits for the disk anyway.
         """
         if self._map is None:
             raise Bug("only a mapped image has views")
         start = offset - offset % mmap.PAGESIZE
-        with suppress(OSError):
-            self._map.madvise(kernel.MADV_POPULATE_READ, start, offset + size_bytes - start)
+        if (offset, size_bytes) not in self._populated:
+            self._populated.add((offset, size_bytes))
+            with suppress(OSError):
+                self._map.madvise(kernel.MADV_POPULATE_READ, start, offset + size_bytes - start)
         return self._view[offset : offset + size_bytes]
 
     def read(self, buffer: memoryview, offset: int) -> int:
@@ -63,10 +67,11 @@ class Image:
         return got
 
     def close(self) -> None:
-        """Unmap. Views handed out must be gone."""
+        """Unmap, at once or with the last view: the traceback of a failed write still holds the one it wrote from."""
         if self._map is not None:
             self._view.release()
-            self._map.close()
+            with suppress(BufferError):
+                self._map.close()
             self._map = None
 
 
@@ -85,6 +90,6 @@ def _check_files(files: Sequence[FileImage], size_bytes: int) -> None:
         beneath.parts_of(file.path)
         if file.offset % BLOCK or file.offset < 0 or file.size_bytes < 0 or file.offset + file.size_bytes > size_bytes:
             raise BadRequest(f"{file.path!r} is not on a page of the arena, or does not fit in it")
-        if file.path in seen or file.path == "manifest.json":
-            raise BadRequest(f"{file.path!r} occurs twice, or is the manifest's own name")
+        if file.path in seen or file.path in {"manifest.json", "late.json"}:
+            raise BadRequest(f"{file.path!r} occurs twice, or is a name of ours")
         seen.add(file.path)

@@ -9,14 +9,16 @@ import fcntl
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Self
 
 from ckptd import failpoint
-from ckptd.worker import beneath, durable, kernel
+from ckptd.worker import beneath, kernel
 from ckptd.worker.context import Context
+from ckptd.worker.fsync import await_writeback, fsync_directory, fsync_file, start_writeback
 from ckptd.worker.hashing import MIB, FileDigest, HashThread, read_into
 from ckptd.worker.image import BLOCK, Image
 from ckptd.worker.protocol import FileImage, FileRecord
@@ -24,7 +26,9 @@ from ckptd.worker.protocol import FileImage, FileRecord
 WRITE_BYTES = 16 * MIB  # one O_DIRECT write; larger ones gain nothing
 DIRECT_BYTES_MIN = 1 * MIB  # below this a file is written through the cache: one call, flushed with its batch
 BATCH_FILES_MAX = 128  # files written before they are fsynced together; each holds a descriptor
-HASH_THREADS_MAX = 2
+SPAN_BYTES = 16 * MIB  # digested between two looks at whether it is still wanted
+SPARE_SPAN_BYTES = 1 * MIB  # half a millisecond: what may be waited for at the lowest priority
+LOWEST_PRIORITY = 19
 _CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL
 _NO_DIRECT = errno.EINVAL  # the file system has no O_DIRECT, or wants another alignment
 
@@ -86,7 +90,7 @@ class ImageWriter:
                     self._write(file, output, streamed)
                     batch.append(output)
                 for output in batch:
-                    durable.fsync_file(output.fd, "copy.fsynced")
+                    fsync_file(output.fd, "copy.fsynced")
                     self._context.alive()
                     self._written.direct &= not output.refused
         self._sync_directories()
@@ -130,27 +134,34 @@ class ImageWriter:
         for parts in reversed(self._directories()):
             at = beneath.open_directory(self._directory_fd, parts)
             try:
-                durable.fsync_directory(at)
+                fsync_directory(at)
             finally:
                 os.close(at)
 
 
 class _Digests:
-    """Threads that digest a mapped image's files while they are written, the largest first.
+    """Threads that digest a mapped image's files while they are written.
 
-    Leaving the block waits for them, or stops them when the block failed.
+    The first takes the largest files. The second, from the other end, has the lowest priority there is:
+    it uses a core that nobody wants, and under a busy training it would hold the publish up with one
+    chunk. So when the first has nothing left to take, it takes over what the second has begun.
+    Leaving the block waits for both, or stops them when the block failed.
     """
 
     def __init__(self, image: Image, files: Sequence[FileImage], context: Context) -> None:
         self._image, self._files, self._context = image, files, context
-        self._todo = iter(sorted(range(len(files)), key=lambda i: -files[i].size_bytes))
-        self._done: dict[int, FileDigest] = {}
-        self._lock = threading.Lock()
-        self._stop = threading.Event()
+        self._digests = [FileDigest() for _ in files]
+        several = len(files) > 1 and len(os.sched_getaffinity(0)) > 1
+        # Alone it follows the writer, which makes the pages ready before it.
+        order = sorted(range(len(files)), key=lambda i: -files[i].size_bytes) if several else range(len(files))
+        self._todo = deque(order)
+        self._free = threading.Condition()
+        self._spare_is_at_work = False
+        self._first_is_idle = False
+        self._stop = False
         self._error: BaseException | None = None
-        half_the_cores = max(1, len(os.sched_getaffinity(0)) // 2)  # the other half is the training's
-        count = min(HASH_THREADS_MAX, len(files), half_the_cores)
-        self._threads = [threading.Thread(target=self._run, name="hash", daemon=True) for _ in range(count)]
+        jobs = [self._first, self._spare] if several else [self._first]
+        self._threads = [threading.Thread(target=self._run, args=(job,), name="hash", daemon=True) for job in jobs]
         self.hash_s = self.cpu_s = 0.0
 
     def __enter__(self) -> Self:
@@ -160,39 +171,71 @@ class _Digests:
 
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is not None:
-            self._stop.set()
+            self._end()
         for thread in self._threads:
             thread.join()
         if kind is None and self._error is not None:
             raise self._error
 
     def records(self) -> list[FileRecord]:
-        return [self._done[index].record(file.path) for index, file in enumerate(self._files)]
+        return [digest.record(file.path) for digest, file in zip(self._digests, self._files, strict=True)]
 
-    def _run(self) -> None:
+    def _end(self) -> None:
+        with self._free:
+            self._stop = True
+            self._free.notify_all()
+
+    def _run(self, job: Callable[[], None]) -> None:
         started_s = time.monotonic()
         try:
-            while (index := self._next()) is not None:
-                self._done[index] = self._digest(self._files[index])
+            job()
         except BaseException as error:  # noqa: ASYNC103, BLE001  raised again in the caller's thread
             self._error = error
-            self._stop.set()
-        with self._lock:
+            self._end()
+        with self._free:
             self.hash_s = max(self.hash_s, time.monotonic() - started_s)
             self.cpu_s += time.thread_time()
 
-    def _next(self) -> int | None:
-        with self._lock:
-            return None if self._stop.is_set() else next(self._todo, None)
+    def _first(self) -> None:
+        while (index := self._next()) is not None:
+            self._digest(index, SPAN_BYTES, lambda: self._stop)
 
-    def _digest(self, file: FileImage) -> FileDigest:
-        digest = FileDigest()
-        for offset in range(0, file.size_bytes, WRITE_BYTES):
-            if self._stop.is_set():
-                break
+    def _next(self) -> int | None:
+        """The largest file left; when none is, what the second thread lets go of at its next chunk."""
+        with self._free:
+            self._first_is_idle = not self._todo
+            self._free.wait_for(lambda: bool(self._todo) or self._stop or not self._spare_is_at_work)
+            self._first_is_idle = False
+            return self._todo.popleft() if self._todo and not self._stop else None
+
+    def _spare(self) -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
+        while True:
+            with self._free:
+                if self._stop or not self._todo:
+                    return
+                index = self._todo.pop()
+                self._spare_is_at_work = True
+            try:
+                self._digest(index, SPARE_SPAN_BYTES, lambda: self._stop or self._first_is_idle)
+            finally:
+                with self._free:
+                    begun = self._digests[index].size_bytes < self._files[index].size_bytes
+                    if begun:
+                        self._todo.append(index)
+                    self._spare_is_at_work = False
+                    self._free.notify_all()
+            if begun:
+                return  # the first thread goes on with it
+
+    def _digest(self, index: int, span_bytes: int, enough: Callable[[], bool]) -> None:
+        """Go on with a file's digest where it stands, to its end or until it is `enough`."""
+        file, digest = self._files[index], self._digests[index]
+        for offset in range(digest.size_bytes, file.size_bytes, span_bytes):
+            if enough():
+                return
             self._context.alive()
-            digest.update(self._image.view(file.offset + offset, min(WRITE_BYTES, file.size_bytes - offset)))
-        return digest
+            digest.update(self._image.view(file.offset + offset, min(span_bytes, file.size_bytes - offset)))
 
 
 @dataclass(slots=True)
@@ -265,9 +308,9 @@ class Output:
             done += os.pwrite(self.fd, view[done:], offset + done)
         # Writeback starts at once, and the chunk before is awaited and dropped: at most two chunks
         # of dirty pages, so that fsync has little left to do and the cache is left to others.
-        durable.start_writeback(self.fd, offset, len(view))
+        start_writeback(self.fd, offset, len(view))
         if before := min(offset, WRITE_BYTES):
-            durable.await_writeback(self.fd, offset - before, before)
+            await_writeback(self.fd, offset - before, before)
             os.posix_fadvise(self.fd, offset - before, before, os.POSIX_FADV_DONTNEED)
 
     def _leave_direct(self) -> None:

@@ -5,6 +5,7 @@ import os
 from ckptd.errors import BadPath
 from ckptd.worker import beneath, durable
 from ckptd.worker.context import Context
+from ckptd.worker.fsync import fsync_directory
 from ckptd.worker.protocol import Done, Link
 
 
@@ -29,7 +30,7 @@ def run(request: Link, _context: Context) -> Done:
             return Done(int(durable.remove_symlink(directory_fd, parts[-1])))
         if _points_to(directory_fd, parts[-1]) == request.target:
             # Its name may be from a process that died before its fsync.
-            durable.fsync_directory(directory_fd)
+            fsync_directory(directory_fd)
             return Done(0)
         durable.replace_symlink(directory_fd, parts[-1], request.target)
         return Done(1)

@@ -112,10 +112,14 @@ class Digested(msgspec.Struct, frozen=True):
 
 
 class Verify(Request, frozen=True, tag="verify"):
-    """Read `path` back past the page cache and compare with the records."""
+    """Read `path` back past the page cache and compare with the records.
+
+    manifest_sha256  of manifest.json, which no record names; "": there is none of ours
+    """
 
     path: str
     files: list[FileRecord]
+    manifest_sha256: str = ""
 
 
 class Verified(msgspec.Struct, frozen=True):
@@ -170,6 +174,7 @@ class Settle(Request, frozen=True, tag="settle"):
     last    identity seen by the question before, if any
     still_s seconds for which that identity had not changed, by the asker's monotonic clock
     told    the writer itself said so (file hand-off): structure and open writers are still checked
+    owner_uid  whoever handed it over may name only what is this user's; None: no such question
     """
 
     path: str
@@ -177,6 +182,7 @@ class Settle(Request, frozen=True, tag="settle"):
     last: IdentityRecord | None = None
     still_s: float = 0.0
     told: bool = False
+    owner_uid: int | None = None
 
 
 class Settlement(msgspec.Struct, frozen=True):
@@ -207,7 +213,7 @@ class Scan(Request, frozen=True, tag="scan"):
 
 
 class Candidate(msgspec.Struct, frozen=True):
-    """One file or directory that a reader would load. `manifest` only in managed roots."""
+    """One file or directory that a reader would load. `manifest` and `late` only in managed roots."""
 
     path: str
     kind: str  # "file" or "directory"
@@ -215,6 +221,7 @@ class Candidate(msgspec.Struct, frozen=True):
     identity: IdentityRecord
     step: int | None = None
     manifest: dict[str, Any] | None = None
+    late: dict[str, Any] | None = None
 
 
 class Candidates(msgspec.Struct, frozen=True):
@@ -246,11 +253,13 @@ class Hints(msgspec.Struct, frozen=True):
     """Directories to rescan; `lost` when events may have been dropped: rescan everything.
 
     problem  why events are not to be had here ("" when they are); a person may want to know
+    blind    and it is this machine's doing: a limit or a failure, not a root that comes and goes
     """
 
     directories: list[str]
     lost: bool = False
     problem: str = ""
+    blind: bool = False
 
 
 class Link(Request, frozen=True, tag="link"):
@@ -263,11 +272,15 @@ class Link(Request, frozen=True, tag="link"):
 
 
 class Trash(Request, frozen=True, tag="trash"):
-    """Move `path` into <root>/.ckptd-trash/<trash> by rename; refused unless it is still `identity`."""
+    """Move `path` into <root>/.ckptd-trash/<trash> by rename; refused unless it is still `identity`.
+
+    checkpoint  the id that a manifest must name, where the device number is another than recorded
+    """
 
     path: str
     identity: IdentityRecord
     trash: str
+    checkpoint: str = ""
 
 
 class Restore(Request, frozen=True, tag="restore"):
@@ -275,6 +288,14 @@ class Restore(Request, frozen=True, tag="restore"):
 
     path: str
     trash: str
+
+
+class Amend(Request, frozen=True, tag="amend"):
+    """Make late.json in the directory `path` say this of `checkpoint`: all its metrics, numbers as on the wire."""
+
+    path: str
+    checkpoint: str
+    metrics: dict[str, float | str]
 
 
 class Purge(Request, frozen=True, tag="purge"):
@@ -295,13 +316,17 @@ class Usage(Request, frozen=True, tag="usage"):
 
 
 class Used(msgspec.Struct, frozen=True):
-    """statvfs in bytes; `filesystem` is the type's name, `direct_io` and `leases` what it can do."""
+    """statvfs in bytes; `filesystem` is the type's name, `direct_io` and `leases` what it can do.
+
+    unwritable  why nothing can be made under the root, "" when it can
+    """
 
     total_bytes: int
     free_bytes: int
     filesystem: str
     direct_io: bool
     leases: bool
+    unwritable: str = ""
 
 
 class Done(msgspec.Struct, frozen=True):
@@ -311,7 +336,7 @@ class Done(msgspec.Struct, frozen=True):
 
 
 AnyRequest = (
-    Publish | Digest | Verify | Inspect | Settle | Scan | Watch | Link | Trash | Restore | Purge | Sweep | Usage
+    Publish | Digest | Verify | Inspect | Settle | Scan | Watch | Link | Trash | Restore | Purge | Sweep | Usage | Amend
 )
 
 REPLY_OF: dict[type[Request], type[msgspec.Struct]] = {
@@ -328,6 +353,7 @@ REPLY_OF: dict[type[Request], type[msgspec.Struct]] = {
     Purge: Done,
     Sweep: Done,
     Usage: Used,
+    Amend: Done,
 }
 
 PART_OF: dict[type[Request], type[msgspec.Struct]] = {Scan: Candidates, Watch: Hints}

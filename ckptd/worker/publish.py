@@ -11,7 +11,8 @@ from ckptd.errors import BadPath, BadRequest, Corrupt, Exists, NoSpace
 from ckptd.model import is_id
 from ckptd.worker import beneath, durable
 from ckptd.worker.context import Context
-from ckptd.worker.durable import MANIFEST, FsyncFailed, TemporaryDirectory
+from ckptd.worker.durable import MANIFEST, TemporaryDirectory
+from ckptd.worker.fsync import FsyncFailed, fsync_directory, fsync_file
 from ckptd.worker.image import Image
 from ckptd.worker.imagewriter import ImageWriter, Written
 from ckptd.worker.members import identity, members
@@ -62,10 +63,8 @@ def run(request: Publish, context: Context) -> Published:
         if found := _adopted(request, place):
             return found
         image = Image(context.fd, request.files)
-        try:
-            return _publish(request, context, place, image)
-        finally:
-            image.close()
+        context.after(image.close)
+        return _publish(request, context, place, image)
     finally:
         os.close(parent_fd)
 
@@ -146,7 +145,7 @@ def _write_manifest(directory_fd: int, text: bytes) -> None:
         while rest:
             rest = rest[os.write(fd, rest) :]
         failpoint.hit("manifest.written")
-        durable.fsync_file(fd, "manifest.fsynced")
+        fsync_file(fd, "manifest.fsynced")
     finally:
         os.close(fd)
 
@@ -190,7 +189,7 @@ def _adopted(request: Publish, place: _Place) -> Published | None:
         if found.checkpoint != place.checkpoint:
             raise Exists(f"{request.target!r} is checkpoint {found.checkpoint!r}", checkpoint=found.checkpoint)
         _check_sizes(request, fd, found)
-        durable.fsync_directory(place.parent_fd)
+        fsync_directory(place.parent_fd)
         return _reply(request, fd, (text, None))
     finally:
         os.close(fd)

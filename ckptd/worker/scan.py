@@ -13,7 +13,14 @@ from typing import Any
 from ckptd.errors import BadPath, InvalidFormat
 from ckptd.worker import beneath, formats
 from ckptd.worker.context import Context
-from ckptd.worker.formats.ckptd_dir import MANIFEST, MANIFEST_BYTES_MAX, parse_manifest
+from ckptd.worker.formats.ckptd_dir import (
+    LATE,
+    LATE_BYTES_MAX,
+    MANIFEST,
+    MANIFEST_BYTES_MAX,
+    parse_late,
+    parse_manifest,
+)
 from ckptd.worker.formats.names import MARKER, is_unfinished, markers_of, step_of
 from ckptd.worker.formats.source import Source
 from ckptd.worker.members import identity, is_utf8, members
@@ -191,6 +198,7 @@ class _Walk:
         """Report the directory when it is one checkpoint; then nothing in it is another."""
         name = path.rpartition("/")[2]
         manifest: dict[str, Any] | None = None
+        late: dict[str, Any] | None = None
         found: str | None
         if self._request.managed:
             found = "ckptd" if MANIFEST in listing.files else None
@@ -209,26 +217,36 @@ class _Walk:
         self.seen += len(files)
         if self._request.managed:
             manifest = self._manifest(fd)
-        self._add(Candidate(path, "directory", found, identity(os.fstat(fd), files), step_of(name), manifest))
+            late = parse_late(self._whole(fd, LATE, LATE_BYTES_MAX) or b"") if LATE in listing.files else None
+        seen = identity(os.fstat(fd), files)
+        self._add(Candidate(path, "directory", found, seen, step_of(name), manifest, late))
         return True
 
     def _manifest(self, fd: int) -> dict[str, Any] | None:
         """Read a manifest; None when it is none of ours: the candidate then says so."""
+        raw = self._whole(fd, MANIFEST, MANIFEST_BYTES_MAX)
         try:
-            opened = beneath.open_file(fd, MANIFEST)
+            return None if raw is None else parse_manifest(raw)
+        except InvalidFormat:
+            return None
+
+    def _whole(self, fd: int, name: str, bytes_max: int) -> bytes | None:
+        """Read a small file of ours; None when it is not there, not a file, or too large."""
+        try:
+            opened = beneath.open_file(fd, name)
         except (BadPath, FileNotFoundError, PermissionError):
             return None
         try:
             source = Source(opened)
-            if source.size_bytes > MANIFEST_BYTES_MAX:
+            if source.size_bytes > bytes_max:
                 return None
             raw = source.read(0, source.size_bytes)
-            self._found_bytes += len(raw)
-            return parse_manifest(raw)
         except InvalidFormat:
             return None
         finally:
             os.close(opened)
+        self._found_bytes += len(raw)
+        return raw
 
     def _take_files(self, fd: int, path: str, listing: _Listing) -> None:
         for name in listing.finished(listing.files):
@@ -239,7 +257,9 @@ class _Walk:
                 facts = os.stat(name, dir_fd=fd, follow_symlinks=False)
             except FileNotFoundError:
                 continue
-            if stat.S_ISREG(facts.st_mode) and facts.st_dev == self.device:
+            if facts.st_nlink > 1 and facts.st_uid not in {os.geteuid(), os.fstat(fd).st_uid}:
+                self.skipped["foreign link"] += 1  # somebody put another user's file here: it is not his to hand over
+            elif stat.S_ISREG(facts.st_mode) and facts.st_dev == self.device:
                 self._add(Candidate(f"{path}/{name}", "file", found, identity(facts), step_of(name)))
 
     def _add(self, candidate: Candidate) -> None:

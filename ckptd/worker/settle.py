@@ -24,7 +24,7 @@ import msgspec
 
 from ckptd.errors import BadPath
 from ckptd.worker import beneath, formats, mounts
-from ckptd.worker.context import Context
+from ckptd.worker.context import Context, TakesLong
 from ckptd.worker.examine import examine
 from ckptd.worker.formats.names import is_ours, is_unfinished, markers_of
 from ckptd.worker.inspect import with_names
@@ -35,6 +35,7 @@ from ckptd.worker.protocol import IdentityRecord, Inspected, Settle, Settlement
 
 WRITER_RETRY_S = (0.5, 30.0)  # shortest and longest pause before a file with a writer is asked about again
 INCOMPLETE_RETRY_S = (1.0, 300.0)
+QUICK_BYTES_MAX = 4 << 20  # more is not read in the lane that removals and links wait in
 _RETRY_S_MIN = 0.05
 _REMEMBERED_MAX = 4096
 _REMEMBER_AFTER_S = 2.0  # beyond the coarsest tick of file times, so that an equal identity means equal bytes
@@ -96,7 +97,7 @@ class _Look:
 
 
 def run(request: Settle, context: Context) -> Settlement:
-    """Climb the ladder once; never waits for a writer.
+    """Climb the ladder once; never waits for a writer. TakesLong where a quick one would have to read contents.
 
     Whatever the path turns out to be is an answer ("gone", "refused: ..."). BadPath when it is not
     below its root, NotFound when the root is gone, TimedOut when the disk does not answer.
@@ -161,10 +162,14 @@ def _open(request: Settle, context: Context, root_fd: int, parts: tuple[str, ...
         return Settlement(settled=False, reason="writer", retry_after_s=WRITER_RETRY_S[0], identity=None)
     finally:
         os.close(above)
-    device = os.fstat(fd).st_dev
+    facts = os.fstat(fd)
+    device = facts.st_dev
     if device != os.fstat(root_fd).st_dev:
         os.close(fd)
         return _refused("it lies on another file system")
+    if request.owner_uid not in {None, facts.st_uid}:
+        os.close(fd)
+        return _refused("it belongs to another user than the one who handed it over")
     return _Look(request, context, fd, _is_remote(request.root, device))
 
 
@@ -258,6 +263,8 @@ def _checked(look: _Look, found: Inspected, writer: Writer) -> Inspected:
     names = [member.path for member in look.files] if look.files is not None else [look.request.path]
     if not any(formats.detect_file(name.rpartition("/")[2]) in _TORCH for name in names):
         return found
+    if look.context.quick and look.seen is not None and look.seen.size_bytes > QUICK_BYTES_MAX:
+        raise TakesLong
     return _examined(look, look.seen, writer, crc=True)
 
 

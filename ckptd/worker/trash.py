@@ -8,8 +8,10 @@ from contextlib import contextmanager
 from ckptd.errors import BadPath, Missing, SourceChanged
 from ckptd.worker import beneath, durable
 from ckptd.worker.context import Context
+from ckptd.worker.formats.ckptd_dir import named_in
+from ckptd.worker.fsync import fsync_directory
 from ckptd.worker.members import members
-from ckptd.worker.protocol import Done, IdentityRecord, Purge, Restore, Trash
+from ckptd.worker.protocol import Done, Purge, Restore, Trash
 
 TRASH = ".ckptd-trash"
 
@@ -23,18 +25,17 @@ def trash(request: Trash, _context: Context) -> Done:
     """
     with _opened(request.root) as root_fd, _trash_at(root_fd, request.trash) as bin_fd:
         parts = _below(request.root, request.path)
-        wanted = (request.identity.dev, request.identity.ino)
         with _directory(root_fd, parts[:-1]) as parent_fd:
             facts = _facts(parent_fd, parts[-1])
             if facts is None:
                 binned = _facts(bin_fd, request.trash)
-                if binned is None or (binned.st_dev, binned.st_ino) != wanted:
+                if binned is None or not _is_in_bin(bin_fd, binned, request):
                     raise Missing(f"{request.path!r} is not there", path=request.path)
-                durable.fsync_directory(bin_fd)
-                durable.fsync_directory(parent_fd)
+                fsync_directory(bin_fd)
+                fsync_directory(parent_fd)
                 return Done(0)
-            _check(parent_fd, parts[-1], facts, request.identity)
-            durable.move((parent_fd, parts[-1]), (bin_fd, request.trash), wanted)
+            _check(parent_fd, parts[-1], facts, request)
+            durable.move((parent_fd, parts[-1]), (bin_fd, request.trash), (facts.st_dev, facts.st_ino))
     return Done(1)
 
 
@@ -52,8 +53,8 @@ def restore(request: Restore, _context: Context) -> Done:
             if binned is None:
                 if _facts(parent_fd, parts[-1]) is None:
                     raise Missing(f"{request.trash!r} is not in the trash", path=request.path)
-                durable.fsync_directory(parent_fd)
-                durable.fsync_directory(bin_fd)
+                fsync_directory(parent_fd)
+                fsync_directory(bin_fd)
                 return Done(0)
             durable.move((bin_fd, request.trash), (parent_fd, parts[-1]), (binned.st_dev, binned.st_ino))
         finally:
@@ -67,25 +68,49 @@ def purge(request: Purge, context: Context) -> Done:
         return Done(durable.remove_tree(bin_fd, request.trash, context.alive))
 
 
-def _check(parent_fd: int, name: str, facts: os.stat_result, recorded: IdentityRecord) -> None:
+def _check(parent_fd: int, name: str, facts: os.stat_result, request: Trash) -> None:
     """Refuse what is not the recorded thing any more.
 
     The same inode may hold another checkpoint: trainers write into old names. So a file's size and
     time must be equal too, and a foreign directory must hold no file newer than its record. Our
     own directories (they have a manifest) hold what we wrote; what a person added goes along.
+
+    A device number may be another after each mount, so it decides nothing. But where it is another,
+    an equal inode number alone says less: then our manifest must name the checkpoint, and a foreign
+    directory must be as it was in its size too.
     """
-    if (facts.st_dev, facts.st_ino) != (recorded.dev, recorded.ino):
+    recorded = request.identity
+    if facts.st_ino != recorded.ino:
         raise SourceChanged(f"{name!r} is another file than the recorded one")
     if not stat.S_ISDIR(facts.st_mode):
         if (facts.st_size, facts.st_mtime_ns) != (recorded.size_bytes, recorded.mtime_ns):
             raise SourceChanged(f"{name!r} was written to since it was recorded")
         return
+    remounted = facts.st_dev != recorded.dev
     with _directory(parent_fd, (name,)) as fd:
         if _facts(fd, durable.MANIFEST) is not None:
+            if remounted and named_in(fd) != request.checkpoint:
+                raise SourceChanged(f"{name!r} is on another file system and does not say that it is the recorded one")
             return
-        newer = [member.path for member in members(fd) if member.mtime_ns > recorded.mtime_ns]
+        found = members(fd)
+    newer = [member.path for member in found if member.mtime_ns > recorded.mtime_ns]
     if newer:
         raise SourceChanged(f"{newer[0]!r} in {name!r} was written since it was recorded")
+    if remounted and sum(member.size_bytes for member in found) != recorded.size_bytes:
+        raise SourceChanged(f"{name!r} is on another file system and not as long as it was")
+
+
+def _is_in_bin(bin_fd: int, binned: os.stat_result, request: Trash) -> bool:
+    """Say whether what has the name in the trash is what an earlier request moved there.
+
+    Where inode numbers change with each mount, too, its manifest tells.
+    """
+    if binned.st_ino == request.identity.ino:
+        return True
+    if not request.checkpoint or not stat.S_ISDIR(binned.st_mode):
+        return False
+    with _directory(bin_fd, (request.trash,)) as fd:
+        return named_in(fd) == request.checkpoint
 
 
 def _below(root: str, path: str) -> tuple[str, ...]:

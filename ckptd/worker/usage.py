@@ -29,6 +29,7 @@ def run(request: Usage, _context: Context) -> Used:
         facts = os.fstatvfs(fd)
         magic = kernel.filesystem_magic(fd)
         direct_io, leases = _probe(fd)
+        unwritable = _unwritable(fd, read_only=bool(facts.f_flag & os.ST_RDONLY))
     finally:
         os.close(fd)
     return Used(
@@ -37,6 +38,7 @@ def run(request: Usage, _context: Context) -> Used:
         filesystem=_NAMES.get(magic, f"{magic:#x}"),
         direct_io=direct_io,
         leases=leases,
+        unwritable=unwritable,
     )
 
 
@@ -50,6 +52,14 @@ def _open_nearest(root: str) -> int:
             if not above:
                 raise NotFound(f"nothing of {root!r} exists") from error
             path = above
+
+
+def _unwritable(directory_fd: int, *, read_only: bool) -> str:
+    if read_only:
+        return "the file system is mounted read-only"
+    # By the descriptor, so that it is this directory, and by the effective uid: that is who will write.
+    allowed = os.access(f"/proc/self/fd/{directory_fd}", os.W_OK | os.X_OK, effective_ids=True)
+    return "" if allowed else f"uid {os.geteuid()} may not write there"
 
 
 def _probe(directory_fd: int) -> tuple[bool, bool]:

@@ -14,6 +14,7 @@ from ckptd import failpoint
 from ckptd.errors import BadPath, SourceChanged
 from ckptd.worker import beneath
 from ckptd.worker.context import Context
+from ckptd.worker.formats.ckptd_dir import MANIFEST, MANIFEST_BYTES_MAX
 from ckptd.worker.hashing import MIB, FileDigest, HashThread, read_into
 from ckptd.worker.protocol import DamageRecord, FileRecord, Verified, Verify
 
@@ -38,9 +39,11 @@ def run(request: Verify, context: Context) -> Verified:
     root_fd = beneath.open_root(request.root)
     try:
         checks = _read_all(root_fd, parts, request.files, context)
+        damage = [found for found in (check.damage() for check in checks) if found is not None]
+        if request.manifest_sha256 and any(check.kind != "missing" for check in checks):
+            damage += _manifest_damage(root_fd, (*parts, MANIFEST), request.manifest_sha256)
     finally:
         os.close(root_fd)
-    damage = [found for found in (check.damage() for check in checks) if found is not None]
     read_bytes = sum(check.digest.size_bytes for check in checks)
     return Verified(damage, read_bytes, (time.monotonic() - started_s) * 1e3)
 
@@ -119,6 +122,28 @@ def _read_one(
         if source.unreadable:
             check.kind, check.bad_mib = "unreadable", source.unreadable
             check.detail = f"the disk could not read {len(source.unreadable)} MiB"
+    finally:
+        os.close(source.fd)
+
+
+def _manifest_damage(root_fd: int, parts: tuple[str, ...], sha256: str) -> list[DamageRecord]:
+    """Compare the manifest: without it the catalog could not be made again from the disk."""
+    try:
+        source = _Source.open(root_fd, parts)
+    except (FileNotFoundError, BadPath) as error:
+        return [DamageRecord(MANIFEST, "format", f"no readable file: {error}")]
+    try:
+        size_bytes = os.fstat(source.fd).st_size
+        if size_bytes > MANIFEST_BYTES_MAX:
+            return [DamageRecord(MANIFEST, "size", f"{size_bytes} bytes, {MANIFEST_BYTES_MAX} at most")]
+        digest = FileDigest()
+        with HashThread() as hasher:
+            for _ in read_into(source.read, size_bytes, hasher, digest):
+                pass
+        if digest.record(MANIFEST).sha256 == sha256:
+            return []
+        mib = list(range(-(-size_bytes // MIB)))[:NAMED_MAX]  # it has no damage map of its own
+        return [DamageRecord(MANIFEST, "digest", f"its {size_bytes} bytes are not those that were written", mib=mib)]
     finally:
         os.close(source.fd)
 

@@ -27,6 +27,7 @@ DIRECTORIES_MAX = 256  # hints of one batch; more than that costs as much as sca
 BURST_SHARE = 8  # a batch over 1/8 of the kernel's queue: several events make one path, so it may have overflowed
 POLL_REMOTE_S = 20.0  # the same on network file systems
 RESTART_S = (0.5, 30.0)  # first and longest pause before a failed watcher is tried again; `lost` comes each time
+_GONE, _REPLACED = "the root does not exist", "the root was replaced"
 _QUEUE = Path("/proc/sys/fs/inotify/max_queued_events")
 _QUEUE_DEFAULT = 16384
 
@@ -79,7 +80,8 @@ class _Watcher:
                 return
             if time.monotonic() - started_s > longest_s:
                 pause_s = self._pace.restart_s[0]
-            self._context.send_part(Hints([], lost=True, problem=problem))
+            blind = problem not in {"", _GONE, _REPLACED}
+            self._context.send_part(Hints([], lost=True, problem=problem, blind=blind))
             self._cancelled.wait(pause_s)
             pause_s = min(pause_s * 2, longest_s)
 
@@ -87,7 +89,7 @@ class _Watcher:
         """Watch until the root is another directory, or the watcher fails; say why."""
         before = _identity(self._root)
         if before is None:
-            return "the root does not exist"
+            return _GONE
         problem = ""
         try:
             try:
@@ -100,7 +102,7 @@ class _Watcher:
             return _explained(error)
         try:
             # After the watch is in place: what was made before it is found by this scan.
-            self._context.send_part(Hints([], lost=True, problem=problem))
+            self._context.send_part(Hints([], lost=True, problem=problem, blind=bool(problem)))
             return self._follow(watcher, before, partial=bool(problem))
         except (WatchfilesRustInternalError, UnicodeError, RuntimeError) as error:
             return _explained(error)
@@ -118,7 +120,7 @@ class _Watcher:
                 if found is not None:
                     self._context.send_part(found)
             if _identity(self._root) != before:
-                return "the root was replaced"
+                return _REPLACED
             if partial and time.monotonic() - scanned_s >= self._pace.restart_s[1]:
                 scanned_s = time.monotonic()
                 self._context.send_part(Hints([], lost=True))

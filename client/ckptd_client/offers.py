@@ -1,6 +1,7 @@
 """The file hand-off: files that a caller wrote himself are offered to the daemon, or to the spool when it is away."""
 
 import atexit
+import functools
 import os
 import threading
 import time
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 ANSWER_S = 5.0  # how long the end of a process, and a script's submit, wait for a daemon that answers
 CONNECT_S = 4.0  # how long the background waits for the first attempt to connect, a start of the daemon included
 EXIT_S = 10.0
+WAITING_MAX = 1024  # spooled offers that are asked about again; the handles of more stay as they are
 # The daemon's own trouble: the offer is as good as before, and its spool is read again.
 _PASSING = frozenset({"unreachable", "busy", "internal", "worker_lost", "timeout", "catalog_fault"})
 
@@ -37,6 +39,7 @@ class Offers:
         self._background = background
         self._changed = threading.Condition()
         self._open: Dict[str, _Offer] = {}
+        self._waiting: Dict[str, _Offer] = {}  # in the spool, by the ids they were offered under
 
     def add(self, path: str, fields: SaveFields, names: Dict[str, Optional[str]], checkpoint: str) -> Handle:
         """Offer `path`, absolute, to the daemon; to the spool when none takes it. Never blocks, never raises.
@@ -94,7 +97,35 @@ class Offers:
         elif self._pop(offer):
             self._session.count("spooled")
             offer.handle.set_spooled()
+            with self._changed:
+                if len(self._waiting) < WAITING_MAX:
+                    self._waiting[offer.handle.id] = offer
             self._session.tell_watch([offer.handle.id])
+
+    def up(self) -> None:
+        """A daemon answers: ask again by what id it knows what lies in the spool. Runs in the connection's thread.
+
+        What lies at a path may have an older id. Handing it over twice is handing it over once, so the
+        same offer by message and by the spool is one checkpoint, whichever comes first.
+        """
+        with self._changed:
+            waiting, self._waiting = self._waiting, {}
+        for checkpoint, offer in waiting.items():
+            asked = not offer.handle.done and self._session.connection.request_nowait(
+                "submit", functools.partial(self._on_known, offer), **offer.request
+            )
+            if not asked and not offer.handle.done:
+                with self._changed:
+                    self._waiting[checkpoint] = offer
+
+    def _on_known(self, offer: _Offer, reply: Message, fds: List[int]) -> None:
+        close_all(fds)
+        if reply.get("ok") is True:
+            self._session.handles.rename(offer.handle, str(reply.get("checkpoint") or offer.handle.id))
+            self._session.handles.apply({"state": "pending", **reply, "checkpoint": offer.handle.id})
+        else:  # the spool has it still: another look when the next daemon answers
+            with self._changed:
+                self._waiting[str(offer.request["checkpoint"])] = offer
 
     def _on_reply(self, offer: _Offer, reply: Message, fds: List[int]) -> None:
         close_all(fds)

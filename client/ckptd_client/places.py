@@ -150,11 +150,26 @@ def ensure_state_dir(state: str) -> str:
 def ensure_socket_dir(path: str) -> None:
     """Make the directory of a user's own socket (0700) where it is ours to make, and check it.
 
-    PlaceError  as `ensure_private_dir`
+    PlaceError  as `ensure_private_dir`, and as `check_socket_dir`
     """
     parent = os.path.dirname(path)
     if parent == fallback_dir() or not os.path.isdir(parent):
         ensure_private_dir(parent)
+    check_socket_dir(path)
+
+
+def check_socket_dir(path: str) -> None:
+    """Refuse a socket's directory in which everybody may rename: anyone could put his own socket in its place.
+
+    A sticky one (/tmp) is no such directory. PlaceError says which it is; one that is not there is not looked at.
+    """
+    parent = os.path.dirname(path)
+    try:
+        mode = os.stat(parent).st_mode
+    except OSError:
+        return  # binding says what is wrong
+    if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+        raise PlaceError(f"{parent} may be written by others (mode {stat.S_IMODE(mode):04o}); chmod o-w {parent}")
 
 
 def ensure_private_dir(path: str) -> None:

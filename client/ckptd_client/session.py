@@ -243,6 +243,7 @@ class Session:
         self._open()
         self.commits.up()
         self.leases.up()
+        self.offers.up()
         self._watch()
 
     def _on_down(self, reason: str) -> None:

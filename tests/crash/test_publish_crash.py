@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from ckptd.worker.protocol import FileImage, FileRecord, Publish, Published, Sweep, Verified, Verify
+from tests.support import tally
 from tests.support.arena import MIB, publish_request, sealed
 from tests.support.worker_process import Died, WorkerProcess
 
@@ -84,6 +85,7 @@ def test_a_worker_killed_at_any_step_leaves_all_or_nothing(
         with pytest.raises(Died) as died:
             worker.reply(number)
     assert died.value.status == -9
+    tally.add("kills")
     assert_recovers(request_, arena[0], there=point in AFTER_RENAME)
 
 

@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,6 @@ from tests.support.node import eventually
 from tests.support.onlooker import CKPT, Onlooker, end, make
 
 pytestmark = pytest.mark.xdist_group("cli_for_real")
-
-
-@pytest.fixture(scope="module")
-def history() -> Iterator[History]:
-    with History() as made:
-        yield made
-
-
-@pytest.fixture
-def ckpt(history: History) -> Iterator[Any]:
-    yield history.node.run
-    print(history.node.tail())
 
 
 def test_verify_reads_everything_back(ckpt: Any, history: History) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +12,6 @@ from tests.support.node import eventually
 from tests.support.onlooker import end, make
 
 pytestmark = pytest.mark.xdist_group("cli_looking")
-
-
-@pytest.fixture(scope="module")
-def history() -> Iterator[History]:
-    with History() as made:
-        yield made
-
-
-@pytest.fixture
-def ckpt(history: History) -> Iterator[Any]:
-    yield history.node.run
-    print(history.node.tail())
 
 
 def test_ls_lists_what_there_is_for_people_pipes_and_programs(ckpt: Any, history: History) -> None:

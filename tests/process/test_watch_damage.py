@@ -3,7 +3,7 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,31 +11,12 @@ from typing import Any
 import pytest
 
 from tests.support.node import eventually
-from tests.support.onlooker import Onlooker, end, make
+from tests.support.onlooker import Onlooker
 from tests.support.writer import Writer
 
 pytestmark = pytest.mark.xdist_group("watch_damage")
 SIZE_BYTES = 5 << 20
 MIB = 1 << 20
-
-
-@pytest.fixture(scope="module")
-def node() -> Iterator[Onlooker]:
-    made = make().start()
-    yield made
-    end(made)
-
-
-@pytest.fixture(scope="module")
-def writer() -> Iterator[Writer]:
-    with Writer() as made:
-        yield made
-
-
-@pytest.fixture
-def root(node: Onlooker, tmp_path: Path) -> Iterator[Path]:
-    yield node.watch(tmp_path / "root", tmp_path.name)
-    print(node.tail())
 
 
 def rot(path: Path, change: Callable[[bytearray], None]) -> None:
@@ -70,130 +51,136 @@ ROT: dict[str, tuple[Callable[[bytearray], None], str, list[int]]] = {
 
 
 @pytest.mark.parametrize("how", ROT)
-def test_rot_is_named_by_verify_and_never_verified_again(node: Onlooker, writer: Writer, root: Path, how: str) -> None:
+def test_rot_is_named_by_verify_and_never_verified_again(
+    onlooker: Onlooker, writer: Writer, root: Path, how: str
+) -> None:
     change, kind, mib = ROT[how]
     path = root / "model_1.safetensors"
     writer.make(name="rot", form="safetensors", seed=1, size_bytes=SIZE_BYTES)
     writer.put(name="rot", path=path)
-    row = node.wait_done(path)
+    row = onlooker.wait_done(path)
     rot(path, change)
     for _ in range(2):  # a second look at the same bytes finds the same
-        said = node.run("verify", row["checkpoint"], "--json")
+        said = onlooker.run("verify", row["checkpoint"], "--json")
         assert said.code == 4
         (result,) = said.json["results"]
         (damage,) = result["damage"]
         assert (result["ok"], result["path"], damage["kind"], damage["mib"]) == (False, str(path), kind, mib)
-    after = node.row(row["checkpoint"])
+    after = onlooker.row(row["checkpoint"])
     assert after is not None
     assert after["state"] in ({"corrupt", "missing"} if change is cut else {"corrupt"})  # another size: another file
-    node.wait_scans(root)
-    assert node.run("path", row["checkpoint"]).code == 3
-    assert node.run("path", f"{row['project']}/{row['name']}@latest").code == 3
-    assert node.run("wait", row["checkpoint"], "--level", "verified").code == 4
-    told = [e["event"] for e in node.events() if e["checkpoint"] == row["checkpoint"]]
+    onlooker.wait_scans(root)
+    assert onlooker.run("path", row["checkpoint"]).code == 3
+    assert onlooker.run("path", f"{row['project']}/{row['name']}@latest").code == 3
+    assert onlooker.run("wait", row["checkpoint"], "--level", "verified").code == 4
+    told = [e["event"] for e in onlooker.events() if e["checkpoint"] == row["checkpoint"]]
     assert told.index("checkpoint.corrupt") > told.index("checkpoint.verified")
     assert "checkpoint.verified" not in told[told.index("checkpoint.corrupt") :]
 
 
-def test_damage_names_the_tensors_it_hit(node: Onlooker, writer: Writer, root: Path) -> None:
+def test_damage_names_the_tensors_it_hit(onlooker: Onlooker, writer: Writer, root: Path) -> None:
     path = root / "model_2.safetensors"
     writer.make(name="named", form="safetensors", seed=2, size_bytes=SIZE_BYTES)
     writer.put(name="named", path=path)
-    row = node.wait_done(path)
+    row = onlooker.wait_done(path)
     rot(path, lambda body: body.__setitem__(len(body) - 1, body[-1] ^ 255))
-    (damage,) = node.run("verify", row["checkpoint"], "--json").json["results"][0]["damage"]
+    (damage,) = onlooker.run("verify", row["checkpoint"], "--json").json["results"][0]["damage"]
     assert damage["tensors"] == ["layer.weight"]  # the last in the file: safetensors sorts by name within a type
 
 
-def test_a_repaired_file_is_verified_again(node: Onlooker, writer: Writer, root: Path) -> None:
+def test_a_repaired_file_is_verified_again(onlooker: Onlooker, writer: Writer, root: Path) -> None:
     """Repaired means the recorded digest, bit for bit."""
     path = root / "model_3.pt"
     writer.make(name="repaired", form="torch", seed=3, size_bytes=SIZE_BYTES)
     writer.put(name="repaired", path=path)
-    row = node.wait_done(path)
+    row = onlooker.wait_done(path)
     rot(path, flip_a_bit)
-    assert node.run("verify", row["checkpoint"]).code == 4
+    assert onlooker.run("verify", row["checkpoint"]).code == 4
     rot(path, flip_a_bit)
-    assert node.run("verify", row["checkpoint"]).code == 0
-    assert node.wait_state(row["checkpoint"], "live")["level"] == "verified"
+    assert onlooker.run("verify", row["checkpoint"]).code == 0
+    assert onlooker.wait_state(row["checkpoint"], "live")["level"] == "verified"
 
 
-def test_one_damaged_file_of_a_directory_is_named(node: Onlooker, writer: Writer, root: Path) -> None:
+def test_one_damaged_file_of_a_directory_is_named(onlooker: Onlooker, writer: Writer, root: Path) -> None:
     path = root / "checkpoint-7"
     path.mkdir()
     for number, name in enumerate(("model.safetensors", "optimizer.pt")):
         writer.make(name=name, form="safetensors" if not number else "torch", seed=number, size_bytes=SIZE_BYTES)
         writer.put(name=name, path=path / name)
     (path / "trainer_state.json").write_text('{"global_step": 7}')
-    row = node.wait_done(path)
+    row = onlooker.wait_done(path)
     rot(path / "optimizer.pt", flip_a_bit)
-    said = node.run("verify", row["checkpoint"])
+    said = onlooker.run("verify", row["checkpoint"])
     assert said.code == 4
     assert "optimizer.pt: digest MiB 2" in said.out
     assert "model.safetensors" not in said.out
     (path / "optimizer.pt").unlink()
-    said = node.run("verify", row["checkpoint"])
+    said = onlooker.run("verify", row["checkpoint"])
     assert said.code == 4
     assert "optimizer.pt: missing" in said.out
 
 
-def test_another_file_in_its_place_is_another_checkpoint(node: Onlooker, writer: Writer, root: Path) -> None:
+def test_another_file_in_its_place_is_another_checkpoint(onlooker: Onlooker, writer: Writer, root: Path) -> None:
     """Renamed over it, by somebody who preserves times: the old one is gone, and the new one earns its own digest."""
     path = root / "model_4.safetensors"
     for name, seed in (("first", 4), ("second", 5)):
         writer.make(name=name, form="safetensors", seed=seed, size_bytes=SIZE_BYTES)
     writer.put(name="first", path=path)
-    old = node.wait_done(path)
+    old = onlooker.wait_done(path)
     facts = path.stat()
     writer.put(name="second", path=root.parent / "aside")
     os.utime(root.parent / "aside", ns=(facts.st_atime_ns, facts.st_mtime_ns))
     os.rename(root.parent / "aside", path)
-    new = node.wait_done(path, 2)
+    new = onlooker.wait_done(path, 2)
     assert new["checkpoint"] != old["checkpoint"]
-    assert node.digests(new["checkpoint"]) != node.digests(old["checkpoint"])
-    said = node.run("verify", old["checkpoint"], "--json")
+    assert onlooker.digests(new["checkpoint"]) != onlooker.digests(old["checkpoint"])
+    said = onlooker.run("verify", old["checkpoint"], "--json")
     assert said.code == 4
     assert not said.json["results"][0]["ok"]
-    row = node.row(old["checkpoint"])
+    row = onlooker.row(old["checkpoint"])
     assert row is not None
     assert row["state"] in {"missing", "corrupt"}
-    assert node.run("verify", new["checkpoint"]).code == 0
+    assert onlooker.run("verify", new["checkpoint"]).code == 0
 
 
 @pytest.mark.parametrize("form", ["file", "directory"])
 def test_a_deleted_checkpoint_is_missing_within_one_reconcile(
-    node: Onlooker, writer: Writer, root: Path, form: str
+    onlooker: Onlooker, writer: Writer, root: Path, form: str
 ) -> None:
     path = root / ("step_5" if form == "directory" else "model_5.pt")
     if form == "directory":
         writer.dcp_save(path=path, seed=6)
     else:
         writer.torch_save(path=path, seed=6)
-    row = node.wait_done(path)
+    row = onlooker.wait_done(path)
     shutil.rmtree(path) if form == "directory" else path.unlink()
     gone = datetime.now(UTC)
-    assert node.wait_state(row["checkpoint"], "missing")["level"] == "verified"
-    (told,) = [e for e in node.events("checkpoint.missing") if e["checkpoint"] == row["checkpoint"]]
+    assert onlooker.wait_state(row["checkpoint"], "missing")["level"] == "verified"
+    (told,) = [e for e in onlooker.events("checkpoint.missing") if e["checkpoint"] == row["checkpoint"]]
     # One interval, and the time that scans and this machine's other work take.
-    assert (datetime.fromisoformat(told["at"]) - gone).total_seconds() < node.reconcile_s * 2 + 3
-    assert node.run("verify", row["checkpoint"]).code == 4
-    node.wait_scans(root)
-    assert len([e for e in node.events("checkpoint.missing") if e["checkpoint"] == row["checkpoint"]]) == 1
+    assert (datetime.fromisoformat(told["at"]) - gone).total_seconds() < onlooker.reconcile_s * 2 + 3
+    assert onlooker.run("verify", row["checkpoint"]).code == 4
+    onlooker.wait_scans(root)
+    assert len([e for e in onlooker.events("checkpoint.missing") if e["checkpoint"] == row["checkpoint"]]) == 1
 
 
-def test_a_checkpoint_that_is_moved_away_and_back_is_the_same_one(node: Onlooker, writer: Writer, root: Path) -> None:
+def test_a_checkpoint_that_is_moved_away_and_back_is_the_same_one(
+    onlooker: Onlooker, writer: Writer, root: Path
+) -> None:
     path = root / "model_6.pt"
     writer.torch_save(path=path, seed=7)
-    row = node.wait_done(path)
+    row = onlooker.wait_done(path)
     os.rename(path, root.parent / "away")
-    node.wait_state(row["checkpoint"], "missing")
+    onlooker.wait_state(row["checkpoint"], "missing")
     os.rename(root.parent / "away", path)
-    node.wait_state(row["checkpoint"], "live")
-    node.wait_level(row["checkpoint"])
-    assert [r["checkpoint"] for r in node.at(path)] == [row["checkpoint"]]
+    onlooker.wait_state(row["checkpoint"], "live")
+    onlooker.wait_level(row["checkpoint"])
+    assert [r["checkpoint"] for r in onlooker.at(path)] == [row["checkpoint"]]
 
 
-def test_a_path_that_is_reused_step_after_step_keeps_only_the_last(node: Onlooker, writer: Writer, root: Path) -> None:
+def test_a_path_that_is_reused_step_after_step_keeps_only_the_last(
+    onlooker: Onlooker, writer: Writer, root: Path
+) -> None:
     """Legacy scripts write last.ckpt for ever: each save is a checkpoint of its own, the newest one is good."""
     path = root / "last.ckpt"
     rows: list[dict[str, Any]] = []
@@ -201,15 +188,15 @@ def test_a_path_that_is_reused_step_after_step_keeps_only_the_last(node: Onlooke
         writer.make(name="last", form="torch", seed=seed)
         writer.put(name="last", path=root.parent / "next")
         os.rename(root.parent / "next", path)
-        rows.append(node.wait_done(path, seed + 1))
-    states = [row["state"] for row in node.at(path)]
+        rows.append(onlooker.wait_done(path, seed + 1))
+    states = [row["state"] for row in onlooker.at(path)]
     assert states == ["missing", "missing", "live"]
-    assert node.run("path", f"{rows[0]['project']}/{rows[0]['name']}").out.strip() == str(path)
-    assert len({node.digests(row["checkpoint"])[""] for row in rows}) == 3
+    assert onlooker.run("path", f"{rows[0]['project']}/{rows[0]['name']}").out.strip() == str(path)
+    assert len({onlooker.digests(row["checkpoint"])[""] for row in rows}) == 3
 
 
 def test_a_file_truncated_or_replaced_while_it_is_digested_is_never_verified_wrong(
-    node: Onlooker, writer: Writer, root: Path
+    onlooker: Onlooker, writer: Writer, root: Path
 ) -> None:
     """F26: the worker stands still between its fsync and its reading; the writer comes back in that moment."""
     for number, how in enumerate(("new", "old")):
@@ -219,20 +206,20 @@ def test_a_file_truncated_or_replaced_while_it_is_digested_is_never_verified_wro
             writer.make(name=name, form="safetensors", seed=seed)
             writer.put(name=name, path=root.parent / name)
             whole.append(hashlib.sha256((root.parent / name).read_bytes()).hexdigest())
-        node.arm("digest.fsynced", "delay:0.7")
+        onlooker.arm("digest.fsynced", "delay:0.7")
         writer.put(name="before", path=path)
-        node.wait_fired()
+        onlooker.wait_fired()
         writer.open(path=path, how=how)
         writer.write(name="after", path=path, part=0, of=2)
-        node.wait_looks(path)
+        onlooker.wait_looks(path)
         writer.write(name="after", path=path, part=1, of=2)
         writer.close(path=path)
         row = eventually(
             lambda path=path: next(
-                (r for r in node.at(path) if r["state"] == "live" and r["level"] == "verified"), None
+                (r for r in onlooker.at(path) if r["state"] == "live" and r["level"] == "verified"), None
             ),
             "one of its rows to be verified",
         )
-        assert node.digests(row["checkpoint"]) == {"": whole[1]}
-        durable = [r["checkpoint"] for r in node.at(path) if r["durable_at"] is not None]
-        assert all(node.digests(checkpoint)[""] in whole for checkpoint in durable)
+        assert onlooker.digests(row["checkpoint"]) == {"": whole[1]}
+        durable = [r["checkpoint"] for r in onlooker.at(path) if r["durable_at"] is not None]
+        assert all(onlooker.digests(checkpoint)[""] in whole for checkpoint in durable)

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from tests.support import payload
+from tests.support import invariants, payload, tally
 from tests.support.node import Node, arenas_of, eventually
 from tests.support.trainer import Nursery, Trainer
 
@@ -86,6 +86,7 @@ class Battlefield:
         self.nursery = nursery
         self.sentinel = Sentinel(self.node.runs)
         self.kills: Counter[str] = Counter()
+        self.acknowledged: dict[str, str] = {}  # the rung that somebody was told of, by checkpoint
         self._names = Counter[str]()
         self._seeds = 0
 
@@ -102,6 +103,8 @@ class Battlefield:
                 print(self.node.tail())
         finally:
             self.sentinel.stop()
+            tally.add("kills", self.kills.total())
+            tally.add("violations", len(self.sentinel.violations))
             self.node.clean_up()
             self.node.remove()
         assert not self.sentinel.violations, self.sentinel.violations
@@ -149,6 +152,14 @@ class Battlefield:
         """Where an experiment is published."""
         return self.node.runs / PROJECT / name
 
+    def plan_deaths(self, entries: list[str]) -> None:
+        """Arm several points at once, as "name:n=action"; each name once, each takes effect once."""
+        self.node._write_plan(",".join(entries))
+
+    def still_planned(self) -> set[str]:
+        """Names of the armed points that nobody has reached so often."""
+        return {entry.partition("=")[0].partition(":")[0] for entry in self.node.plan.read_text().split(",") if entry}
+
     # -- what must be true -------------------------------------------------------------------
 
     def assert_arrived(self, name: str, *saves: Saved, perhaps_step: int | None = None) -> None:
@@ -168,6 +179,7 @@ class Battlefield:
             manifest = payload.check_saved(Path(row["path"]), saved.seed)
             assert manifest["checkpoint"] == saved.id
             self._assert_told_once(saved.id)
+            self.acknowledged[saved.id] = "verified"
         assert self.final_names(name) == names
         assert not self.sentinel.violations, self.sentinel.violations
 
@@ -175,6 +187,12 @@ class Battlefield:
         told = Counter(e["event"] for e in self.node.events() if e["checkpoint"] == checkpoint)
         once = {"checkpoint.staged": 1, "checkpoint.published": 1, "checkpoint.verified": 1}
         assert {name: told[name] for name in once} == once, told
+
+    def assert_promises(self) -> None:
+        """Every invariant holds, for all that this node ever did."""
+        found = invariants.violations(self.node, self.acknowledged)
+        tally.add("violations", len(found))
+        assert not found, "\n".join(found)
 
     def final_names(self, name: str) -> list[str]:
         """What lies beside an experiment's links and our own temporary directories."""

@@ -315,7 +315,7 @@ class Node:
         found: list[dict[str, Any]] = []
         after: str | None = None
         while True:
-            page = self.ask("list", project=project, name=name, sort="step", limit=500, after=after)
+            page = self.ask("list", project=project, name=name, state="all", sort="step", limit=500, after=after)
             found += page["checkpoints"]
             after = page["next"]
             if after is None:

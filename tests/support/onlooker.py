@@ -78,7 +78,7 @@ class Onlooker(Node):
         found: list[dict[str, Any]] = []
         after: str | None = None
         while True:
-            page = self.ask("list", limit=500, after=after)
+            page = self.ask("list", state="all", limit=500, after=after)
             found += [row for row in page["checkpoints"] if row["path"] == str(path)]
             after = page["next"]
             if after is None:

@@ -91,7 +91,10 @@ class Trainer:
         self._socket.close()
 
     def _tell(self, message: dict[str, Any]) -> None:
-        self._socket.sendall(json.dumps(message).encode() + b"\n")
+        try:
+            self._socket.sendall(json.dumps(message).encode() + b"\n")
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise TrainerDied from error
 
     def _hear(self) -> dict[str, Any]:
         try:

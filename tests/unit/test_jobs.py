@@ -66,6 +66,31 @@ async def test_a_lane_runs_one_at_a_time_in_order_of_arrival(jobs: Queue) -> Non
     assert [job.id for job in await jobs.claim(5)] == [second.id]
 
 
+async def test_a_lane_with_a_running_job_is_never_claimed_from_however_many_are_asked_for(
+    jobs: Queue, clock: StillClock
+) -> None:
+    """Two stages of one experiment at once would write the same names, and break the order of its saves."""
+    first, second = await jobs.put("a"), await jobs.put("a")
+    assert [job.id for job in await jobs.claim(10)] == [first.id]
+    assert await jobs.claim(10) == []
+    clock.pass_s(1.0)
+    assert await jobs.claim(10) == []
+    assert await jobs.next_due() == pytest.approx(SETTINGS.lease_s - 1.0), "only the end of the lease is waited for"
+    await jobs.do("finish", await jobs.row(first))
+    assert [job.id for job in await jobs.claim(10)] == [second.id]
+
+
+async def test_a_job_never_overtakes_an_older_one_of_its_lane_that_waits(jobs: Queue, clock: StillClock) -> None:
+    first = await jobs.put("a")
+    await jobs.do("postpone", await jobs.one(), 30.0)
+    second, other = await jobs.put("a"), await jobs.put("b")
+    assert [job.id for job in await jobs.claim(10)] == [other.id]
+    assert await jobs.next_due() == pytest.approx(30.0), "the older one's time, not the younger one's"
+    clock.pass_s(31.0)
+    assert [job.id for job in await jobs.claim(10)] == [first.id]
+    assert (await jobs.row(second)).state is JobState.QUEUED
+
+
 async def test_lanes_run_side_by_side(jobs: Queue) -> None:
     made = [await jobs.put(lane) for lane in ("a", "b", "a", "c")]
     assert [job.id for job in await jobs.claim(10)] == [made[0].id, made[1].id, made[3].id]

@@ -48,6 +48,22 @@ def test_every_word_arrives_as_the_protocol_spells_it(manager):
     notifier.close()
 
 
+def test_what_the_manager_keeps_is_counted_with_what_an_earlier_daemon_left(manager):
+    """It drops what is beyond its limit without a word: who wants to know must count."""
+    notifier = Notifier({"NOTIFY_SOCKET": manager.getsockname(), "FDSTORE": "4"})
+    notifier.adopted(["a", "b", "b"])
+    assert (notifier.stored, notifier.has_room(), notifier.has_room(2)) == (3, True, False)
+    notifier.store("c", manager.fileno())
+    assert not notifier.has_room()
+    notifier.remove("b")  # removes both of them
+    notifier.remove("unknown")
+    assert (notifier.stored, notifier.has_room(2)) == (2, True)
+    notifier.close()
+    unsaid = Notifier({"NOTIFY_SOCKET": manager.getsockname()})
+    assert unsaid.has_room(10_000)
+    unsaid.close()
+
+
 def test_an_abstract_address_works_too():
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.bind("")

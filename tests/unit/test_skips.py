@@ -52,6 +52,12 @@ def test_what_a_container_can_not_have_is_forgiven(tmp_path):
     assert run(tmp_path, body, CI="true").returncode == 0
 
 
+def test_a_tool_that_could_not_be_installed_is_forgiven_only_when_that_was_said(tmp_path):
+    body = 'def test_it():\n    pytest.skip("no libfaketime")'
+    assert run(tmp_path, body, CI="true").returncode == 1
+    assert run(tmp_path, body, CI="true", CKPTD_CI_WITHOUT_TOOLS="faketime").returncode == 0
+
+
 def test_a_failure_stays_a_failure(tmp_path):
     body = "def test_it():\n    pytest.skip('x')\n\ndef test_beside():\n    raise ValueError"
     assert run(tmp_path, body, CI="true").returncode == 1

@@ -4,13 +4,17 @@ from typing import Any
 
 import msgspec
 
+from ckptd.errors import BadPath
 from ckptd.model import is_id
+from ckptd.worker import beneath
 from ckptd.worker.formats import contents
 from ckptd.worker.formats.ask import Ask
 from ckptd.worker.formats.source import Folder, broken
 from ckptd.worker.protocol import FileRecord, Inspected
 
 MANIFEST = "manifest.json"
+LATE = "late.json"  # what became known after the manifest was written
+LATE_BYTES_MAX = 8 << 20
 MANIFEST_BYTES_MAX = 32 << 20  # 19 bytes for each MiB of a checkpoint: room for 1.6 TB
 _BRACKETS_MAX = 400_000  # lists and objects: two for each file of a checkpoint, and what a config holds
 _DEPTH_MAX = 24  # levels: a frame holds a few more around them
@@ -22,6 +26,16 @@ class _Manifest(msgspec.Struct):
     v: int
     checkpoint: str
     files: list[FileRecord]
+
+
+class _Named(msgspec.Struct, frozen=True):
+    checkpoint: str
+
+
+class _Late(msgspec.Struct):
+    v: int
+    checkpoint: str
+    metrics: dict[str, float | str]
 
 
 def parse_manifest(raw: bytes) -> dict[str, Any]:
@@ -40,6 +54,24 @@ def parse_manifest(raw: bytes) -> dict[str, Any]:
     if not _shallow(whole, _DEPTH_MAX):
         raise broken("invalid_format", f"{MANIFEST} nests deeper than {_DEPTH_MAX}")
     return whole
+
+
+def named_in(directory_fd: int) -> str | None:
+    """Return the id in a directory's manifest; None when there is no manifest, or none that can be read."""
+    try:
+        with open(beneath.open_file(directory_fd, MANIFEST), "rb") as file:
+            return msgspec.json.decode(file.read(MANIFEST_BYTES_MAX), type=_Named).checkpoint
+    except (BadPath, FileNotFoundError, msgspec.DecodeError):
+        return None
+
+
+def parse_late(raw: bytes) -> dict[str, Any] | None:
+    """Return what late.json says; None when it is none of ours: the manifest stands without it."""
+    try:
+        found = msgspec.json.decode(raw, type=_Late)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return None
+    return msgspec.to_builtins(found) if found.v == 1 else None
 
 
 def _shallow(value: object, depth: int) -> bool:

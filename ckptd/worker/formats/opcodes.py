@@ -8,6 +8,7 @@ a structure whose walk takes for ever, while holding it takes memory in proporti
 
 import io
 import pickletools
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -78,12 +79,14 @@ def describe(stream: bytes) -> object:
         raise broken("invalid_format", f"pickle stream of {len(stream)} bytes, {BYTES_MAX} at most")
     machine = _Machine()
     try:
-        for count, (opcode, arg, _) in enumerate(pickletools.genops(io.BytesIO(stream))):
-            if opcode.name == "STOP":
-                return machine.stack.pop()
-            if count > OPCODES_MAX:
-                raise broken("invalid_format", f"pickle stream of more than {OPCODES_MAX} opcodes")
-            machine.step(opcode.name, arg)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an odd escape in a text is the stream's business, not a warning of ours
+            for count, (opcode, arg, _) in enumerate(pickletools.genops(io.BytesIO(stream))):
+                if opcode.name == "STOP":
+                    return machine.stack.pop()
+                if count > OPCODES_MAX:
+                    raise broken("invalid_format", f"pickle stream of more than {OPCODES_MAX} opcodes")
+                machine.step(opcode.name, arg)
     except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
         raise broken("invalid_format", f"not a pickle stream: {type(error).__name__}") from error
     raise broken("truncated", "the pickle stream has no end")

@@ -23,8 +23,8 @@ async def test_a_pin_holds_until_it_is_lifted(catalog: Catalog, clock: StillCloc
         await catalog.write(lambda tx, what=note: holds.pin(tx, one.id, UID, what))
     held = await catalog.read(lambda conn: holds.of_checkpoint(conn, one.id, clock.now()))
     assert [(hold.kind, hold.by, hold.note) for hold in held] == [("pin", f"uid {UID}", "thesis")]
-    assert await catalog.write(lambda tx: holds.unpin(tx, one.id))
-    assert not await catalog.write(lambda tx: holds.unpin(tx, one.id))
+    assert await catalog.write(lambda tx: holds.unpin(tx, one.id, 1000))
+    assert not await catalog.write(lambda tx: holds.unpin(tx, one.id, 1000))
     assert await catalog.read(lambda conn: holds.of_checkpoint(conn, one.id, clock.now())) == []
     assert told.names[-3:] == ["checkpoint.pinned", "checkpoint.pinned", "checkpoint.unpinned"]
     with pytest.raises(NotFound):

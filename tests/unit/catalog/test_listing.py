@@ -102,6 +102,36 @@ async def test_a_common_tag_and_a_rare_one_give_the_same_list(
     assert await pages(catalog, tag="v") == []
 
 
+@pytest.mark.parametrize("common", [1, listing.COMMON])
+async def test_a_long_list_by_step_and_a_short_one_are_the_same(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch, common: int
+) -> None:
+    """Walked by step or collected and sorted: one meaning, whichever column narrows it."""
+    monkeypatch.setattr(listing, "COMMON", common)
+    mine, other = await experiment(catalog, name="a"), await experiment(catalog, name="b")
+    made = [await saved(catalog, mine, step) for step in (3, None, 1, 2)]
+    await saved(catalog, other, 2)
+    wanted = [made[index].id for index in (0, 3, 2, 1)]
+    for limit in (1, 50):
+        assert [one.id for one in await pages(catalog, sort="step", name="a", limit=limit)] == wanted
+    for narrowed in ({"state": State.LIVE}, {"uid": UID}, {"project": (await pages(catalog))[0].project}):
+        found = [one.id for one in await pages(catalog, sort="step", **narrowed)]
+        assert [each for each in found if each in wanted] == wanted
+        assert len(found) == 5
+    assert await pages(catalog, sort="step", state=State.CORRUPT) == []
+
+
+async def test_the_newest_of_many_experiments_are_those_of_each(catalog: Catalog) -> None:
+    """A page's `latest` marks are looked up at once; no experiment's may be missing or another's."""
+    first, second, empty = [await experiment(catalog, name=name) for name in "abc"]
+    await saved(catalog, first, 1)
+    await saved(catalog, second, 7)
+    newest = {(await saved(catalog, first, 5)).id, (await saved(catalog, second, 9)).id}
+    ids = [first, second, empty]
+    assert await catalog.read(lambda conn: listing.latest_of(conn, ids)) == newest
+    assert await catalog.read(lambda conn: listing.latest_of(conn, [])) == set()
+
+
 async def test_bad_cursors_and_limits_are_refused(catalog: Catalog) -> None:
     for wanted in (
         Filter(limit=0),

@@ -270,3 +270,26 @@ async def test_an_error_of_the_caller_comes_out_as_it_is_and_the_catalog_is_clos
     with pytest.raises(ValueError, match="mine"):
         await fails()
     assert not os.path.exists(tmp_path / "c.sqlite-wal")
+
+
+async def test_a_write_ahead_log_that_is_removed_under_us_costs_no_commit_and_is_told(tmp_path: Path) -> None:
+    """F19: SQLite goes on in the file that has no name; the next process would never see what was committed there."""
+    path = tmp_path / "c.sqlite"
+    async with opened(path) as catalog:
+        await experiment(catalog, name="before")
+        await catalog.recover()
+        assert catalog.trouble is None
+        Path(f"{path}-wal").unlink()
+        await experiment(catalog, name="after")
+        await catalog.recover()
+        assert catalog.trouble is not None
+        assert "removed or replaced" in catalog.trouble.error.message
+        await experiment(catalog, name="later")
+        await catalog.recover()
+        with sqlite3.connect(f"{path.as_uri()}?mode=ro&immutable=1", uri=True) as other:  # as after a crash
+            assert [row[0] for row in other.execute("SELECT name FROM experiment ORDER BY name")] == [
+                "after",
+                "before",
+                "later",
+            ]
+        other.close()

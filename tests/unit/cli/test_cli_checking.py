@@ -133,3 +133,23 @@ def test_config_reads_the_file_that_the_environment_names(run, short_dir, monkey
 @pytest.mark.parametrize("words", [["config", "show"], ["config", "check"]])
 def test_config_needs_no_daemon(run, words):
     assert run(*words).code == 0
+
+
+@pytest.mark.parametrize(
+    ("mode", "status"), [(0o700, "ok"), (0o755, "ok"), (0o775, "fail"), (0o777, "fail"), (0o1777, "ok")]
+)
+def test_doctor_finds_a_socket_in_a_directory_where_others_may_make_one(run, daemon, short_dir, mode, status):
+    """S10. Whoever may write there can serve trainers in the daemon's place."""
+    short_dir.chmod(mode)
+    found = _checks(run("doctor", "--json"))["socket"]
+    short_dir.chmod(0o700)
+    assert found["status"] == status
+    assert ("chmod go-w" in found["hint"]) == (status == "fail")
+
+
+def test_every_check_of_the_command_is_known_to_the_guide(run, daemon):
+    from ckptd.intake.trouble import CHECKS
+
+    daemon.replies["doctor"]["checks"] = []
+    assert set(_checks(run("doctor", "--json"))) == {"configuration", "state directory", "socket", "daemon", "versions"}
+    assert set(_checks(run("doctor", "--json"))) <= set(CHECKS)

@@ -8,7 +8,7 @@ from ckptd.cli import daemon_socket, watching
 from ckptd.cli.options import Globals
 from ckptd.clock import SystemClock
 from ckptd.errors import TimedOut, Unreachable
-from tests.support.canned_daemon import HANG_UP
+from tests.support.canned_daemon import HANG_UP, SILENCE
 
 ID = "6f1c0e3a9b7d4c52a1e8f00d5b6c7a89"
 
@@ -26,6 +26,31 @@ def test_status_names_everything_that_is_degraded(run, daemon):
     assert "3.8 GiB of 14.9 GiB in 4: 1 leased, 1 committed, 2 hot" in ran.out
     assert "1 staged 1 durable 10 verified" in ran.out
     assert "372.5 GiB" in ran.out
+
+
+def test_a_probe_is_one_line_and_an_exit_code(run, daemon):
+    """M162. For systemd, Kubernetes and cron: 0 or 1, whatever it was that failed."""
+    line = daemon.replies["health"]["line"]
+    ran = run("status", "--probe")
+    assert (ran.code, ran.out) == (1, line + "\n")
+    assert [request["op"] for request in daemon.requests] == ["health"]
+    daemon.replies["health"] = {"well": True, "line": "serving; 0 jobs queued, 0 running", "degraded": []}
+    ran = run("status", "--probe")
+    assert (ran.code, ran.out, ran.err) == (0, "serving; 0 jobs queued, 0 running\n", "")
+    assert run("status", "--probe", "--json").json["well"] is True
+
+
+@pytest.mark.parametrize("answer", [SILENCE, HANG_UP, TimedOut("busy")], ids=["hangs", "hangs up", "refuses"])
+def test_a_probe_of_a_daemon_that_does_not_answer_fails_with_one_line(run, daemon, answer):
+    daemon.replies["health"] = answer
+    ran = run("status", "--probe", "--timeout", "200ms")
+    assert (ran.code, ran.out.count("\n"), ran.err) == (1, 1, "")
+
+
+def test_a_probe_without_a_daemon_fails_with_one_line(run):
+    ran = run("status", "--probe")
+    assert (ran.code, ran.out.count("\n"), ran.err) == (1, 1, "")
+    assert ran.out.startswith("no daemon answers")
 
 
 def test_status_json_is_the_daemons_answer_with_a_version(run, daemon):
@@ -106,6 +131,32 @@ def test_log_since_a_time_leaves_out_what_was_before(run, daemon, since):
     old, new = _event(1, "2020-01-01T00:00:00+00:00"), _event(2, "2999-01-01T00:00:00+00:00")
     daemon.replies["events"] = {"events": [old, new], "next": None}
     assert [event["seq"] for event in run("log", "--since", since, "--json").json["events"]] == [2]
+
+
+def test_log_since_a_time_asks_the_daemon_for_that_time_and_says_when_there_is_more(run, daemon, on_terminal):
+    """The newest hundred, less what is older, would leave most of a busy hour out."""
+    daemon.replies["events"] = {"events": [_event(2, "2999-01-01T00:00:00+00:00")], "next": 2}
+    ran = run("log", "--since", "2026-11-20T12:00:00+01:00")
+    assert daemon.asked("events") == [{"limit": 100, "follow": False, "since": "2026-11-20T11:00:00+00:00"}]
+    assert "--since 2" in ran.err
+
+
+def test_log_follow_since_a_time_pages_through_all_of_it_first(run, daemon, monkeypatch):
+    daemon.replies["events"] = [
+        {"events": [_event(1)], "next": 1},
+        {"events": [_event(2)], "next": None},
+        {"events": [_event(3)], "next": None},
+    ]
+
+    def taking(event, out):
+        if event["seq"] == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(watching, "_print_event", taking)
+    assert run("log", "-f", "--since", "2000-01-01T00:00:00Z").code == 130
+    asked = [(one.get("since", ""), one.get("since_seq")) for one in daemon.asked("events")]
+    assert [after for _, after in asked] == [None, 1, 2]
+    assert asked[0][0] == "2000-01-01T00:00:00+00:00"
 
 
 def test_log_since_nonsense_is_a_usage_error(run, daemon):

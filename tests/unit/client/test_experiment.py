@@ -269,6 +269,25 @@ def test_submit_without_a_daemon_leaves_an_offer(lone: ckptd.Experiment, home: P
     assert (offer["path"], offer["checkpoint"]) == (str(home / "ckpt.pt"), handle.id)
 
 
+def test_a_spooled_offer_of_a_known_path_is_followed_under_the_id_it_is_known_by(
+    run: ckptd.Experiment, daemon: FakeDaemon, home: Path
+):
+    """A scan had found the file before: nothing is ever said again of the id under which it was offered."""
+    daemon.wait_for("experiment.open")
+    daemon.stop()
+    handle = run.submit(home / "ckpt.pt", step=3)
+    assert handle.wait_settled(10)
+    assert handle.spooled
+    offered, known = handle.id, "ab" * 16
+    daemon._submit = lambda _: {"checkpoint": known, "level": "durable", "state": "live"}
+    daemon.start()
+    handle.wait(timeout=10)
+    assert (handle.id, handle.level) == (known, "durable")
+    daemon.publish(known, "verified")
+    handle.wait("verified", timeout=5)
+    assert [request["checkpoint"] for request in daemon.of("submit")] == [offered], "asked once, and not ever again"
+
+
 def test_a_script_submits_without_an_experiment(home: Path):
     script = f"import ckptd_client as c; h = c.submit({str(home / 'x.pt')!r}, step=1); print(h.id, h.spooled)"
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)

@@ -66,6 +66,26 @@ async def test_an_arena_is_stored_before_it_is_lent_and_forgotten_when_it_is_des
     assert keeper.kept == {}
 
 
+async def test_no_arena_is_lent_that_the_service_manager_would_not_keep(keeper, monkeypatch):
+    """Also not two at once: the second is still being made when the first takes the last place."""
+    pool = a_pool(keeper, bytes_max=8 * MIB)
+    monkeypatch.setattr(keeper, "has_room", lambda more=1: len(keeper.kept) + more <= 1)
+    lent = []
+
+    async def lease(name: str) -> None:
+        try:
+            lent.append(await pool.lease(name, MIB, Client(pool, obliging=False), 0.05))
+        except NoArena:
+            lent.append(None)
+
+    async with anyio.create_task_group() as group:
+        for name in "ab":
+            group.start_soon(lease, name)
+    assert len(keeper.kept) == 1
+    assert [one is None for one in lent].count(True) == 1
+    pool.close()
+
+
 async def test_three_experiments_share_a_budget_of_two_arenas(keeper):
     """Memory that nobody has written in goes round; a save that is under way is never taken away."""
     pool = a_pool(keeper)

@@ -31,6 +31,7 @@ READING = (
     "events",
     "audit",
     "status",
+    "health",
     "doctor",
     "roots",
     "metrics.tail",
@@ -99,6 +100,31 @@ async def test_pages_are_cut_to_fit_a_frame_and_the_cursor_goes_on_where_they_en
                 after, pages = answer["next"], pages + 1
             assert steps == list(range(16, -1, -1))
             assert pages > 2
+
+
+async def test_a_list_leaves_out_what_was_dropped_or_replaced_until_it_is_asked_for(short_dir):
+    """Whoever lists checkpoints wants those that there are; the history is a question of its own."""
+    async with daemon(short_dir, front=False) as node, node.connect() as line:
+        one = await filled(node, 4)
+        rows = {row["step"]: row["checkpoint"] for row in (await line.ask("list"))["checkpoints"]}
+
+        async def retire(tx):
+            await checkpoints.mark_trashed(tx, rows[0], rows[0], "test")
+            await checkpoints.mark_trashed(tx, rows[1], rows[1], "test")
+            await checkpoints.mark_dropped(tx, rows[1])
+            await checkpoints.stage(tx, store.a_checkpoint(one, 9, id="9" * 32))
+            await checkpoints.mark_replaced(tx, "9" * 32)
+
+        await node.write(retire)
+
+        async def steps(**more) -> list[int]:
+            return [row["step"] for row in (await line.ask("list", sort="step", **more))["checkpoints"]]
+
+        assert await steps() == [3, 2, 0]
+        assert await steps(state="all") == [9, 3, 2, 1, 0]
+        assert await steps(state="dropped") == [1]
+        assert await steps(state="replaced") == [9]
+        assert await steps(limit=2) == [3, 2]
 
 
 async def test_notes_of_64_kib_each_still_make_a_page(short_dir):

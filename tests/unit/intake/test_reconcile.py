@@ -136,11 +136,18 @@ async def test_a_checkpoint_that_was_missing_and_came_back_is_read_and_good_agai
         assert (await line.ask("wait", checkpoint=one, level="verified", timeout_s=10))["state"] == "live"
 
 
+async def idle(node) -> bool:
+    return not await node.parts.jobs.unfinished()
+
+
 async def test_a_catalog_that_was_lost_is_made_again_from_the_manifests(short_dir):
     """M007, promise 7."""
     async with daemon(short_dir) as node, node.connect() as line:
         training = await Training(line, str(node.runs)).open(tags=["t"])
         ids = [await training.saved(step, metrics={"loss": step / 10}, note=f"n{step}") for step in (1, 2, 3)]
+        await line.ask("checkpoint.metrics", checkpoint=ids[0], metrics={"val_loss": 0.5, "acc": "NaN"})
+        await line.ask("checkpoint.metrics", checkpoint=ids[0], metrics={"val_loss": 0.25})
+        await eventually(lambda: idle(node))
         before = (await line.ask("list", sort="step"))["checkpoints"]
     for name in os.listdir(short_dir / "state"):
         if name.startswith("catalog"):
@@ -153,6 +160,19 @@ async def test_a_catalog_that_was_lost_is_made_again_from_the_manifests(short_di
         after = (await line.ask("list", sort="step"))["checkpoints"]
     kept = ("checkpoint", "project", "name", "step", "metrics", "note", "path", "size_bytes", "state", "level")
     assert [{k: row[k] for k in kept} for row in after] == [{k: row[k] for k in kept} for row in before]
+
+
+async def test_a_file_that_grows_while_its_row_is_pending_is_no_second_checkpoint(short_dir):
+    """Each scan sees another size; its one job asks again until the writer is done."""
+    tree, settings = a_watched(short_dir)
+    path = tree / "run7/growing.safetensors"
+    async with daemon(short_dir, **settings, front=False) as node:
+        root = await root_of(node, tree)
+        for size in (100, 200, 300):
+            path.write_bytes(a_tensor(1, 4096)[:size])
+            await node.parts.reconciler.scan(root)
+        assert [state for _, state in await rows_at(node, path)] == ["pending"]
+        assert len(await node.parts.jobs.unfinished()) == 1
 
 
 async def test_known_files_cost_no_transaction_of_their_own(short_dir):

@@ -9,6 +9,7 @@ import pytest
 
 from ckptd.catalog import checkpoints, experiments, holds
 from ckptd.errors import BadPath, BadRequest, CkptdError, Exists, NoArena, NotFound, UnsupportedVersion
+from ckptd.intake import training as training_module
 from ckptd.intake.arenas import Use
 from ckptd.model import ExperimentStatus, State, new_id
 from ckptd_client import control
@@ -216,7 +217,7 @@ async def test_a_late_metric_changes_the_best_its_link_and_what_is_kept(short_di
             return (await node.read(lambda conn: checkpoints.state_of(conn, first))) is State.TRASHED
 
         await eventually(retired)
-        assert (node.runs / ".ckptd-trash" / first).is_dir()
+        await eventually((node.runs / ".ckptd-trash" / first).is_dir)
 
 
 async def test_a_reader_gets_the_hot_copy_and_holds_the_checkpoint(short_dir):
@@ -252,6 +253,31 @@ async def test_a_cold_attach_names_the_files_and_their_digests(short_dir):
         assert not answer["hot"]
         assert {f["path"] for f in answer["files"]} == {"model.safetensors", "state.json"}
         assert all(len(f["sha256"]) == 64 for f in answer["files"])
+
+
+@pytest.mark.parametrize("hot", [True, False])
+async def test_more_files_than_one_frame_names_are_found_by_their_manifest(short_dir, monkeypatch, hot):
+    async with daemon(short_dir) as node, node.connect() as line:
+        training = await Training(line, str(node.runs)).open()
+        checkpoint = await training.saved(1)
+        if not hot:
+            node.parts.pool.free_checkpoint(checkpoint)
+        monkeypatch.setattr(training_module, "LISTED_BYTES_MAX", 100)
+        answer = await line.ask("attach", selector=checkpoint)
+        assert (answer["hot"], answer["files"]) == (False, None)
+
+
+async def test_more_files_than_one_frame_names_of_somebody_elses_are_a_clear_error(short_dir, monkeypatch):
+    async with daemon(short_dir) as node, node.connect() as line:
+        path = short_dir / "mine/a.safetensors"
+        path.parent.mkdir()
+        path.write_bytes(a_tensor())
+        one = (await line.ask("submit", path=str(path), checkpoint=new_id()))["checkpoint"]
+        await line.ask("wait", checkpoint=one, level="verified", timeout_s=10)
+        monkeypatch.setattr(training_module, "LISTED_BYTES_MAX", 10)
+        with pytest.raises(BadRequest, match="1 files: more than one answer can name"):
+            await line.ask("attach", selector=one)
+        assert (await line.ask("show", selector=one))["checkpoint"]["checkpoint"] == one, "the connection stands"
 
 
 async def test_read_holds_end_when_the_reader_dies_not_when_it_reconnects(short_dir):

@@ -14,7 +14,7 @@ import xxhash
 from ckptd.errors import BadPath, NotFound, SourceChanged
 from ckptd.worker import digest
 from ckptd.worker.context import Cancelled, Context
-from ckptd.worker.durable import FsyncFailed
+from ckptd.worker.fsync import FsyncFailed
 from ckptd.worker.hashing import FileDigest
 from ckptd.worker.protocol import Digest, Digested
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from ckptd import failpoint
-from ckptd.errors import BadPath, Exists, SourceChanged
-from ckptd.worker import beneath, durable, kernel
+from ckptd.errors import BadPath, Exists, NoSpace, SourceChanged
+from ckptd.worker import beneath, durable, fsync, kernel
 
 ID = "ab" * 16
 
@@ -69,21 +69,21 @@ def test_a_failed_fsync_is_never_repeated(tmp_path: Path, monkeypatch: pytest.Mo
     os.write(fd, b"lost")
     calls: list[int] = []
 
-    def fsync(which: int) -> None:
+    def lying(which: int) -> None:
         calls.append(which)
         if len(calls) == 1:
             raise OSError(errno.EIO, "lost")
 
-    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "fsync", lying)
     for _ in range(3):
-        with pytest.raises(durable.FsyncFailed):
-            durable.fsync_file(fd)
+        with pytest.raises(fsync.FsyncFailed):
+            fsync.fsync_file(fd)
     again = os.open(tmp_path / "file", os.O_RDWR)
-    with pytest.raises(durable.FsyncFailed):
-        durable.fsync_file(again)
+    with pytest.raises(fsync.FsyncFailed):
+        fsync.fsync_file(again)
     assert len(calls) == 1
     other = os.open(tmp_path / "other", os.O_RDWR | os.O_CREAT)
-    durable.fsync_file(other)
+    fsync.fsync_file(other)
     assert len(calls) == 2
     for each in (fd, again, other):
         os.close(each)
@@ -93,10 +93,28 @@ def test_a_directory_that_cannot_be_fsynced_passes_and_one_that_fails_does_not(
     root_fd: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "fsync", refuse(errno.EINVAL))
-    durable.fsync_directory(root_fd)
+    fsync.fsync_directory(root_fd)
     monkeypatch.setattr(os, "fsync", refuse(errno.EIO))
-    with pytest.raises(durable.FsyncFailed):
-        durable.fsync_directory(root_fd)
+    with pytest.raises(fsync.FsyncFailed):
+        fsync.fsync_directory(root_fd)
+
+
+def test_one_failed_fsync_of_a_directory_does_not_end_its_root_for_good(
+    tmp_path: Path, root_fd: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is changed first, so that its entries are written again; the failed fsync itself is never repeated."""
+    (tmp_path / "a").mkdir()
+    with monkeypatch.context() as failing:
+        failing.setattr(os, "fsync", refuse(errno.ENOSPC))
+        with pytest.raises(NoSpace):
+            durable.make_dir_chain(root_fd, ("a",))
+    before = os.fstat(root_fd).st_mtime_ns
+    seen: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda fd: seen.append(os.fstat(fd).st_mtime_ns))
+    os.close(durable.make_dir_chain(root_fd, ("a",)))
+    assert seen
+    assert before not in seen
+    assert os.listdir(tmp_path) == ["a"]
 
 
 def test_every_name_from_the_root_down_is_fsynced_even_those_that_were_there(
@@ -111,13 +129,46 @@ def test_every_name_from_the_root_down_is_fsynced_even_those_that_were_there(
     assert synced == [path.stat().st_ino for path in holders]
 
 
+def test_names_whose_fsync_failed_are_in_doubt_until_they_are_made_again(
+    tmp_path: Path, root_fd: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second fsync would succeed, and prove nothing: the directory that could not be named durably goes again."""
+    failing = [True]
+
+    def once(which: int) -> None:
+        if failing.pop() if failing else False:
+            raise OSError(errno.EIO, "lost")
+
+    monkeypatch.setattr(os, "fsync", once)
+    (tmp_path / "mine").mkdir()
+    for _ in range(2):
+        with pytest.raises(fsync.FsyncFailed):
+            fsync.fsync_directory(root_fd)
+    (tmp_path / "mine").rmdir()
+    failing.append(True)
+    with pytest.raises(fsync.FsyncFailed):
+        durable.make_dir_chain(root_fd, ("a", "b"))
+    assert os.listdir(tmp_path) == []
+    os.close(durable.make_dir_chain(root_fd, ("a", "b")))
+
+
+def test_a_removal_that_is_found_done_is_made_durable(root_fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who did it may have died between its unlink and its fsync; a power cut would then bring it back."""
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.fstat(fd).st_ino))
+    assert durable.remove_tree(root_fd, "gone") == 0
+    assert durable.remove_symlink(root_fd, "gone") is False
+    assert synced == [os.fstat(root_fd).st_ino] * 2
+
+
 def test_a_missing_root_is_made_with_its_parents_and_their_names_are_fsynced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[int] = []
     monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.fstat(fd).st_ino))
     os.close(durable.make_root(str(tmp_path / "x/y")))
-    assert synced == [tmp_path.stat().st_ino, (tmp_path / "x").stat().st_ino]
+    # The first of them: of an earlier try that was killed, the last directory may have a name that is not durable.
+    assert synced == [path.stat().st_ino for path in (tmp_path.parent, tmp_path, tmp_path / "x")]
 
 
 @pytest.mark.parametrize("parts", [("link", "inside"), ("link",), ("dir", "up", "inside"), ("home", "made")])
@@ -187,7 +238,7 @@ def test_a_publish_that_fails_after_the_rename_takes_the_name_back(
     (tmp_path / temporary.name / "f").write_bytes(b"1")
     monkeypatch.setattr(failpoint, "_plan", {point: (1, "eio")})
     monkeypatch.setattr(failpoint, "_hits", {})
-    with pytest.raises((OSError, durable.FsyncFailed)):
+    with pytest.raises((OSError, fsync.FsyncFailed)):
         temporary.publish("final")
     assert os.listdir(tmp_path) == [temporary.name]
     temporary.discard()

@@ -14,7 +14,7 @@ import pytest
 
 from ckptd import config, errors
 from ckptd.clock import SystemClock
-from ckptd.events import Event
+from ckptd.events import EVENTS, Event
 from ckptd.worker import Workers, WorkerState, child
 from ckptd.worker.handle import Pace, Rig, worker_command
 from ckptd.worker.protocol import Usage, Watch
@@ -176,13 +176,15 @@ async def test_after_stuck_max_silences_requests_are_refused_at_once_until_a_pro
             with pytest.raises(errors.TimedOut):
                 await node.workers.call(Usage(root=root))
         assert node.state().state == "degraded"
-        assert (await node.until("root.degraded")).data["roots"] == [root]
+        degraded = await node.until("root.degraded")
+        assert degraded.data["roots"] == [root]
+        assert degraded.data.keys() == set(EVENTS["root.degraded"].keys)
         began = anyio.current_time()
         with pytest.raises(errors.RootDegraded):
             await node.workers.call(Usage(root=root))
         assert anyio.current_time() - began < 0.1
         await anyio.Path(root).write_text("")  # from now on the stand-in answers
-        await node.until("root.recovered")
+        assert (await node.until("root.recovered")).data.keys() == set(EVENTS["root.recovered"].keys)
         assert node.state().state == "running"
         await node.workers.call(Usage(root="/a"))
 

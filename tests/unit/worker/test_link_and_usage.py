@@ -55,3 +55,22 @@ def test_a_root_that_is_not_made_yet_is_measured_where_it_will_be(tmp_path: Path
 def test_a_file_system_that_takes_no_files_can_do_nothing() -> None:
     used = usage.run(Usage(root="/proc"), Context())
     assert (used.direct_io, used.leases) == (False, False)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root")
+def test_a_directory_that_its_worker_may_not_write_in_is_said_to_be_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(usage, "_probed", {})
+    assert usage.run(Usage(root="/usr"), Context()).unwritable == ""
+    os.seteuid(65534)
+    try:
+        used = usage.run(Usage(root="/usr"), Context())
+    finally:
+        os.seteuid(0)
+    assert used.unwritable == "uid 65534 may not write there"
+
+
+def test_a_file_system_mounted_read_only_is_said_to_be_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = os.statvfs(tmp_path)
+    read_only = os.statvfs_result((*facts[:8], facts.f_flag | os.ST_RDONLY, facts.f_namemax))
+    monkeypatch.setattr(usage.os, "fstatvfs", lambda _: read_only)
+    assert "read-only" in usage.run(Usage(root=str(tmp_path)), Context()).unwritable

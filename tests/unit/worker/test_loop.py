@@ -7,16 +7,30 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from threading import Event
+from threading import Event, current_thread
 
 import msgspec
 import pytest
 
 from ckptd.errors import Busy
+from ckptd.worker import settle
 from ckptd.worker.__main__ import VERBS, Loop, Verb
 from ckptd.worker.context import Context, Limits
 from ckptd.worker.lane import Lane
-from ckptd.worker.protocol import Digest, Link, Published, Purge, Sweep, Usage, Used, Verified, Verify
+from ckptd.worker.parser import Question
+from ckptd.worker.protocol import (
+    Digest,
+    Inspected,
+    Link,
+    Published,
+    Purge,
+    Settle,
+    Sweep,
+    Usage,
+    Used,
+    Verified,
+    Verify,
+)
 from ckptd_client.wire import Splitter
 from tests.support.arena import MIB, publish_request, sealed
 from tests.support.worker_process import Died, WorkerProcess
@@ -230,6 +244,53 @@ def test_a_request_that_lives_speaks_for_those_that_wait_behind_it(
     Context(send=partial(serving._speak, 1, lane)).alive()
     assert [heard.frame() for _ in range(2)] == [{"id": 1, "alive": True}, {"id": 2, "alive": True}]
     gate.set()
+
+
+@pytest.mark.usefixtures("sigio_ignored")
+def test_a_settle_that_must_read_contents_leaves_its_lane_to_the_quick_ones(
+    loop: tuple[Loop, WorkerProcess], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A zip of 20 GB is read for a minute: links, removals and other questions must not wait for it."""
+    serving, heard = loop
+    serving._lanes["quick"] = Lane("quick", threads_max=1, waiting_max=9)
+    gate, begun, threads = Event(), Event(), []
+
+    def examine(question: Question, _context: Context) -> Inspected:
+        if question.crc:
+            threads.append(current_thread().name)
+            begun.set()
+            gate.wait(10)
+        return Inspected(format="torch-zip", complete=True)
+
+    monkeypatch.setattr(settle, "examine", examine)
+    monkeypatch.setattr(settle, "QUICK_BYTES_MAX", 100)
+    for name, size_bytes in (("small.pt", 100), ("large.pt", 101)):
+        (tmp_path / name).write_bytes(b"x" * size_bytes)
+    large = Settle(root=str(tmp_path), path=str(tmp_path / "large.pt"), quiet_s=0.0, told=True)
+    serving._start(7, large, None)
+    assert begun.wait(10)
+    serving._start(8, Usage(root=str(tmp_path)), None)
+    assert heard.reply(8)["ok"], "answered while the large one is being read"
+    assert 7 in serving._running, "it can be cancelled all the while"
+    gate.set()
+    assert heard.reply(7)["result"]["reason"] == "told"
+    serving._start(9, msgspec.structs.replace(large, path=str(tmp_path / "small.pt")), None)
+    assert heard.reply(9)["result"]["reason"] == "told"
+    assert threads == ["read", "quick"]
+
+
+@pytest.mark.usefixtures("sigio_ignored")
+def test_a_settle_that_finds_no_room_to_read_in_is_busy_and_asked_again_later(
+    loop: tuple[Loop, WorkerProcess], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    serving, heard = loop
+    serving._lanes["read"] = Lane("full", threads_max=1, waiting_max=0)
+    monkeypatch.setattr(settle, "QUICK_BYTES_MAX", 1)
+    monkeypatch.setattr(settle, "examine", lambda *_: Inspected(format="torch-zip", complete=True))
+    (tmp_path / "large.pt").write_bytes(b"xx")
+    serving._start(7, Settle(root=str(tmp_path), path=str(tmp_path / "large.pt"), quiet_s=0.0, told=True), None)
+    assert heard.reply(7)["error"]["code"] == "busy"
+    assert serving._running == {}
 
 
 def test_a_request_that_makes_no_progress_says_nothing() -> None:

@@ -16,6 +16,7 @@ from ckptd.errors import BadPath, BadRequest, Corrupt, Exists, SourceChanged
 from ckptd.model import new_id
 from ckptd.worker import beneath, digest, imagewriter, publish, verify
 from ckptd.worker.context import Cancelled, Context
+from ckptd.worker.image import Image
 from ckptd.worker.protocol import Digest, FileImage, Publish, Verify
 from tests.support.arena import MIB, publish_request, sealed, spooled
 
@@ -231,7 +232,7 @@ def test_an_unsealed_memfd_is_read_and_never_mapped(root: Path) -> None:
     fd, images = sealed({"f": b"x" * 5000})
     unsealed = os.memfd_create("unsealed", os.MFD_ALLOW_SEALING)
     os.sendfile(unsealed, fd, 0, os.fstat(fd).st_size)
-    image = publish.Image(unsealed, images)
+    image = Image(unsealed, images)
     assert not image.mapped
     image.close()
     done = publish.run(publish_request(root, images), Context(fd=unsealed))
@@ -330,3 +331,35 @@ def test_a_publish_without_an_arena_or_an_id_is_refused(root: Path, small: tuple
             Publish(root=str(root), target=str(root), files=small[1], manifest={"checkpoint": new_id()}),
             Context(fd=small[0]),
         )
+
+
+def test_a_starved_second_hash_thread_hands_over_what_it_has_begun(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs at the lowest priority: beside a busy training it may get no processor at all."""
+    files = {"large": os.urandom(24 * MIB), "less": os.urandom(20 * MIB + 7)}
+    fd, images = sealed(files)
+    starved: list[int] = []
+    chunks: list[int] = []
+    real_view = Image.view
+
+    def view(image: Image, offset: int, size_bytes: int) -> memoryview:
+        if threading.get_native_id() in starved:
+            chunks.append(size_bytes)
+            first_is_done.wait(5.0)
+        return real_view(image, offset, size_bytes)
+
+    real_next = imagewriter._Digests._next
+
+    def following(digests: imagewriter._Digests) -> int | None:
+        if digests._digests[0].size_bytes:
+            first_is_done.set()
+        return real_next(digests)
+
+    first_is_done = threading.Event()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(os, "setpriority", lambda _which, who, _value: starved.append(who))
+    monkeypatch.setattr(Image, "view", view)
+    monkeypatch.setattr(imagewriter._Digests, "_next", following)
+    done = publish.run(publish_request(root, images), Context(fd=fd))
+    os.close(fd)
+    assert [record.sha256 for record in done.files] == [hashlib.sha256(data).hexdigest() for data in files.values()]
+    assert 0 < len(chunks) < 20

@@ -11,7 +11,7 @@ from ckptd import failpoint
 from ckptd.errors import NoSpace
 from ckptd.worker import durable, imagewriter, publish
 from ckptd.worker.context import Context
-from ckptd.worker.durable import FsyncFailed
+from ckptd.worker.fsync import FsyncFailed
 from ckptd.worker.protocol import FileImage
 from tests.support.arena import publish_request
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from ckptd import failpoint
@@ -31,16 +32,22 @@ def make(path: Path, *, managed: bool = False) -> Path:
     (path / "model.safetensors").write_bytes(b"weights")
     (path / "sub/shard").write_bytes(b"shard")
     if managed:
-        (path / "manifest.json").write_bytes(b"{}")
+        (path / "manifest.json").write_text(f'{{"checkpoint": "{ID}"}}')
     return path
+
+
+def remounted(recorded: IdentityRecord, **also: int) -> IdentityRecord:
+    """What was recorded before the machine started again: its disk had another number then."""
+    return msgspec.structs.replace(recorded, dev=recorded.dev + 1, **also)
 
 
 def identity(root: Path, path: Path) -> IdentityRecord:
     return digest.run(Digest(root=str(root), path=str(path)), Context()).identity
 
 
-def retire(root: Path, path: Path, recorded: IdentityRecord, name: str = ID) -> Done:
-    return trash.trash(Trash(root=str(root), path=str(path), identity=recorded, trash=name), Context())
+def retire(root: Path, path: Path, recorded: IdentityRecord, name: str = ID, checkpoint: str = ID) -> Done:
+    request = Trash(root=str(root), path=str(path), identity=recorded, trash=name, checkpoint=checkpoint)
+    return trash.trash(request, Context())
 
 
 def restore(root: Path, path: Path, name: str = ID) -> Done:
@@ -125,6 +132,43 @@ def test_a_checkpoint_of_ours_goes_although_a_person_dropped_or_added_a_file(roo
     (path / "eval.json").write_bytes(b"{}")
     os.utime(path / "eval.json", ns=(0, recorded.mtime_ns + 1))
     assert retire(root, path, recorded).count == 1
+
+
+@pytest.mark.parametrize("kind", ["ours", "foreign", "file"])
+def test_a_disk_that_has_another_number_after_a_restart_still_holds_the_same_checkpoint(root: Path, kind: str) -> None:
+    path = make(root / "p/e/step_1", managed=kind == "ours")
+    path = path / "model.safetensors" if kind == "file" else path
+    recorded = remounted(identity(root, path))
+    assert [retire(root, path, recorded).count for _ in range(2)] == [1, 0]
+    assert not path.exists()
+
+
+def test_on_another_disk_an_equal_inode_number_alone_is_no_proof(root: Path) -> None:
+    path = make(root / "p/e/step_1", managed=True)
+    with pytest.raises(SourceChanged):
+        retire(root, path, remounted(identity(root, path)), checkpoint=OTHER)
+    (path / "manifest.json").write_text("{")
+    with pytest.raises(SourceChanged):
+        retire(root, path, remounted(identity(root, path)))
+    assert retire(root, path, identity(root, path)).count == 1, "on the same disk it is"
+    foreign = make(root / "p/e/step_2")
+    recorded = identity(root, foreign)
+    (foreign / "model.safetensors").unlink()
+    with pytest.raises(SourceChanged):
+        retire(root, foreign, remounted(recorded), OTHER)
+    assert (foreign / "sub/shard").exists()
+
+
+def test_what_lies_in_the_trash_is_known_by_its_manifest_where_inode_numbers_change(root: Path) -> None:
+    path = make(root / "p/e/step_1", managed=True)
+    recorded = identity(root, path)
+    retire(root, path, recorded)
+    moved_on = remounted(recorded, ino=recorded.ino + 1)
+    assert retire(root, path, moved_on).count == 0
+    with pytest.raises(Missing):
+        retire(root, path, moved_on, checkpoint=OTHER)
+    with pytest.raises(Missing):
+        retire(root, path, moved_on, checkpoint="")
 
 
 def test_a_swap_between_look_and_rename_is_undone(

@@ -1,0 +1,116 @@
+"""Deaths outside of a save's way: at the start, at a reload, at the stop, and while foreign files are taken in."""
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support import invariants, payload, tally
+from tests.support.battlefield import PROJECT, Battlefield
+from tests.support.node import Node, eventually
+from tests.support.trainer import Nursery
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+
+START = ["start.adopted", "start.recovered"]
+POINTS = (*START, "reload.applied", "digest.fsynced", "stop.draining", "stop.spilled")
+
+
+@pytest.fixture(scope="module")
+def shared(nurseries: dict[bool, Nursery]) -> Iterator[list[Battlefield]]:
+    made: list[Battlefield] = []
+    yield made
+    for field in made:
+        field.__exit__(None, None, None)
+
+
+@pytest.fixture
+def field(shared: list[Battlefield], nursery: Nursery) -> Iterator[Battlefield]:
+    if not shared:
+        shared.append(Battlefield(nursery).__enter__())
+    yield shared[0]
+    print(shared[0].node.tail())
+    shared[0].assert_promises()
+
+
+@pytest.mark.parametrize("point", START)
+def test_a_daemon_killed_while_it_starts_leaves_everything_to_the_next(field: Battlefield, point: str) -> None:
+    """F1, I1: the first dies with a save in its arena, the second while it takes it over, the third publishes it."""
+    trainer, name = field.ready_trainer("start")
+    field.node.arm(f"catalog.durable=kill,{point}")
+    saved = field.save(trainer)
+    field.node.wait_fired()
+    field.kills["daemon"] += 2
+    field.assert_arrived(name, saved)
+    trainer.quit()
+    field.assert_memory_returned()
+
+
+def test_a_daemon_killed_while_it_takes_a_new_configuration_starts_with_it(field: Battlefield) -> None:
+    """F1, F28."""
+    trainer, name = field.ready_trainer("reload")
+    field.node.arm("reload.applied")
+    field.node.configure()
+    field.node.signal(signal.SIGHUP)
+    field.node.wait_fired()
+    field.kills["daemon"] += 1
+    field.assert_arrived(name, field.save(trainer))
+    trainer.quit()
+
+
+@pytest.mark.parametrize("action", ["kill", "kill-parent"])
+def test_foreign_files_are_taken_in_once_whoever_dies_over_them(field: Battlefield, action: str) -> None:
+    """F1: the worker, or its daemon, dies with some of them fsynced."""
+    place = field.dir / f"foreign-{action}"
+    place.mkdir()
+    target = place / "model.safetensors"
+    target.write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+    field.node.arm("digest.fsynced", action)
+    field.node.ckpt("submit", str(target), "--project", PROJECT, "--experiment", f"foreign-{action}")
+    field.node.wait_fired()
+    field.kills["worker" if action == "kill" else "daemon"] += 1
+    row = field.only_row(f"foreign-{action}")
+    field.node.wait_level(row["checkpoint"])
+    field.acknowledged[row["checkpoint"]] = "verified"
+    assert len(field.node.rows(PROJECT, f"foreign-{action}")) == 1
+
+
+def saved_and_stopped(node: Node, nursery: Nursery, points: str) -> tuple[dict[str, str], str]:
+    """Save one that is durable and one on its way, and stop a daemon that dies of `points`; return what was told."""
+    trainer = nursery.trainer(node.environ)
+    trainer.open(name="run", project="edge", dir=str(node.runs))
+    first = trainer.save(seed=1, step=1)["id"]
+    node.wait_level(first)
+    node.wait_idle()
+    assert trainer.prepare(seed=1)["ready"]
+    node.arm(points)
+    second = trainer.save(seed=2, step=2)["id"]
+    eventually(lambda: node.row(second), "the second to be staged")
+    node.stop()
+    node.wait_fired()
+    tally.add("kills", 1)
+    trainer.end()
+    node.start()
+    return {first: "verified"}, second
+
+
+def test_a_daemon_killed_as_it_begins_to_stop_loses_nothing_that_was_durable(node: Node, nursery: Nursery) -> None:
+    """F28, I1, I2. The service manager forgets memory on a stop, so what was only staged may end as failed, not as half."""
+    told, second = saved_and_stopped(node.start(), nursery, "stop.draining")
+    eventually(lambda: (node.row(second) or {})["state"] in {"live", "failed"}, "the second to be decided")
+    assert invariants.violations(node, told) == []
+
+
+def test_a_daemon_killed_while_it_spills_leaves_whole_images_to_the_next(short_dir: Path, nursery: Nursery) -> None:
+    """F28, I1: what lies in the spool then arrives once, although its memory is gone."""
+    node = Node(short_dir, drain_s=0.05)
+    try:
+        told, second = saved_and_stopped(node.start(), nursery, "copy.chunk=delay:1.5,stop.spilled")
+        row = node.wait_level(second)
+        payload.check_saved(Path(row["path"]), 2)
+        assert invariants.violations(node, {**told, second: "verified"}) == []
+        assert not list(node.spool.iterdir())
+    finally:
+        print(node.tail())
+        node.clean_up()

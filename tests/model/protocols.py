@@ -1,0 +1,45 @@
+"""Every protocol that changes a disk, and the fsyncs of theirs that no promise rests on."""
+
+from tests.model import amending, linking, living, migrating, publishing, retiring, spooling
+from tests.model.publishing import FILES, NESTED, SMALL
+from tests.model.scenario import Scenario
+
+SCENARIOS: tuple[Scenario, ...] = (
+    publishing.published(NESTED, "publish"),
+    publishing.published_beside(SMALL, "publish beside another"),
+    publishing.published_by_hand(SMALL),
+    publishing.published_with_space_reserved(),
+    publishing.digested(),
+    publishing.single_digested(),
+    linking.made(),
+    linking.replaced(),
+    linking.removed(),
+    linking.replaced_by_hand(),
+    retiring.retired(),
+    retiring.restored(),
+    retiring.restored_into_nothing(),
+    retiring.purged(),
+    retiring.file_purged(),
+    retiring.retired_and_purged(),
+    retiring.swept(),
+    amending.amended(),
+    amending.amended_again(),
+    migrating.snapshot_taken(),
+    spooling.image_written(),
+    spooling.image_written_again(),
+    spooling.offer_written(),
+    spooling.taken_out(),
+)
+LIFE = living.lived()
+LARGE = publishing.published(
+    {"model.safetensors": FILES["model.safetensors"], "state.json": b"{}"}, "publish a file of many sectors"
+)
+
+# Part of a site -> why the call stays though nothing that we promise needs it there. test_teeth.py
+# fails for an entry that is wrong (its mutant is caught) and for a survivor that is not listed.
+NOT_NEEDED = {
+    "durable.remove_tree:{} < durable.discard": "a temporary name that comes back is nobody's promise: a sweep finds it",
+    "durable.remove_tree:{} < sweep": "the same",
+    "trash._trash_at:{} < trash.restore": "what it finds in the trash was moved there after the trash's own name was durable",
+    "trash._trash_at:{} < trash.purge": "the same",
+}

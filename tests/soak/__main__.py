@@ -1,0 +1,45 @@
+"""Trainers, legacy writers, readers, retention and random faults on one node, for as long as you like.
+
+    python -m tests.soak [--minutes 60] [--seed 1]
+
+Exit status 1 at a violation, at a descriptor too many, and, for runs of twenty minutes or more, when memory
+grows by more than one percent per hour.
+"""
+
+import argparse
+import random
+import sys
+import time
+from pathlib import Path
+
+from tests.soak import report
+from tests.soak.soak import Plan, Soak
+
+KEPT = Path(".soak")
+
+
+def main() -> int:
+    """Run, report, judge."""
+    parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--seed", type=int, help="the same seed, the same schedule of faults; drawn when not given")
+    options = parser.parse_args()
+    seed = random.SystemRandom().randrange(1 << 32) if options.seed is None else options.seed
+    seconds = options.minutes * 60
+    print(f"seed {seed}, {options.minutes:g} minutes", flush=True)
+    plan = Plan(seconds=seconds, seed=seed, lives_on=seconds >= report.JUDGED_S)
+    with Soak(plan, lambda line: print(line, flush=True)) as soak:
+        outcome = soak.run()
+        if outcome.violations:
+            print(soak.ground.tail())
+    path = KEPT / time.strftime("%Y%m%d-%H%M%S.json")
+    report.keep(outcome, path)
+    print(report.render(outcome))
+    print(f"all of it: {path}")
+    why = report.verdict(outcome)
+    print(f"FAILED: {'; '.join(why)}" if why else "passed")
+    return 1 if why else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

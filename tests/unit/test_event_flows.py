@@ -1,0 +1,139 @@
+"""Every event that is declared is told by what really happens, and so is every key of its data."""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+from collections import defaultdict
+
+import anyio
+
+from ckptd import daemon as composition
+from ckptd import pipeline
+from ckptd.catalog import checkpoints
+from ckptd.errors import Bug, WorkerLost
+from ckptd.events import EVENTS, MISSED
+from ckptd.intake import presence
+from ckptd.model import State, new_id
+from ckptd.pipeline import retain
+from tests.support.in_process import Training, a_tensor, daemon, eventually
+from tests.support.watched import a_watched
+
+# Told where a mount really hangs (test_handle.py), and by a queue that really overflows (test_events.py).
+ELSEWHERE = {"root.degraded", "root.recovered", MISSED}
+RULES = {"keep_last": 9, "keep_best": [{"metric": "loss", "mode": "min"}], "trash_grace_s": 0}
+
+
+async def whole_life(node, line) -> str:
+    """Staged to dropped, held and let go of, described and found missing and back."""
+    training = await Training(line, str(node.runs)).open()
+    first = await training.saved(1, metrics={"loss": 1.0})
+    second = await training.saved(2, metrics={"loss": 0.5})
+    await training.saved(3, metrics={"loss": 0.1})
+    await line.ask("pin", selector=first, note="mine")
+    await line.ask("unpin", selector=first)
+    await line.ask("remove", selector=first)
+    await retain.purge(node.parts.tools)
+    assert await node.read(lambda conn: checkpoints.state_of(conn, first)) is State.DROPPED
+    path = node.runs / "demo/run/step_0000000002"
+    path.rename(node.directory / "aside")
+    await line.ask("verify", selector=second)
+    (node.directory / "aside").rename(path)
+    await line.ask("verify", selector=second)
+    node.parts.pool.free_checkpoint(second)
+    with open(path / "model.safetensors", "r+b") as file:
+        file.write(b"\xff")
+    await line.ask("verify", selector=second)
+    return second
+
+
+async def three_ends(node, line) -> None:
+    """Complete, failed, and gone without a word; each in an experiment of its own."""
+    ended = await Training(line, str(node.runs), name="ended").open()
+    await line.ask("experiment.close", experiment=ended.experiment, status="completed")
+    await line.ask("experiment.open", **ended.facts(), facts={"pid": os.getpid()})
+    await line.ask("experiment.close", experiment=ended.experiment, status="failed", error="out of memory")
+    gone = await Training(line, str(node.runs), name="gone").open()
+    process = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
+
+    class Dying:
+        pid, experiments = process.pid, set()
+
+    node.parts.presence.closed(gone.experiment)
+    node.parts.presence.came(Dying, gone.experiment)
+    node.parts.presence.left(Dying)
+    process.communicate()
+
+
+async def troubles(node, line, monkeypatch) -> None:
+    """Replaced, failed, retried, parked, a worker killed."""
+    real, meets = pipeline.STAGES["publish"], [WorkerLost("killed"), Bug("a defect")]
+
+    async def publish(job, tools):
+        if meets:
+            raise meets.pop(0)
+        return await real(job, tools)
+
+    with monkeypatch.context() as patch:
+        patch.setitem(pipeline.STAGES, "publish", publish)
+        await (await Training(line, str(node.runs), name="troubled").open()).save(1)
+        await eventually(lambda: not meets)
+    link = node.directory / "mine"
+    link.mkdir()
+    (link / "link.safetensors").symlink_to("/etc/passwd")
+    one = (await line.ask("submit", path=str(link / "link.safetensors"), checkpoint=new_id()))["checkpoint"]
+    await line.ask("wait", checkpoint=one, level="durable", timeout_s=10)
+    gate = anyio.Event()
+
+    async def waits(job, tools):
+        await gate.wait()
+        return await real(job, tools)
+
+    with monkeypatch.context() as patch:
+        patch.setitem(pipeline.STAGES, "publish", waits)
+        crowded = await Training(line, str(node.runs), name="crowded").open()
+        await crowded.save(1)
+        await crowded.save(2)
+        await line.ask("replace", experiment=crowded.experiment)
+        gate.set()
+    [worker] = [state for state in node.parts.workers.state() if state.pid]
+    os.kill(worker.pid, signal.SIGKILL)
+    await eventually(lambda: all(state.pid != worker.pid for state in node.parts.workers.state()))
+
+
+async def test_every_declared_event_and_every_key_of_it_is_told_by_a_real_flow(short_dir, monkeypatch):
+    """A name that nothing fires, or a key that nothing fills, is a promise to whoever hooks on it."""
+    monkeypatch.setattr(presence, "LOOK_S", 0.05)
+    tree, settings = a_watched(short_dir)
+    found = tree / "run7/found_5.safetensors"
+    found.write_bytes(a_tensor(5))
+    told: defaultdict[str, set[str]] = defaultdict(set)
+    async with (
+        daemon(short_dir, retention=RULES, **settings) as node,
+        node.parts.bus.subscribe(10_000) as events,
+        node.connect() as line,
+    ):
+
+        async def listen() -> None:
+            async for event in events:
+                told[event.name] |= event.data.keys()
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(listen)
+            await whole_life(node, line)
+            await three_ends(node, line)
+            await troubles(node, line, monkeypatch)
+            await line.ask("submit", path=str(found), checkpoint=new_id(), note="mine")
+            monkeypatch.setattr(composition, "_load", lambda _: argparse.Namespace(settings=node.parts.settings))
+            await composition._reload(node.parts, argparse.Namespace())
+            (short_dir / "more").mkdir()
+            await line.ask("root.add", path=str(short_dir / "more"), kind="watched")
+            await line.ask("status")
+            wanted = {name: set(declared.keys) for name, declared in EVENTS.items() if name not in ELSEWHERE}
+            with anyio.move_on_after(10):
+                while any(told[name] != keys for name, keys in wanted.items()):
+                    await anyio.sleep(0.05)
+            group.cancel_scope.cancel()
+    wrong = {name: (keys - told[name], told[name] - keys) for name, keys in wanted.items() if told[name] != keys}
+    assert not wrong, f"(never told, not declared): {wrong}"
