@@ -37,7 +37,7 @@ test-faults: $(STAMP)  ## the long form of the crash suites
 bench: $(STAMP)  ## ckptd beside its peers; writes docs/benchmarks.md
 	$(BIN)/python -m tests.bench --out docs/benchmarks.md
 
-bench-load: $(STAMP)  ## the load targets beside what this machine does; LOAD="--out FILE.md" writes a page
+bench-load: $(STAMP)  ## the load targets beside what this machine does; LOAD="--out PAGE" writes one
 	$(BIN)/python -m tests.bench_load $(LOAD)
 
 SOAK_MIN ?= 60

@@ -85,6 +85,19 @@ class Jobs:
         if known.state is JobState.RUNNING:
             await self.enqueue_new(tx, [new])
 
+    async def enqueue_behind(self, tx: Tx, new: NewJob) -> None:
+        """Add a job that starts when the checkpoint's present one has ended, whatever that one has done already.
+
+        It may be past the stage that is asked for. One waiting there is enough.
+        """
+        known = await queue.of_checkpoint(tx.conn, new.checkpoint_id)
+        if known is None or known.state is JobState.PARKED:
+            await self.enqueue(tx, new)
+            return
+        behind = [job for job in await queue.in_lane(tx.conn, known.lane) if job.checkpoint_id == new.checkpoint_id]
+        if not any(job.stage == new.stage and job.state is JobState.QUEUED for job in behind):
+            await self.enqueue_new(tx, [replace(new, lane=known.lane)])
+
     async def enqueue_aside(self, tx: Tx, new: NewJob) -> None:
         """Add a job that is not the checkpoint's own and in nobody's way; one waiting in its lane is enough."""
         if all(job.state is JobState.RUNNING for job in await queue.in_lane(tx.conn, new.lane)):

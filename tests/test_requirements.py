@@ -83,7 +83,7 @@ THIRTY = {
     ],
     "a publish that is cut off anywhere leaves the old or the new, never half": [
         "test_a_worker_killed_at_any_step_leaves_all_or_nothing",
-        "test_a_publish_cut_off_at_any_step_is_whole_or_absent_and_can_be_had_again",
+        "test_a_publish_cut_off_at_a_named_step_is_whole_or_absent_and_can_be_had_again",
     ],
     "a removal is a marked row, then files, then a finished row; a start finds what was cut off": [
         "test_a_retirement_killed_at_any_step_ends_in_the_trash",

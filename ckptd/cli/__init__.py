@@ -35,7 +35,9 @@ class Entry(NamedTuple):
 VERBS: dict[str, dict[str, Entry]] = {
     "Look": {
         "status": Entry("watching", "status", "What the daemon is doing: arenas, jobs, roots, experiments, disks."),
-        "ls": Entry("listing", "ls", "List checkpoints, newest first."),
+        "ls": Entry(
+            "listing", "ls", "List checkpoints, newest first; those that were dropped or replaced only when asked for."
+        ),
         "experiments": Entry("listing", "experiments", "List experiments, newest first."),
         "show": Entry("listing", "show", "Everything known about one checkpoint."),
         "path": Entry("listing", "path", "Print where a checkpoint lies, and nothing else."),

@@ -253,8 +253,12 @@ def metrics(values: Mapping[str, object] | None) -> str:
 
 
 def short(an_id: object) -> str:
-    """Shorten an id for a person."""
-    return str(an_id or "")[:SHORT_ID]
+    """Shorten an id for a person, who may type it again: never to digits alone, which would be a step."""
+    text = str(an_id or "")
+    size = SHORT_ID
+    while size < len(text) and text[:size].isdigit():
+        size += 1
+    return text[:size]
 
 
 def print_json(body: object, screen: Screen) -> None:

@@ -236,7 +236,7 @@ class Admission:
         await self._catalog.write(add)
 
     async def recheck(self, row: Checkpoint) -> None:
-        """Have one checkpoint read back soon; a job it has already does that anyway.
+        """Have one checkpoint read back soon, behind a job that it has: that one may have read it already.
 
         The job knows what the hot copy holds, so that damage can be written again from it.
         """
@@ -249,7 +249,7 @@ class Admission:
             found = descriptors.decode(raw, held.size_bytes)
             payload = {"descriptor": {"files": msgspec.to_builtins(found.files)}}
         job = NewJob(checkpoint_id=row.id, lane=f"{row.id}/recheck", stage="verify", payload=payload)
-        await self._catalog.write(lambda tx: self._jobs.enqueue(tx, job))
+        await self._catalog.write(lambda tx: self._jobs.enqueue_behind(tx, job))
 
 
 def _is_sound(arena: Arena) -> bool:

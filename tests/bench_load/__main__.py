@@ -1,6 +1,6 @@
 """The load targets, each beside what this machine did.
 
-    python -m tests.bench_load [--only roundtrip,catalogue] [--small] [--out FILE.md]
+    python -m tests.bench_load [--only roundtrip,catalogue] [--small] [--out PAGE]
 
 Nothing is hard-coded: a row that can't be measured says why. A quiet machine with some 10 GB of free disk, please;
 the whole takes about ten minutes.

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from ckptd.cli import render
 from tests.support.history import LOSSES, History
 from tests.support.node import eventually
 from tests.support.onlooker import end, make
@@ -51,7 +52,7 @@ def test_show_tells_everything_about_one(ckpt: Any, history: History) -> None:
         said = subprocess.run(["sha256sum", history.path(200) / name], capture_output=True, text=True, check=True)
         assert said.stdout.split()[0] == digest
     assert [e["what"] for e in shown["history"] if "." not in e["what"]][:3] == ["staged", "published", "verified"]
-    assert "val_loss" in ckpt("show", history.ids[200][:8]).out
+    assert "val_loss" in ckpt("show", render.short(history.ids[200])).out
 
 
 @pytest.mark.parametrize(

@@ -336,3 +336,24 @@ async def test_finished_jobs_do_not_pile_up(jobs: Queue, catalog: Catalog, monke
         await jobs.do("finish", await jobs.one())
     left = await catalog.read(lambda conn: conn.exec_driver_sql("SELECT count(*) FROM job"))
     assert left.scalar_one() <= 5 < DONE_KEPT
+
+
+async def test_what_must_run_again_waits_behind_a_job_that_is_past_it(jobs: Queue) -> None:
+    """Damage found while the checkpoint is being linked: its present job has read it back already."""
+    present = await jobs.put("a")
+    running = await jobs.one()
+    again = NewJob(checkpoint_id=present.checkpoint_id, lane="elsewhere", stage="verify")
+    for _ in range(2):
+        await jobs.do("enqueue_behind", again)
+    assert await jobs.claim(5) == [], "one at a time for each checkpoint"
+    await jobs.do("finish", running)
+    (behind,) = await jobs.claim(5)
+    assert (behind.stage, behind.lane) == ("verify", "a")
+    await jobs.do("enqueue_behind", again)
+    await jobs.do("finish", behind)
+    assert (await jobs.one()).stage == "verify", "what runs may have read it before"
+
+
+async def test_what_must_run_again_starts_at_once_when_nothing_runs(jobs: Queue) -> None:
+    await jobs.do("enqueue_behind", NewJob(checkpoint_id=new_id(), lane="b", stage="verify"))
+    assert (await jobs.one()).lane == "b"

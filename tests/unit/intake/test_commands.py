@@ -95,7 +95,11 @@ async def test_damage_that_the_hot_copy_can_make_good_is_repaired_not_only_repor
 
         await eventually(repaired)
         assert Path(path).read_bytes() == data
-        assert not os.listdir(node.runs / ".ckptd-trash"), "what was moved aside goes when the repair is verified"
+
+        async def gone() -> bool:
+            return not os.listdir(node.runs / ".ckptd-trash")
+
+        await eventually(gone)  # what was moved aside goes after the repair is verified
 
 
 async def test_verify_of_a_checkpoint_retired_meanwhile_leaves_it_retired(short_dir, monkeypatch):
