@@ -7,6 +7,8 @@ glued into the name. Secrets are masked and control characters escaped here, who
 with `cause` is said once per CAUSE_EVERY_S for that cause, with the count of those kept back.
 """
 
+import codecs
+import itertools
 import json
 import logging
 import os
@@ -15,7 +17,7 @@ import select
 import sys
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +34,7 @@ CAUSES_MAX = 1024
 CAUSE_CHARS_MAX = 200
 TEXT_CHARS_MAX = 512  # of one field, in a line that is too long otherwise
 FRAMES_MAX = 8  # of a trace, the innermost
+LEAVES_MAX = 4  # of a group of errors
 CLOSE_WAIT_S = 2.0
 MASK = "***"
 
@@ -44,6 +47,7 @@ _SECRET_TEXT = (
         rf"\1{MASK}",
     ),
 )
+codecs.lookup("unicode_escape")  # loaded from a file at its first use, when no descriptor may be left for it
 # C0, DEL, C1, line and paragraph separators, and the marks that turn the direction of text.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
@@ -202,19 +206,19 @@ def get(name: str = "", **fields: Any) -> Any:
 
 
 def explain(_logger: object, _method: str, record: Record) -> Record:
-    """Turn an exception into fields: its class, its message, its code and, for a Bug, where it came from."""
+    """Turn an exception into fields: its class, its message, its code and where it came from.
+
+    Of a group, the first LEAVES_MAX errors in it as well: the group itself says nothing of the cause.
+    """
     error = record.pop("exc_info", None)
     if error is True:
         error = sys.exc_info()[1]
     if isinstance(error, tuple):
         error = error[1]
     if isinstance(error, BaseException):
-        record["error"] = {
-            "type": type(error).__name__,
-            "message": str(error),
-            "code": getattr(error, "code", None),
-            "trace": _trace(error),
-        }
+        record["error"] = _told(error)
+        if isinstance(error, BaseExceptionGroup):
+            record["errors"] = [_told(leaf) for leaf in itertools.islice(_leaves(error), LEAVES_MAX)]
     return record
 
 
@@ -260,6 +264,23 @@ class _Library(logging.Handler):
             cause=f"{record.name} {record.msg}"[:CAUSE_CHARS_MAX],
             exc_info=record.exc_info,
         )
+
+
+def _told(error: BaseException) -> dict[str, Any]:
+    return {
+        "type": type(error).__name__,
+        "message": str(error),
+        "code": getattr(error, "code", None),
+        "trace": _trace(error),
+    }
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            yield from _leaves(error)
+        else:
+            yield error
 
 
 def _trace(error: BaseException) -> list[str]:

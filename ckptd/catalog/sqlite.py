@@ -68,7 +68,9 @@ def _prepare(engine: AsyncEngine, pragmas: tuple[str, ...], begin: str) -> None:
         del record
         connection.isolation_level = None  # the driver begins nothing by itself; "begin" below does
         cursor = connection.cursor()
-        for pragma in (f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}", f"PRAGMA cache_size=-{CACHE_KIB}", *pragmas):
+        # Temporary files in memory: a statement must not fail because no descriptor is left for its journal.
+        ours = (f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}", f"PRAGMA cache_size=-{CACHE_KIB}", "PRAGMA temp_store=MEMORY")
+        for pragma in (*ours, *pragmas):
             cursor.execute(pragma)
         cursor.close()
 

@@ -169,8 +169,7 @@ class ArenaPool:
         arena.holder, arena.holder_pid = waiter.holder, waiter.holder.pid
         arena.asked_back_s = -math.inf
         arena.used_s = self._clock.monotonic_s()
-        control.write_lease(arena.page, arena.id, arena.generation, arena.holder_pid)
-        arena.holder_ticks = control.started_ticks(arena.holder_pid)
+        arena.holder_ticks = control.write_lease(arena.page, arena.id, arena.generation, arena.holder_pid)
         return arena
 
     def _reusable(self, waiter: _Waiter) -> Arena | None:
@@ -248,7 +247,11 @@ class ArenaPool:
         control.write_lease(page, arena.id, 0, 0)
         control.set_state(page, control.FREE)
         # Stored before it is lent: from here on a commit in it outlives this process.
-        self._store.store(arena.name, fd)
+        try:
+            self._store.store(arena.name, fd)
+        except OSError as error:
+            arena.close()
+            raise NoArena(f"the service manager can't be given an arena to keep: {error.strerror}") from error
         self._arenas[arena.id] = arena
         failpoint.hit("fdstore.pushed")
         return arena

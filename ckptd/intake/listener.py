@@ -30,7 +30,8 @@ _SO_PEERPIDFD = 77  # Linux 6.5; older kernels answer ENOPROTOOPT, and the socke
 _SO_PASSRIGHTS = 83  # Linux 6.16
 _CREDENTIALS = struct.Struct("iII")
 _RECV_BYTES = 1 << 16
-_OUT_OF_DESCRIPTORS = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+# What a process lacks for a while: the answer is to wait, never to end.
+OUT_OF = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 REQUESTS_RUNNING_MAX = 64
 # What the daemon holds for all connections of one user together, in multiples of intake.send_bytes_max: else
 # 256 connections that read nothing would hold a gigabyte. A connection below FAIR_BYTES is never the one to go.
@@ -215,7 +216,7 @@ class Listener:
                 except BlockingIOError:
                     continue
                 except OSError as error:
-                    if error.errno not in _OUT_OF_DESCRIPTORS:
+                    if error.errno not in OUT_OF:
                         if error.errno in {errno.ECONNABORTED, errno.EINTR}:
                             continue
                         raise

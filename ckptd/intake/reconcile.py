@@ -142,7 +142,10 @@ class Reconciler:
                 watched.hinted = anyio.Event()
 
     async def _interval_s(self, root: Root) -> float:
-        remote = mounts.find(root.path, await anyio.to_thread.run_sync(mounts.read)).remote
+        try:
+            remote = mounts.find(root.path, await anyio.to_thread.run_sync(mounts.read)).remote
+        except CkptdError:
+            remote = True  # not known now: look as often as any root may need it
         return self._settings.reconcile_remote_s if remote else self._settings.reconcile_s
 
     async def _listen(self, watched: _Watched) -> None:

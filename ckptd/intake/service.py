@@ -16,7 +16,7 @@ from ckptd.catalog import holds
 from ckptd.errors import BadRequest, Bug, Busy, CkptdError, NotAuthorized, OverQuota
 from ckptd.intake import requests as ask
 from ckptd.intake.follow import sees_all
-from ckptd.intake.listener import REQUESTS_RUNNING_MAX, Peer
+from ckptd.intake.listener import OUT_OF, REQUESTS_RUNNING_MAX, Peer
 from ckptd.intake.training import Front, Handler, Training
 from ckptd_client import control, wire
 
@@ -95,10 +95,9 @@ class Service:
             peer.send(failure(request.id, BadRequest(f"a value is out of range: {error}")))
         except wire.FrameError as error:
             peer.send(failure(request.id, OverQuota(f"the answer does not fit into a frame: {error}")))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - told below
             # A bug in one handler must not take the daemon and every other trainer's hand-off with it.
-            log.exception("request.bug", op=type(request).__struct_config__.tag)
-            peer.send(failure(request.id, Bug(f"{type(error).__name__} while answering {type(request).__name__}")))
+            peer.send(failure(request.id, _unforeseen(request, error)))
 
     async def _lend(self, peer: Peer, request: ask.Lease) -> None:
         """Answer a lease with its descriptor; a lease that does not reach its trainer is none."""
@@ -145,6 +144,14 @@ class Service:
             )  # tried again at the next look
         else:
             self._readers.pop(pid, None)
+
+
+def _unforeseen(request: ask.Request, error: Exception) -> CkptdError:
+    """Say what an error means that no handler knows: we ran out of something that comes back, or it is ours."""
+    if isinstance(error, OSError) and error.errno in OUT_OF:
+        return Busy(f"the daemon has run out: {error.strerror}", retry_after_s=1.0)
+    log.error("request.bug", op=type(request).__struct_config__.tag, exc_info=error)
+    return Bug(f"{type(error).__name__} while answering {type(request).__name__}")
 
 
 def _success(request_id: int, answer: dict[str, Any], fds: int = 0) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import msgspec
 import structlog
 
 from ckptd import failpoint
-from ckptd.errors import BadRequest, CkptdError, Refused
+from ckptd.errors import BadRequest, Busy, CkptdError, Refused
 from ckptd.intake import descriptor as descriptors
 from ckptd.intake.admit import Admission
 from ckptd.intake.arena import DESCRIPTOR_BYTES_MAX
@@ -95,11 +95,14 @@ class Spool:
         await anyio.to_thread.run_sync(_remove, entry.path)
 
     async def open(self, checkpoint_id: str) -> int | None:
-        """Open a checkpoint's image, from its arena or from the spool; None when neither has it."""
+        """Open a checkpoint's image, from its arena or from the spool; None when neither has it. Busy: not now."""
         arena = self._pool.of_checkpoint(checkpoint_id)
-        if arena is not None:
-            return os.dup(arena.fd)
-        return await anyio.to_thread.run_sync(_open, spool.arena_path(self._directory, checkpoint_id))
+        try:
+            if arena is not None:
+                return os.dup(arena.fd)
+            return await anyio.to_thread.run_sync(_open, spool.arena_path(self._directory, checkpoint_id))
+        except OSError as error:
+            raise Busy(f"the image of {checkpoint_id} can't be opened: {error.strerror}", retry_after_s=1.0) from error
 
     async def published(self, checkpoint_id: str) -> None:
         """Its bytes are durable under their final name: the arena becomes a hot copy, the image goes."""
@@ -117,10 +120,16 @@ class Spool:
 
     async def forget(self, checkpoint_id: str) -> None:
         """Remove the spooled image of a checkpoint, if there is one."""
-        if checkpoint_id in self._known:
+        if checkpoint_id not in self._known:
+            return
+        try:
             await anyio.to_thread.run_sync(_remove, spool.arena_path(self._directory, checkpoint_id))
+        except OSError as error:
+            # The next look takes it in once more, finds its checkpoint past needing it, and comes here again.
+            log.warning("spool.not_removed", cause="forget", checkpoint=checkpoint_id, error=str(error))
+        else:
             failpoint.hit("spool.removed")
-            self._known.discard(checkpoint_id)
+        self._known.discard(checkpoint_id)
 
 
 def offer_of(request: Submit, uid: int) -> FileOffer:

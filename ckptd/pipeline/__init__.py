@@ -19,7 +19,7 @@ import structlog
 
 from ckptd.catalog import checkpoints
 from ckptd.catalog.tx import Tx
-from ckptd.errors import Bug, CkptdError, Denied, DiskFault, NoSpace, RootDegraded, TimedOut, Weather
+from ckptd.errors import Bug, CatalogFault, CkptdError, Denied, DiskFault, NoSpace, RootDegraded, TimedOut, Weather
 from ckptd.jobs import Job
 from ckptd.model import Origin, State
 from ckptd.pipeline import amend, link, publish, repair, retain, settle, verify
@@ -38,7 +38,8 @@ STAGES: dict[str, Stage] = {
     "retain": retain.run,
     "amend": amend.run,
 }
-PASSING = (Weather, RootDegraded, NoSpace, DiskFault, Denied)
+# What is no fault of the checkpoint passes. A catalog in trouble above all: it must not be what ends a hand-off.
+PASSING = (Weather, RootDegraded, NoSpace, DiskFault, Denied, CatalogFault)
 PURGE_S = 30.0
 PURGE_AGAIN_S = 1.0  # the first pause before what was put off is tried again: a worker is back by then
 CLAIM_AGAIN_S = 1.0

@@ -31,6 +31,7 @@ INLINE_BYTES_MAX = 512 << 10  # a larger frame is parsed in a thread: 1 MiB of J
 EOF_GRACE_S = 2.0
 TERM_GRACE_S = 2.0
 KILL_GRACE_S = 2.0
+LOOK_S = 0.05
 
 # What a child must not inherit: it neither speaks to the service manager nor lets users' shells
 # change how it watches.
@@ -130,12 +131,17 @@ class Child:
     async def ask(self, request: protocol.Request, arena_fd: int | None) -> Pending:
         """Queue a request and return its entry. The arena's fd is copied before this returns.
 
-        Waits while OUTBOX_MAX requests wait for the socket. WorkerLost when the worker is gone.
+        Waits while OUTBOX_MAX requests wait for the socket. WorkerLost when the worker is gone, Busy without
+        a descriptor for the copy.
         """
         body = msgspec.to_builtins(request)
         self._number += 1
         number = self._number
-        copy = None if arena_fd is None else os.dup(arena_fd)
+        try:
+            copy = None if arena_fd is None else os.dup(arena_fd)
+        except OSError as error:
+            message = f"no descriptor is left to lend an arena to a worker: {error.strerror}"
+            raise Busy(message, retry_after_s=1.0) from error
         try:
             fds = {} if copy is None else {"fds": 1}
             frame = msgspec.json.encode({"id": number, **body, **fds}) + b"\n"
@@ -184,7 +190,13 @@ class Child:
         """Wait until the process is dead and reaped; False when `timeout_s` passed first."""
         if self._process.poll() is not None:
             return True
-        watched = os.pidfd_open(self.pid)  # not reaped yet, so the number is still this process
+        try:
+            watched = os.pidfd_open(self.pid)  # not reaped yet, so the number is still this process
+        except OSError:  # no descriptor is left: look at it now and then
+            with anyio.move_on_after(timeout_s):
+                while self._process.poll() is None:  # noqa: ASYNC110 - there is no event to wait for
+                    await anyio.sleep(LOOK_S)
+            return self._process.returncode is not None
         try:
             with anyio.move_on_after(timeout_s):
                 while self._process.poll() is None:

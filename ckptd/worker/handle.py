@@ -152,7 +152,7 @@ class Workers:
         return sorted((station.state() for station in self._stations.values()), key=lambda state: state.mount)
 
     async def _station(self, root: str) -> Station:
-        """Return the station of the mount that holds `root`. BadPath when `root` is not absolute."""
+        """Return the station of the mount that holds `root`. BadPath when `root` is not absolute; Busy as `mounts.read`."""
         now_s = self._clock.monotonic_s()
         station, looked_s = self._found.get(root, (None, 0.0))
         if station is not None and now_s - looked_s < MOUNT_KNOWN_S:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckptd.errors import BadPath
+from ckptd.errors import BadPath, Busy
 
 MOUNTINFO = Path("/proc/self/mountinfo")
 _OCTAL = re.compile(r"\\([0-7]{3})")
@@ -57,8 +57,12 @@ def is_remote(filesystem: str) -> bool:
 
 
 def read(mountinfo: Path = MOUNTINFO) -> tuple[Mount, ...]:
-    """Return all mounts this process sees. Blocks, but only on the kernel's own table."""
-    return parse(mountinfo.read_text(errors="surrogateescape"))
+    """Return all mounts this process sees. Blocks, but only on the kernel's own table. Busy without a descriptor."""
+    try:
+        return parse(mountinfo.read_text(errors="surrogateescape"))
+    except OSError as error:
+        message = f"the table of mounts can't be read: {error.strerror}"
+        raise Busy(message, retry_after_s=1.0) from error
 
 
 def parse(text: str) -> tuple[Mount, ...]:

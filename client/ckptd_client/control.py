@@ -25,6 +25,7 @@ owns it from LEASED on. COMMITTED is set last, after the descriptor and its dige
 every machine the digest and the repeated generation tell a torn commit from a whole one.
 """
 
+import errno
 import hashlib
 import struct
 from typing import Any, NamedTuple, Optional
@@ -41,6 +42,8 @@ _WORD = struct.Struct("<I")
 _READER = struct.Struct("<IIQ")
 _READERS_AT = 128
 READERS_MAX = 8
+UNKNOWN = (1 << 64) - 1  # a start time that could not be read
+_CAN_NOT_LOOK = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _WORD_AT = 12
 _DESCRIPTOR_AT = 56
 
@@ -67,12 +70,14 @@ def read(page: Any) -> Optional[Control]:
     return Control(state, generation, arena, pid, ticks, *_DESCRIPTOR.unpack_from(page, _DESCRIPTOR_AT))
 
 
-def write_lease(page: Any, arena: bytes, generation: int, pid: int) -> None:
-    """Daemon: lend the arena to process `pid` under `generation`; the word becomes LEASED."""
+def write_lease(page: Any, arena: bytes, generation: int, pid: int) -> int:
+    """Daemon: lend the arena to process `pid` under `generation`; the word becomes LEASED. Returns its start time."""
+    ticks = started_ticks(pid)
     _WORD.pack_into(page, _WORD_AT, FREE)
     _DESCRIPTOR.pack_into(page, _DESCRIPTOR_AT, 0, 0, bytes(32), 0)
-    _HEAD.pack_into(page, 0, MAGIC, LAYOUT, FREE, generation, arena, pid, 0, started_ticks(pid))
+    _HEAD.pack_into(page, 0, MAGIC, LAYOUT, FREE, generation, arena, pid, 0, ticks)
     _WORD.pack_into(page, _WORD_AT, LEASED)
+    return ticks
 
 
 def add_reader(page: Any, pid: int) -> bool:
@@ -130,12 +135,18 @@ def started_ticks(pid: int) -> int:
     """Start time of a process, which tells it from a later one with the same pid; 0 when gone.
 
     A zombie counts as gone: it will never write again, though its parent may not have looked yet.
+    UNKNOWN when this process can't look, for want of a descriptor or of memory. That says nothing of
+    the other one: an arena must never be taken from a living trainer because its daemon ran out.
     """
+    if not pid:
+        return 0
     try:
         with open(f"/proc/{pid}/stat", "rb") as stat:
             fields = stat.read().rpartition(b")")[2].split()
         return 0 if fields[0] in (b"Z", b"X") else int(fields[19])
-    except (OSError, IndexError, ValueError):
+    except OSError as error:
+        return UNKNOWN if error.errno in _CAN_NOT_LOOK else 0
+    except (IndexError, ValueError):
         return 0
 
 
@@ -145,5 +156,6 @@ def round_up(size_bytes: int) -> int:
 
 
 def is_alive(pid: int, ticks: int) -> bool:
-    """Say whether the process that took the lease still runs."""
-    return ticks != 0 and started_ticks(pid) == ticks
+    """Say whether the process that took the lease still runs; when that can't be known, that it does."""
+    now = started_ticks(pid) if ticks else 0
+    return now != 0 and (now == ticks or UNKNOWN in (now, ticks))

@@ -95,7 +95,7 @@ def test_a_daemon_out_of_descriptors_serves_who_is_there_and_recovers(node: Node
     node.wait_idle()
     pid, line = node.daemon_pid, Line(node)
     base = fds_of(pid)
-    with storm(node):
+    with contextlib.closing(line), storm(node):
         took = sorted(line.ask("roots") for _ in range(200))
         held = trainer.save(seed=2, step=2)
         assert held["error"] is None
@@ -110,7 +110,6 @@ def test_a_daemon_out_of_descriptors_serves_who_is_there_and_recovers(node: Node
     node.wait_level(held["id"])
     eventually(lambda: fds_of(pid) <= base + SPARE_FDS, "the descriptors to come back")
     assert node.daemon_pid == pid
-    line.close()
 
 
 @pytest.mark.faults

@@ -1,0 +1,145 @@
+"""Descriptors that run out at any moment, in the daemon or in its worker: things wait, nothing is lost, nobody ends."""
+
+import contextlib
+import os
+import random
+import resource
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ckptd.model import new_id
+from ckptd_client import control
+from tests.support.node import Node, NotAnswering
+from tests.support.onlooker import end, make
+from tests.support.trainer import Nursery, Trainer
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+PROJECT = "few"
+SHORT_S, LONG_S = 4.0, 40.0
+CROWD_MAX = 40
+BODY = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+SMALL = struct.pack("<Q", len(BODY)) + BODY + struct.pack("<f", 1.0)
+
+
+@contextlib.contextmanager
+def limited(pid: int, spare: int) -> Iterator[None]:
+    """Let a process have `spare` descriptors more than it has now, for as long as the block lasts."""
+    before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (len(os.listdir(f"/proc/{pid}/fd")) + spare, before[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+
+
+class Squeeze(threading.Thread):
+    """Takes descriptors from the processes in `pids`, again and again; `times` it did."""
+
+    def __init__(self, pids: list[int], seed: int) -> None:
+        super().__init__(name="squeeze")
+        self.times = 0
+        self.error: OSError | None = None
+        self.over = threading.Event()
+        self._pids = pids
+        self._random = random.Random(seed)
+
+    def run(self) -> None:
+        """Until `over`."""
+        while not self.over.is_set():
+            try:
+                with limited(self._random.choice(self._pids), self._random.choice((0, 0, 1, 2, 4))):
+                    self.over.wait(self._random.uniform(0.0, 0.4))
+            except OSError as error:  # the process is gone: the test says so
+                self.error = error
+                return
+            self.times += 1
+            self.over.wait(self._random.uniform(0.0, 0.2))
+
+
+@contextlib.contextmanager
+def crowd(node: Node, chance: random.Random) -> Iterator[None]:
+    """Some connections that came to say half a word."""
+    with contextlib.ExitStack() as peers:
+        for _ in range(chance.randrange(CROWD_MAX)):
+            peer = peers.enter_context(socket.socket(socket.AF_UNIX))
+            peer.setblocking(False)
+            with contextlib.suppress(OSError):  # the kernel's queue is full
+                peer.connect(str(node.socket))
+                peer.send(b'{"v":1,')
+        yield
+
+
+def work(node: Node, trainers: list[Trainer], chance: random.Random, place: Path) -> list[str]:
+    """Do one thing that people do; return what was acknowledged."""
+    step = time.monotonic_ns()
+    if chance.random() < 0.5:
+        saved = chance.choice(trainers).save(seed=step % 1000, step=step)
+        assert saved["error"] is None, saved
+        return [saved["id"]]
+    with contextlib.suppress(NotAnswering):  # out of descriptors, it may let a newcomer go
+        if chance.random() < 0.5:
+            node.ask_once(chance.choice(("status", "doctor", "roots", "list")))
+        else:
+            path, checkpoint = place / f"model_{step}.safetensors", new_id()
+            path.write_bytes(SMALL)
+            answer = node.ask_once("submit", path=str(path), checkpoint=checkpoint, project=PROJECT)
+            return [checkpoint] if answer["ok"] else []
+    return []
+
+
+@pytest.mark.parametrize(
+    ("seed", "lasts_s"),
+    [(1, SHORT_S), *(pytest.param(seed, LONG_S, marks=pytest.mark.faults) for seed in (2, 3))],
+)
+def test_descriptors_that_run_out_at_any_moment_end_nothing_and_lose_nothing(
+    plain_nursery: Nursery, tmp_path: Path, seed: int, lasts_s: float
+) -> None:
+    """F15. The daemon and its worker stay the same processes, and all that was acknowledged is verified in the end."""
+    node = make(prefix=("env", "-u", "CKPTD_FAIL")).start()  # a fail point's file could not be opened either
+    chance, acknowledged = random.Random(seed), []
+    try:
+        trainers = [plain_nursery.trainer(node.environ) for _ in range(3)]
+        for number, trainer in enumerate(trainers):
+            trainer.open(name=f"few{number}", project=PROJECT, dir=str(node.runs))
+            node.wait_level(trainer.save(seed=0, step=0)["id"])
+        pids = [node.daemon_pid, *node.workers()]
+        squeeze = Squeeze(pids, seed)
+        squeeze.start()
+        try:
+            over_s = time.monotonic() + lasts_s
+            while time.monotonic() < over_s:
+                with crowd(node, chance):
+                    acknowledged += work(node, trainers, chance, tmp_path)
+        finally:
+            squeeze.over.set()
+            squeeze.join()
+        assert squeeze.error is None
+        assert not node.said("daemon.broke"), node.said("daemon.broke")
+        for checkpoint in acknowledged:
+            node.wait_level(checkpoint)
+        assert [node.daemon_pid, *node.workers()] == pids
+        assert not [line for name in ("request.bug", "stage.bug", "peer.bug") for line in node.said(name)]
+        print(f"{squeeze.times} squeezes, {len(acknowledged)} hand-offs acknowledged, all verified")
+    finally:
+        end(node)
+
+
+def test_a_living_trainer_keeps_its_arena_when_its_daemon_can_not_look_at_it() -> None:
+    """Who lacks a descriptor to read /proc with knows nothing of another process, so it takes nothing from it."""
+    page = bytearray(control.PAGE)
+    ticks = control.write_lease(page, bytes(16), 1, os.getpid())
+    with limited(os.getpid(), -len(os.listdir("/proc/self/fd")) + 1):
+        blind = control.started_ticks(os.getpid())
+        assert control.is_alive(os.getpid(), ticks)
+        unknown = control.write_lease(bytearray(control.PAGE), bytes(16), 1, os.getpid())
+        assert not control.is_alive(os.getpid(), 0), "what was seen to be gone stays so"
+    assert blind == unknown == control.UNKNOWN
+    assert control.is_alive(os.getpid(), ticks)
+    assert control.is_alive(os.getpid(), unknown), "any process with that number may be it"
+    assert not control.is_alive(0, unknown)
