@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTHON_FOUND := $(shell command -v $(PYTHON) || command -v python3)
 
-.PHONY: demo test check quick bench bench-load soak test-faults setup docs clean
+.PHONY: demo test check quick bench bench-load bench-answers soak test-faults setup docs clean
 
 $(STAMP): pyproject.toml client/pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON_FOUND) -m venv $(VENV)
@@ -39,6 +39,9 @@ bench: $(STAMP)  ## ckptd beside its peers; writes docs/benchmarks.md
 
 bench-load: $(STAMP)  ## the load targets beside what this machine does; LOAD="--out PAGE" writes one
 	$(BIN)/python -m tests.bench_load $(LOAD)
+
+bench-answers: $(STAMP)  ## what answers from memory are worth, beside reading each time
+	$(BIN)/python -m tests.bench_load.answering
 
 SOAK_MIN ?= 60
 soak: $(STAMP)  ## trainers, writers, readers and random faults; SOAK_MIN minutes, SOAK="--seed N" repeats a schedule

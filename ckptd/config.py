@@ -6,64 +6,22 @@ the files lie and which value came from which.
 """
 
 import os
-import re
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from ckptd.hookconfig import Threshold, VerbEntry
 from ckptd.model import RootKind
+from ckptd.rules import ExperimentRules, Rules
+from ckptd.section import PositiveSpan, Section, Size, Span
 
-_SIZE = re.compile(r"(?i)\s*(\d+(?:\.\d+)?)\s*([kmgtp]?)(?:i?b)?\s*")
-_SIZE_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40, "p": 1 << 50}
-_SPAN = re.compile(r"(?i)(?:\s*\d+(?:\.\d+)?\s*(?:ms|[smhdw]))+\s*")
-_SPAN_PART = re.compile(r"(?i)(\d+(?:\.\d+)?)\s*(ms|[smhdw])")
-_SPAN_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
-
-
-def parse_size(value: object) -> object:
-    """Turn "64M" into bytes (powers of 1024); anything but text passes through.
-
-    >>> parse_size("1.5G")
-    1610612736
-    """
-    if not isinstance(value, str):
-        return value
-    found = _SIZE.fullmatch(value)
-    if found is None:
-        message = f'{value!r} is no size; write for instance "512M" or "200G"'
-        raise ValueError(message)
-    return int(float(found[1]) * _SIZE_UNITS[found[2].lower()])
-
-
-def parse_span(value: object) -> object:
-    """Turn "7d12h" into seconds; anything but text passes through.
-
-    >>> parse_span("1h30m")
-    5400.0
-    """
-    if not isinstance(value, str):
-        return value
-    if _SPAN.fullmatch(value) is None:
-        message = f'{value!r} is no duration; write for instance "30s", "24h" or "7d12h"'
-        raise ValueError(message)
-    return sum(float(n) * _SPAN_UNITS[unit.lower()] for n, unit in _SPAN_PART.findall(value))
-
-
-Size = Annotated[int, BeforeValidator(parse_size), Field(ge=0)]
-Span = Annotated[float, BeforeValidator(parse_span), Field(ge=0)]
-PositiveSpan = Annotated[float, BeforeValidator(parse_span), Field(gt=0)]
+TOKEN_CHARS_MIN = 16
 
 
 def _memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-class Section(BaseModel):
-    """A table of the configuration file: frozen, no unknown key."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
 class Arenas(Section):
@@ -83,6 +41,21 @@ class Arenas(Section):
         60.0, description="Longest time a lease request waits for an arena before it is answered `no_arena`."
     )
     idle_s: Span = Field(600.0, description="A free arena unused for this long gives its memory back.")
+    hot_bytes_max: Size = Field(
+        default_factory=lambda: int(_memory_bytes() * 0.4),
+        description="Copies that stay in memory after a save, all together; 0: none. Default: 40 % of the machine's memory.",
+    )
+    hot_policy: tuple[Literal["newest", "best", "pinned"], ...] = Field(
+        ("newest", "best", "pinned"),
+        description="Which copies to keep when not all fit, the dearest first: the newest of an experiment, a best one, "
+        "a pinned one. What is none of these goes first.",
+    )
+    hot_s: Span = Field(86400.0, description="A copy that nobody has read for this long gives its memory back.")
+    memory_free_bytes_min: Size = Field(
+        default_factory=lambda: int(_memory_bytes() * 0.05),
+        description="Unused arenas, then copies, are given up while the machine has less memory left than this. "
+        "Default: 5 % of the machine's memory.",
+    )
 
     @property
     def share_bytes(self) -> int:
@@ -152,44 +125,23 @@ class Catalog(Section):
         64 << 20, description="Reserve released when the disk is full, so that deletions can be recorded."
     )
     wal_bytes_max: Size = Field(64 << 20, description="WAL size beyond which it is truncated and an alarm is logged.")
+    answers_bytes_max: Size = Field(
+        8 << 20, description="Answers to `ls`, `show` and `experiments` kept in memory, with their keys; 0: none."
+    )
+    answers_max: int = Field(512, ge=1, description="How many of them.")
+    answers_s: PositiveSpan = Field(60.0, description="How long one is kept at most; a write ends it sooner.")
 
 
-class BestRule(Section):
-    """Keep the best K by one metric. The direction is never guessed from the name."""
+class Disk(Section):
+    """How full disks may become before what nothing holds goes. A [[roots]] entry may set its own limits."""
 
-    metric: str = Field(min_length=1)
-    mode: Literal["min", "max"]
-    k: int = Field(1, ge=1)
-
-
-class Rules(Section):
-    """What to keep of one experiment. No rule at all: nothing is ever deleted."""
-
-    keep_last: int | None = Field(None, ge=1, description="The newest N verified checkpoints.")
-    keep_best: tuple[BestRule, ...] = Field((), description="The best K by a metric; several rules are a union.")
-    keep_every: int | None = Field(None, ge=1, description="Every checkpoint whose step is a multiple of this.")
-    trash_grace_s: Span = Field(86400.0, description="How long a retired checkpoint stays in the trash.")
-    links: bool = Field(True, description="Keep the symlinks `latest` and `best` beside managed checkpoints.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_best_rule(cls, data: Any) -> Any:
-        """Accept keep_best = {metric = ..., mode = ..., k = ...} for the common case of one rule."""
-        if isinstance(data, dict) and isinstance(data.get("keep_best"), dict):
-            return {**data, "keep_best": (data["keep_best"],)}
-        return data
-
-    @property
-    def deletes(self) -> bool:
-        """Whether any rule is set, so that what no rule keeps may go."""
-        return self.keep_last is not None or bool(self.keep_best) or self.keep_every is not None
-
-
-class ExperimentRules(Rules):
-    """Rules for the experiments that match; the first match in the file wins."""
-
-    project: str = Field("*", description="Shell pattern for the project's name.")
-    name: str = Field("*", description="Shell pattern for the experiment's name.")
+    free_bytes_min: Size = Field(
+        0,
+        description="Below this an alarm is told, then the trash is emptied and what no rule and no promise holds goes, the "
+        "oldest first. 0: never.",
+    )
+    root_bytes_max: Size = Field(0, description="Budget of each root: what is spare goes until it fits. 0: none.")
+    look_s: PositiveSpan = Field(30.0, description="How often to look; also after saves, and when a disk was full.")
 
 
 class Root(Section):
@@ -201,6 +153,8 @@ class Root(Section):
     allow_delete: bool = Field(False, description="Watched roots: retention may remove other people's files here.")
     allow_links: bool = Field(False, description="Watched roots: `latest` and `best` may be placed here.")
     quiet_s: Span | None = Field(None, description="Overrides watching.quiet_s here.")
+    bytes_max: Size | None = Field(None, description="Overrides disk.root_bytes_max here.")
+    free_bytes_min: Size | None = Field(None, description="Overrides disk.free_bytes_min here.")
 
     @model_validator(mode="after")
     def _absolute(self) -> "Root":
@@ -217,6 +171,117 @@ class Log(Section):
     format: Literal["auto", "json", "console"] = Field(
         "auto", description="auto: readable on a terminal, JSON lines elsewhere."
     )
+
+
+class Cache(Section):
+    """Files fetched back from an archive, kept on a local disk."""
+
+    directory: Path = Field(Path(), description="Where they lie; ckptd's own. Empty: `cache` in the state directory.")
+    bytes_max: Size = Field(
+        50 << 30, description="All of them together; the longest unused go first, those in use never. 0: keep none."
+    )
+
+
+class Alerts(Section):
+    """When to raise an alarm. Each is told once when it begins and once when it ends; 0 switches a limit off."""
+
+    look_s: PositiveSpan = Field(15.0, ge=0.1, description="How often the daemon looks.")
+    rss_bytes_max: Size = Field(1 << 30, description="Memory of the daemon's own process, arenas not counted.")
+    backlog_jobs_max: int = Field(1000, ge=0, description="Jobs that wait.")
+    backlog_age_s: Span = Field(3600.0, description="Age of the longest waiting job.")
+    disk_free_bytes_min: Size = Field(1 << 30, description="Free space on each disk that holds a root.")
+    disk_free_share_min: float = Field(0.05, ge=0, le=1, description="The same, as a share of the disk.")
+    corrupt: bool = Field(True, description="A checkpoint on disk is damaged.")
+    stalled_s: Span = Field(
+        3600.0, description="A running experiment that had a step before has had no further one for this long."
+    )
+
+
+class Web(Section):
+    """Figures and health over HTTP: /metrics for Prometheus, /healthz."""
+
+    enabled: bool = Field(True, description="Listen. What serves is loaded with the first request, not before.")
+    socket: Path = Field(
+        Path(),
+        description="Unix socket, mode 0660; at most 107 bytes. Empty: beside the daemon's socket, ending in `.web`.",
+    )
+    port: int = Field(0, ge=0, le=65535, description="TCP port as well; needs a token. 0: none.")
+    host: str = Field("127.0.0.1", description="Address of that port; another than loopback is open to the network.")
+    token: str = Field(
+        "", description="What a client must send over TCP as `Authorization: Bearer TOKEN`; 16 characters or more."
+    )
+    connections_max: int = Field(64, ge=1, description="Connections at once; more are answered 503.")
+
+    @model_validator(mode="after")
+    def _guarded(self) -> "Web":
+        if self.port and len(self.token) < TOKEN_CHARS_MIN:
+            message = f"web.port needs web.token, at least {TOKEN_CHARS_MIN} characters: a port has no file mode"
+            raise ValueError(message)
+        if not self.token.isascii():
+            message = "web.token must be ASCII: a header carries nothing else"
+            raise ValueError(message)
+        return self
+
+
+class HooksDefaults(Section):
+    """Limits of all hooks; an entry may set its own where it has the key."""
+
+    enabled: bool = Field(True, description="false: no hook runs at all, configured or installed.")
+    entry_points: bool = Field(True, description="Use the hooks of installed packages (entry point group ckptd.hooks).")
+    timeout_s: PositiveSpan = Field(10.0, description="Longest run of a hook; then it is killed with its children.")
+    memory_bytes_max: Size = Field(
+        2 << 30,
+        description="Writable memory of each process of a hook, and resident memory of all of them. 0: no limit.",
+    )
+    ask_s_max: PositiveSpan = Field(
+        30.0, description="Longest time an act waits for all hooks that are asked before it; then it goes on."
+    )
+    output_bytes_max: Size = Field(
+        64 << 10, le=1 << 20, description="What is kept of what a run prints; the rest is read and thrown away."
+    )
+    processes_max: int = Field(64, ge=1, description="Processes that one hook may have at once.")
+    running_max: int = Field(4, ge=1, le=64, description="Hooks after the fact that run at once.")
+    hosts_max: int = Field(16, ge=2, description="Child hosts kept ready; the longest idle one ends for another.")
+    idle_s: PositiveSpan = Field(300.0, description="A child host without work ends after this.")
+    failures_max: int = Field(5, ge=1, description="Failures in a row after which a hook is given a rest.")
+    rest_s: PositiveSpan = Field(60.0, description="First rest; then one run decides. Doubles while that fails.")
+    rest_s_max: PositiveSpan = Field(3600.0, description="Longest rest.")
+    nice: int = Field(10, ge=0, le=19, description="CPU niceness of child hosts.")
+
+
+class HookEntry(Section):
+    """One hook. Exactly one of python, exec, url, mail and builtin says what it is."""
+
+    name: str = Field(
+        "", max_length=100, description="Unique. Empty: the builtin's name, else what the target is called."
+    )
+    python: str = Field("", description='"module:object" or "module"; imported in a child host only.')
+    exec: tuple[str, ...] = Field((), description="A program by its absolute path, and its arguments.")
+    url: str = Field("", description="A webhook: https://..., or http:// to this machine.")
+    mail: str = Field("", description='A mail server: "smtp://host:port" or "smtps://host:port".')
+    builtin: str = Field("", description="A hook that comes with ckptd.")
+    events: tuple[str, ...] = Field((), description="Where it runs. Empty: where its own declaration says.")
+    priority: int | Literal["critical", "high", "normal", "low", "background"] | None = Field(
+        None, description="Smaller runs earlier: critical 0, high 10, normal 50, low 90, background 100."
+    )
+    when: str = Field("", max_length=1000, description='Condition, such as "data.val_loss < 0.2". Empty: always.')
+    timeout_s: PositiveSpan | None = Field(None, description="Overrides hooks_defaults.timeout_s.")
+    memory_bytes_max: Size | None = Field(None, description="Overrides hooks_defaults.memory_bytes_max.")
+    enabled: bool = Field(True, description="false: known, not run.")
+    import_path: tuple[Path, ...] = Field((), description="Directories searched first for a python hook's module.")
+    environment: dict[str, str] = Field(default_factory=dict, description="Variables set for python and exec.")
+    options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="python, builtin: arguments of the class or function; url, mail: settings (see reference/hooks.md).",
+    )
+
+    @model_validator(mode="after")
+    def _one_target(self) -> "HookEntry":
+        given = [key for key in ("python", "exec", "url", "mail", "builtin") if getattr(self, key)]
+        if len(given) != 1:
+            message = f"a hook has exactly one of python, exec, url, mail and builtin, this one has {given or 'none'}"
+            raise ValueError(message)
+        return self
 
 
 class Settings(Section):
@@ -238,11 +303,39 @@ class Settings(Section):
     jobs: Jobs = Field(default_factory=Jobs)
     catalog: Catalog = Field(default_factory=Catalog)
     log: Log = Field(default_factory=Log)
+    hooks_defaults: HooksDefaults = Field(default_factory=HooksDefaults)
+    cache: Cache = Field(default_factory=Cache)
+    alerts: Alerts = Field(default_factory=Alerts)
+    web: Web = Field(default_factory=Web)
+    disk: Disk = Field(default_factory=Disk)
     retention: Rules = Field(
         default_factory=Rules, description="Rules for experiments that no [[experiments]] entry matches."
     )
     experiments: tuple[ExperimentRules, ...] = ()
     roots: tuple[Root, ...] = ()
+    hooks: tuple[HookEntry, ...] = ()
+    thresholds: tuple[Threshold, ...] = ()
+    verbs: tuple[VerbEntry, ...] = ()
+
+    @property
+    def web_socket(self) -> Path:
+        """Where /metrics is served."""
+        return self.socket.with_suffix(".web") if self.web.socket == Path() else self.web.socket
+
+    @property
+    def cache_dir(self) -> Path:
+        """Where files lie that were fetched back."""
+        return self.state_dir / "cache" if self.cache.directory == Path() else self.cache.directory
+
+    def disk_limits(self, root: str) -> tuple[int, int]:
+        """Return the free-space floor and the budget of a root, in bytes; 0 for none."""
+        own = next((one for one in self.roots if str(one.path) == root), None)
+        floor = own.free_bytes_min if own is not None else None
+        most = own.bytes_max if own is not None else None
+        return (
+            self.disk.free_bytes_min if floor is None else floor,
+            self.disk.root_bytes_max if most is None else most,
+        )
 
     def rules_for(self, project: str, name: str) -> Rules:
         """Return the rules of one experiment: the first [[experiments]] entry that matches, else [retention]."""
@@ -265,5 +358,8 @@ class Settings(Section):
             raise ValueError(message)
         if self.intake.connections_per_uid_max > self.intake.connections_max:
             message = "intake.connections_per_uid_max must not exceed intake.connections_max"
+            raise ValueError(message)
+        if self.hooks_defaults.rest_s_max < self.hooks_defaults.rest_s:
+            message = "hooks_defaults.rest_s_max must not be below hooks_defaults.rest_s"
             raise ValueError(message)
         return self

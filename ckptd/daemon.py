@@ -30,13 +30,10 @@ import anyio
 import anyio.abc
 import anyio.to_thread
 import structlog
-from pydantic import BaseModel
 
 from ckptd import __version__, failpoint, origins
 from ckptd import log as logging
-from ckptd.catalog import Catalog, holds, open_catalog, roots
-from ckptd.catalog.roots import NewRoot
-from ckptd.catalog.tx import Tx
+from ckptd.catalog import Catalog, holds, open_catalog
 from ckptd.clock import Clock, SystemClock
 from ckptd.config import Settings
 from ckptd.errors import BadConfig, CkptdError
@@ -45,14 +42,18 @@ from ckptd.intake import premises, recover
 from ckptd.intake.admit import Admission
 from ckptd.intake.alarm import announce
 from ckptd.intake.arenas import ArenaPool, Use
+from ckptd.intake.besting import Besting
 from ckptd.intake.commands import Commands
 from ckptd.intake.control import Control
 from ckptd.intake.doctor import Doctor
+from ckptd.intake.extensions import Extensions
 from ckptd.intake.files import Files
 from ckptd.intake.follow import Followers
 from ckptd.intake.listener import Listener
+from ckptd.intake.observers import Observers
 from ckptd.intake.presence import MetricsBuffer, Presence
 from ckptd.intake.reconcile import Reconciler
+from ckptd.intake.retiring import Retiring
 from ckptd.intake.service import Service
 from ckptd.intake.spooled import Spool
 from ckptd.intake.status import Plant, Status
@@ -60,9 +61,10 @@ from ckptd.intake.training import Front
 from ckptd.intake.trouble import Signs, Troubles, Vitals
 from ckptd.jobs import Jobs
 from ckptd.notify import Notifier, passed_fds
-from ckptd.pipeline import Pipeline, retain
+from ckptd.pipeline import Pipeline
 from ckptd.pipeline.tools import Tools
 from ckptd.pipeline.winners import follow_rules
+from ckptd.section import changed_settings
 from ckptd.worker import Workers
 
 log = structlog.get_logger()
@@ -98,6 +100,8 @@ class Parts:
     listener: Listener
     vitals: Vitals
     troubles: Troubles
+    observers: Observers
+    extensions: Extensions
     stop: anyio.Event
 
 
@@ -125,6 +129,8 @@ async def run(loaded: origins.Loaded, passed: list[tuple[str, int]], options: ar
         await services.start(parts.workers.run)
         services.start_soon(parts.followers.run)
         services.start_soon(parts.metrics.run)
+        services.start_soon(parts.observers.run)
+        services.start_soon(parts.extensions.run)
         with anyio.CancelScope() as drain:
             # `_signals` outlives the scope: to cancel what has ended changes nothing.
             services.start_soon(_signals, parts, drain, options)  # noqa: ASYNC111
@@ -160,21 +166,23 @@ def _assemble(loaded: origins.Loaded, options: argparse.Namespace, catalog: Cata
     settings, clock, notifier, bus = loaded.settings, said.clock, said.notifier, said.bus
     vitals = Vitals(socket=str(settings.socket), started_s=clock.monotonic_s())
     jobs = Jobs(catalog, settings.jobs, clock, SystemRandom())
-    workers = Workers(settings.workers, clock, partial(announce, bus))
+    extensions = Extensions(catalog, bus, clock, settings)
+    workers = Workers(settings.workers, clock, extensions.facts.tell)
     pool = ArenaPool(settings.arenas, notifier, clock)
     admission = Admission(catalog, jobs, pool)
     # The settings are asked for anew at each use, so that a reload reaches everything at once.
     admission.current = settings
+    extensions.follow(admission.settings)
     files = Files(catalog, jobs, admission, workers)
     spool = Spool(str(settings.state_dir / "spool"), admission, files, pool)
     followers = Followers(catalog, bus, settings.intake.pushes_max)
     presence = Presence(catalog, clock, settings.intake.lost_after_s)
-    metrics = MetricsBuffer(catalog, settings.catalog.metrics_flush_s)
+    metrics = MetricsBuffer(catalog, settings.catalog.metrics_flush_s, extensions.thresholds.look)
     reconciler = Reconciler(catalog, workers, files, admission.settings)
-    tools = Tools(catalog, jobs, workers, spool, clock, admission.settings)
+    tools = Tools(catalog, jobs, workers, spool, clock, admission.settings, ask=extensions.hooked.runner.ask)
     front = Front(
         catalog, jobs, pool, admission, files, followers, presence, metrics, clock, admission.settings,
-        str(settings.state_dir),
+        str(settings.state_dir), extensions.loads(tools).check,
     )  # fmt: skip
     plant = Plant(front, workers, reconciler, vitals, lambda: listener)
     troubles = Troubles(
@@ -182,14 +190,30 @@ def _assemble(loaded: origins.Loaded, options: argparse.Namespace, catalog: Cata
     )
     status = Status(plant, troubles)
     commands = Commands(plant, tools, Doctor(plant, status, troubles).examine)
-    service = Service(front, {**Control(front).handlers, **status.handlers, **commands.handlers})
+    control = Control(front)
+    observers = Observers(plant, status, troubles, bus, control.recall)
+    extensions.attend(front)
+    service = Service(
+        front,
+        {
+            **control.handlers,
+            **status.handlers,
+            **commands.handlers,
+            **Retiring(front, tools).handlers,
+            **Besting(front, tools).handlers,
+            **observers.handlers,
+            **extensions.handlers,
+        },
+    )
+    service.noticed = observers.noticed
     listener = Listener(settings.intake, clock, service.handle, service.gone)
     admission.on_root = reconciler.add
     stop = anyio.Event()
     commands.stop = stop.set
     parts = Parts(
         settings, clock, notifier, bus, catalog, jobs, workers, pool, admission, spool, followers,
-        presence, metrics, reconciler, Pipeline(tools), tools, service, listener, vitals, troubles, stop,
+        presence, metrics, reconciler, Pipeline(tools), tools, service, listener, vitals, troubles, observers,
+        extensions, stop,
     )  # fmt: skip
     commands.reload = partial(_reload, parts, options)
     return parts
@@ -201,35 +225,13 @@ async def _start_up(parts: Parts, stored: list[tuple[str, int]]) -> None:
         log.warning("failpoints.armed", points=failpoint.armed())
     adopted = recover.adopt(parts.pool, stored)
     failpoint.hit("start.adopted")
+    await parts.extensions.hooked.delivery.recall()
     running = await parts.jobs.recover()
-    await _enter_roots(parts, parts.settings)
+    await recover.enter_roots(parts.catalog, parts.reconciler, parts.settings)
     found = await recover.recover(parts.catalog, parts.admission, parts.pool, parts.spool)
     failpoint.hit("start.recovered")
+    parts.extensions.started()
     log.info("daemon.recovered", arenas=len(adopted), jobs_interrupted=running, saves_found=found)
-
-
-async def _enter_roots(parts: Parts, settings: Settings) -> None:
-    """Bring the configured roots into the catalog, and have every known one looked after."""
-    configured = [
-        NewRoot(
-            path=str(root.path),
-            kind=root.kind,
-            uid=os.getuid(),
-            project=root.project,
-            allow_delete=root.allow_delete,
-            allow_links=root.allow_links,
-        )
-        for root in settings.roots
-    ]
-
-    async def ensure(tx: Tx) -> None:
-        for new in configured:
-            await roots.ensure(tx, new)
-
-    if configured:
-        await parts.catalog.write(ensure)
-    for known in await parts.catalog.read(roots.all_roots):
-        parts.reconciler.add(known)
 
 
 def _undone(parts: Parts) -> bool:
@@ -259,6 +261,7 @@ def _say_goodbye(parts: Parts, drain: anyio.CancelScope) -> None:
     drain_s = parts.settings.drain_s
     drain.deadline = anyio.current_time() + drain_s
     parts.notifier.stopping()
+    parts.extensions.stopping(drain_s)
     parts.notifier.status("draining: what was acknowledged is finished, or goes to the spool")
     parts.notifier.extend(drain_s + CLOSING_S)
     log.info("daemon.draining", drain_s=drain_s)
@@ -291,31 +294,33 @@ async def _reload_logged(parts: Parts, options: argparse.Namespace) -> None:
     log.info("config.reloaded", **changed)
 
 
-RESTART_NEEDED = ("mode", "state_dir", "socket", "catalog", "workers", "intake", "arenas", "log", "jobs.running_max")
+RESTART_NEEDED = (
+    "mode",
+    "state_dir",
+    "socket",
+    "catalog",
+    "workers",
+    "intake",
+    "arenas",
+    "log",
+    "jobs.running_max",
+    "hooks_defaults",
+    "web",
+)
 
 
 async def _reload(parts: Parts, options: argparse.Namespace) -> dict[str, Any]:
     """Read the configuration again. Names what changed, and what of it waits for a restart. BadConfig: nothing did."""
     new = (await anyio.to_thread.run_sync(_load, options)).settings
+    hooks = parts.extensions.hooked.prepare(new)
     old, parts.admission.current = parts.admission.current, new
-    changed = _changed(old, new)
+    changed = changed_settings(old, new)
     failpoint.hit("reload.applied")
-    await _enter_roots(parts, new)
+    await recover.enter_roots(parts.catalog, parts.reconciler, new)
+    parts.extensions.hooked.adopt(hooks)
     await follow_rules(parts.tools, old)
-    parts.bus.publish(Event("config.reloaded", parts.clock.now(), data={"changed": changed}))
+    parts.extensions.facts.tell(Event("config.reloaded", parts.clock.now(), data={"changed": changed}))
     return {"changed": changed, "restart_needed": [n for n in changed if n.startswith(RESTART_NEEDED)]}
-
-
-def _changed(old: BaseModel, new: BaseModel, head: str = "") -> list[str]:
-    """Name the settings that differ, "section.key" for those in a section."""
-    found = []
-    for name in type(new).model_fields:
-        one, other = getattr(old, name), getattr(new, name)
-        if isinstance(one, BaseModel) and isinstance(other, BaseModel):
-            found += _changed(one, other, f"{head}{name}.")
-        elif one != other:
-            found.append(head + name)
-    return found
 
 
 async def _reap(parts: Parts) -> None:
@@ -326,13 +331,12 @@ async def _reap(parts: Parts) -> None:
 
 
 async def _tend(parts: Parts) -> None:
-    """Upkeep: memory of unused arenas, tombstones of an earlier run, temporary directories of dead publishes."""
+    """Upkeep: memory of unused arenas, leases that ended, temporary directories of dead publishes."""
     swept_s = -parts.settings.orphan_age_s
     while True:
         parts.pool.trim()
         try:
             await parts.catalog.recover()
-            await retain.resume(parts.tools)
             if parts.clock.monotonic_s() - swept_s > parts.settings.orphan_age_s:
                 swept_s = parts.clock.monotonic_s()
                 await parts.catalog.write(lambda tx: holds.expire(tx, parts.clock.now()))

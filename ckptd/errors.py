@@ -16,6 +16,8 @@
     │   ├── Exists               exists
     │   ├── Ambiguous            ambiguous
     │   ├── Held                 held
+    │   ├── Vetoed               vetoed
+    │   ├── Changed              changed
     │   ├── OverQuota            quota
     │   ├── NoArena              no_arena
     │   └── InvalidFormat        invalid_format
@@ -161,6 +163,19 @@ class Held(Refused):
 
     code = "held"
     default_hint = "`ckpt show ID` names what holds it; `ckpt unpin ID` lifts a pin"
+
+
+class Vetoed(Refused):
+    """A hook forbids it, and says why."""
+
+    code = "vetoed"
+    default_hint = "`ckpt hooks list` names the hook; `ckpt hooks disable NAME` takes it out of the way"
+
+
+class Changed(Refused):
+    """What was looked at is not what there is now; nothing was done."""
+
+    code = "changed"
 
 
 class OverQuota(Refused):

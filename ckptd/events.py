@@ -62,41 +62,71 @@ _CHECKPOINT = ("project", "name", "step", "path", "size_bytes")
 _PROBLEM = (*_CHECKPOINT, "error")
 
 EVENTS: dict[str, Declared] = {
+    "daemon.started": Declared("the daemon serves", ("pid", "version")),
+    "daemon.stopping": Declared("the daemon was told to stop and finishes what it promised", ("pid", "drain_s")),
+    "catalog.migrated": Declared("an older catalog was brought to this version's schema", ("before", "after")),
+    "catalog.failed": Declared("the database refuses or failed; told at once, and not logged by it", ("error",)),
     "config.reloaded": Declared("the configuration was read again and holds", ("changed",)),
     "experiment.opened": Declared("a training process opened an experiment", ("project", "name", "segment", "pid")),
     "experiment.resumed": Declared(
         "a known experiment goes on in a new segment", ("project", "name", "segment", "step", "pid")
     ),
     "experiment.closed": Declared("its process said that it is complete", ("project", "name", "step")),
-    "experiment.failed": Declared("its process said that it failed", ("project", "name", "step", "error")),
-    "experiment.lost": Declared("its process is gone without a word", ("project", "name", "step", "pid")),
+    "experiment.failed": Declared("its process said that it failed", ("project", "name", "step", "error", "recovery")),
+    "experiment.lost": Declared("its process is gone without a word", ("project", "name", "step", "pid", "recovery")),
+    "experiment.stalled": Declared(
+        "its process lives, and no step was logged for too long", ("project", "name", "step", "pid", "quiet_s")
+    ),
+    "metric.crossed": Declared(
+        "a logged metric went beyond a threshold",
+        ("project", "name", "step", "metric", "value", "above", "below", "count"),
+    ),
     "checkpoint.staged": Declared("committed in an arena", (*_CHECKPOINT, "revision")),
     "checkpoint.found": Declared("finished files were found or submitted", (*_CHECKPOINT, "origin", "format")),
     "checkpoint.described": Declared("its writer said more about files that were found before", _CHECKPOINT),
     "checkpoint.published": Declared(
-        "durable under its final name", (*_CHECKPOINT, "revision", "write_ms", "hash_ms", "adopted")
+        "durable under its final name", (*_CHECKPOINT, "revision", "write_ms", "hash_ms", "adopted", "veto")
     ),
     "checkpoint.verified": Declared("read back from the disk, every digest equal", _CHECKPOINT),
     "checkpoint.corrupt": Declared("its bytes no longer match their digest", (*_PROBLEM, "damage")),
+    "checkpoint.loaded": Declared("a reader has loaded it", (*_CHECKPOINT, "ms", "pid", "hot")),
+    "checkpoint.load_failed": Declared("a reader was told where it is and could not load it", (*_PROBLEM, "ms", "pid")),
     "checkpoint.missing": Declared("its files are gone, and not by ckptd", _PROBLEM),
     "checkpoint.failed": Declared("it never became durable", _PROBLEM),
     "checkpoint.replaced": Declared("dropped before durable for a newer save", (*_CHECKPOINT, "by")),
     "checkpoint.trashed": Declared("retired; can be restored until its grace ends", (*_CHECKPOINT, "why")),
     "checkpoint.dropped": Declared("retired and unlinked", (*_CHECKPOINT, "why")),
     "checkpoint.restored": Declared("back from the trash, or readable again", _CHECKPOINT),
+    "checkpoint.stripped": Declared("its optimizer states lie in the trash; the rest stays", (*_CHECKPOINT, "files")),
+    "checkpoint.unstripped": Declared("they are back in their place", (*_CHECKPOINT, "files")),
+    "checkpoint.tagged": Declared("its tags are others now", (*_CHECKPOINT, "tags")),
     "checkpoint.pinned": Declared("a person holds it", (*_CHECKPOINT, "note", "uid")),
     "checkpoint.unpinned": Declared("a person let go of it", (*_CHECKPOINT, "uid")),
-    "best.changed": Declared("another checkpoint is the best by a rule", (*_CHECKPOINT, "metric", "mode", "value")),
+    "retention.applied": Declared(
+        "a plan was carried out: what it retired lies in the trash",
+        ("project", "name", "retired", "kept", "size_bytes", "checkpoints"),
+    ),
+    "best.changed": Declared(
+        "another checkpoint is the best by a rule", (*_CHECKPOINT, "rule", "scope", "metric", "mode", "value")
+    ),
     "latest.changed": Declared("another checkpoint is the newest verified one", _CHECKPOINT),
     "root.added": Declared("a directory tree is managed or watched from now on", ("root", "kind")),
     "root.degraded": Declared(
         "a mount hangs or fails; its roots are set aside", ("mount", "filesystem", "roots", "why")
     ),
     "root.recovered": Declared("a mount answers again", ("mount", "filesystem", "roots")),
+    "disk.low": Declared(
+        "less is free than the floor asks for", ("mount", "filesystem", "roots", "free_bytes", "floor_bytes")
+    ),
     "worker.started": Declared("an I/O worker process runs", ("mount", "filesystem", "pid")),
     "worker.lost": Declared("an I/O worker died or was given up", ("mount", "filesystem", "pid", "why", "stuck")),
     "job.retried": Declared("a job met a passing error and waits", ("job", "kind", "tries", "error", "retry_after_s")),
     "job.parked": Declared("a job gave up; a person must look", ("job", "kind", "tries", "error")),
+    "hook.finding": Declared("a hook found something", ("hook", "level", "text", "facts")),
+    "hook.opened": Declared("a hook failed too often in a row and is given a rest", ("hook", "error")),
+    "hook.missed": Declared("a hook was so far behind that events were trimmed before it had them", ("hook", "count")),
+    "alert.raised": Declared("a limit of [alerts] is passed", ("alert", "about", "value", "limit", "why")),
+    "alert.cleared": Declared("it is passed no longer", ("alert", "about")),
     MISSED: Declared("this subscriber was too slow and lost the oldest events", ("count",)),
 }
 
@@ -130,6 +160,13 @@ class Subscription:
             self.missed += 1
         self._events.append(event)
         self._more.set()
+
+    def ready(self) -> list[Event]:
+        """Return what waits already, without waiting; `events.missed` is left to the next reading."""
+        found = [] if self._missed else list(self._events)
+        if found:
+            self._events.clear()
+        return found
 
     def __aiter__(self) -> "Subscription":
         """Return itself: what was read is gone."""

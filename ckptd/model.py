@@ -207,11 +207,17 @@ class Checkpoint:
     error: dict[str, Any] | None = None
     sequence: int = 0  # order of arrival in the catalog; the truth where clocks disagree
     segment: int = 1  # which execution of the experiment saved it; a later one is newer whatever its steps
+    veto: str | None = None  # the hook that keeps it from being latest or best, and why; its bytes are as safe as any
+
+    @property
+    def is_whole(self) -> bool:
+        """The one test for "may be loaded": live, and read back with its digest."""
+        return self.state is State.LIVE and self.level.rank >= Level.VERIFIED.rank
 
     @property
     def is_good(self) -> bool:
-        """The one test for "may be loaded and relied on": live, and read back with its digest."""
-        return self.state is State.LIVE and self.level.rank >= Level.VERIFIED.rank
+        """The one test for "may be relied on, as the latest or the best": whole, and no hook objects."""
+        return self.is_whole and self.veto is None
 
 
 def new_id() -> str:

@@ -1,7 +1,8 @@
 """Write what the pages under docs/ say about code from the code itself: `make docs`, in the repository.
 
 docs/reference/errors.md from ckptd.errors, events.md from ckptd.events, failpoints.md from ckptd.failpoint,
-python.md from the client's docstrings, and the two diagrams in docs/design/handoff.md from ckptd.model's tables of transitions.
+python.md from the client's docstrings, the two diagrams in docs/design/handoff.md from ckptd.model's tables of transitions, and the tables in hooks.md
+from ckptd.hooks.
 The command line and the settings have generators of their own (ckptd.cli.reference, ckptd.origins);
 tests/test_docs.py keeps all pages current.
 """
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import ckptd_client
 from ckptd import errors, events, failpoint, model
+from ckptd.hooks import child, condition, host, hosts, registry, result, runner, tally
+from ckptd.hooks.points import POINTS, HookEvent, Point
 from ckptd_client.cadence import Cadence
 
 ERRORS = Path("docs/reference/errors.md")
@@ -21,6 +24,7 @@ EVENTS = Path("docs/reference/events.md")
 FAILPOINTS = Path("docs/reference/failpoints.md")
 PYTHON = Path("docs/reference/python.md")
 HANDOFF = Path("docs/design/handoff.md")
+HOOKS = Path("docs/reference/hooks.md")
 DRAWN = re.compile(r"(<!-- drawn from (\w+) by docs/generate\.py -->\n).*?(<!-- end -->)", re.DOTALL)
 
 RETURNED = {"Handle", "Cadence"}  # nobody makes one: save() and every() do
@@ -33,6 +37,19 @@ CODES = {
     "arena_too_small": "a state is larger than the arena that was leased for it",
     "descriptor_too_large": "config, note and meta together do not fit into one arena's descriptor",
 }
+HOOK_LIMITS = [
+    ("importing a hook's module", f"{hosts.START_S_MAX:g} s"),
+    ("the first question's wait for what Python hooks say of themselves", f"{runner.DECLARING_S_MAX:g} s"),
+    ("webhooks and mails under way at once", f"{runner.LETTERS_MAX}"),
+    ("silence of a host after its hook's time is up", f"{hosts.BACKSTOP_S:g} s"),
+    ("between two looks at memory and processes", f"{host.LOOK_S:g} s"),
+    ("a host's own end after it was hung up on", f"{child.EXIT_S_MAX:g} s"),
+    ("hooks", f"{registry.HOOKS_MAX}"),
+    ("findings of one run", f"{result.FINDINGS_MAX}"),
+    ("a reason, an error, a finding's text", f"{result.TEXT_CHARS_MAX} characters"),
+    ("a condition", f"{condition.CHARS_MAX} characters, {condition.NODES_MAX} parts, {condition.DEPTH_MAX} deep"),
+    ("the sample behind p50 and p95", f"{tally.SAMPLE_MAX} newest runs"),
+]
 
 _ERRORS_HEAD = """\
 # Errors
@@ -183,11 +200,34 @@ def render_handoff(page: str) -> str:
     return DRAWN.sub(lambda found: found[1] + drawings[found[2]] + found[3], page)
 
 
+def render_hooks(page: str) -> str:
+    """Return docs/reference/hooks.md with its tables of points and limits drawn anew."""
+    points = list(POINTS.values())
+    aliases = [pair for pair in HookEvent.__members__.items() if pair[0] != pair[1].upper().replace(".", "_")]
+    drawings = {
+        "ASKED": _points([point for point in points if point.may_veto], "| event | what is about to happen | a veto |"),
+        "TOLD": _points([point for point in points if not point.may_veto], "| event | what happened |"),
+        "ALIASES": "| name | event |\n|---|---|\n" + "".join(f"| `{name}` | `{event}` |\n" for name, event in aliases),
+        "LIMITS": "| limit | value |\n|---|---|\n" + "".join(f"| {said} | {value} |\n" for said, value in HOOK_LIMITS),
+    }
+    return DRAWN.sub(lambda found: found[1] + drawings[found[2]] + found[3], page)
+
+
+def _points(points: list[Point], head: str) -> str:
+    lines = [head[:-1] + "| `data` |", "|---" * head.count("|") + "|"]
+    for point in points:
+        effect = f" {point.effect} |" if point.may_veto else ""
+        keys = ", ".join(f"`{key}`" for key in point.keys)
+        lines.append(f"| `{point.event}` | {point.meaning} |{effect} {keys} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
-    """Write all five pages under the current directory."""
+    """Write all pages under the current directory."""
     pages = {ERRORS: render_errors(), EVENTS: render_events(), PYTHON: render_python()}
     pages[FAILPOINTS] = render_failpoints()
     pages[HANDOFF] = render_handoff(HANDOFF.read_text(encoding="utf-8"))
+    pages[HOOKS] = render_hooks(HOOKS.read_text(encoding="utf-8"))
     for path, text in pages.items():
         path.write_text(text, encoding="utf-8")
 

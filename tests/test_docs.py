@@ -14,7 +14,7 @@ import pytest
 
 import ckptd
 import ckptd_client
-from ckptd import config, errors, events, model
+from ckptd import bestrule, config, errors, events, model, section
 from ckptd.cli import ckpt
 from ckptd.cli.options import Family
 from ckptd.intake import requests
@@ -39,6 +39,7 @@ SCOPE = {"selector", "project", "name", "experiment"}  # said once for all opera
         (generate.FAILPOINTS, generate.render_failpoints),
         (generate.PYTHON, generate.render_python),
         (generate.HANDOFF, lambda: generate.render_handoff(tree.text(str(generate.HANDOFF)))),
+        (generate.HOOKS, lambda: generate.render_hooks(tree.text(str(generate.HOOKS)))),
     ],
     ids=lambda value: value.stem if isinstance(value, Path) else "",
 )
@@ -133,10 +134,10 @@ def test_the_layers_on_the_page_are_those_of_the_check():
 # -- everything a person can use is in the reference ------------------------------------------------
 
 
-def _settings(section: type[config.Section], prefix: str = "") -> Iterator[str]:
-    for name, field in section.model_fields.items():
+def _settings(of: type[section.Section], prefix: str = "") -> Iterator[str]:
+    for name, field in of.model_fields.items():
         kinds = [k for k in (field.annotation, *getattr(field.annotation, "__args__", ())) if isinstance(k, type)]
-        inner = [kind for kind in kinds if issubclass(kind, config.Section)]
+        inner = [kind for kind in kinds if issubclass(kind, section.Section)]
         if inner and not prefix:
             yield from _settings(inner[0], f"{name}.")
         else:
@@ -145,7 +146,8 @@ def _settings(section: type[config.Section], prefix: str = "") -> Iterator[str]:
 
 def test_every_setting_has_a_heading():
     found = pages.headings("docs/reference/configuration.md")
-    every = {*_settings(config.Settings), *(f"keep_best.{name}" for name in config.BestRule.model_fields)}
+    every = {*_settings(config.Settings), *(f"keep_best.{name}" for name in bestrule.BestRule.model_fields)}
+    every |= {f"terms.{name}" for name in bestrule.Term.model_fields}
     assert len(every) > 40
     assert every - set(found) == set()
 

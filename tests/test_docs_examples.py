@@ -18,6 +18,7 @@ from tests.support import pages, tree
 from tests.support.node import Node
 
 SAID = [path for path in tree.documents() if not path.startswith(("docs/reference/wire", "docs/decisions"))]
+BUILTIN_HOOKS = "docs/guide/builtin-hooks.md"
 OURS = {"ckpt", "ckptd", "make", "pip"}
 WIDTH = 4
 
@@ -129,10 +130,25 @@ def test_the_guide_to_files_runs_as_it_is_written(at, node, tmp_path):
     assert steps(node) == [500, 1200]
 
 
+def test_the_guide_to_built_in_hooks_runs_as_it_is_written(at, node):
+    page = at(BUILTIN_HOOKS)
+    page.run()
+    assert steps(node) == [100, 200]
+
+
 def test_every_python_block_is_run_by_a_test_above():
     """A new page with Python needs its test; the reference shows signatures only."""
     with_python = {path for path in tree.documents() if pages.blocks(path, "python")}
-    assert with_python == {"README.md", "client/README.md", "docs/guide/memory.md", "docs/guide/files.md"}
+    with_python -= {"docs/guide/hooks.md"}  # tests/process/test_hooks_guide.py
+    with_python -= {"docs/guide/best.md"}  # tests/process/test_best_guide.py
+    with_python -= {"docs/reference/hooks.md"}  # tests/unit/hooks/test_documented_example.py
+    assert with_python == {
+        "README.md",
+        "client/README.md",
+        "docs/guide/memory.md",
+        "docs/guide/files.md",
+        BUILTIN_HOOKS,
+    }
 
 
 def commands(path: str) -> Iterator[list[str]]:

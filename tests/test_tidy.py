@@ -255,7 +255,8 @@ def test_what_ships_imports_what_it_declares_and_declares_what_it_imports():
     """A dependency nobody imports is downloaded for nothing; an undeclared one is there by luck."""
     declared = _names(_project("pyproject.toml")["dependencies"])
     implied = {"aiosqlite"}  # named in SQLAlchemy's URL, imported by SQLAlchemy
-    assert _imported_distributions("ckptd") - {"ckptd"} | implied == declared
+    optional = {"numpy"}  # a built-in hook's own process computes with it where it is installed
+    assert _imported_distributions("ckptd") - {"ckptd"} - optional | implied == declared
     assert _imported_distributions("client") - {"ckptd-client"} == {"xxhash"}  # tried, where the trainer has it
     assert _project("client/pyproject.toml")["dependencies"] == []
 

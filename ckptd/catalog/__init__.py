@@ -10,6 +10,7 @@ Row functions live in one file per noun and take the transaction or the connecti
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,6 +24,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from ckptd import config
 from ckptd.catalog import eventlog, faults, sqlite, timesteps, versions
 from ckptd.catalog.ballast import Ballast
+from ckptd.catalog.edition import Edition
 from ckptd.catalog.tx import Tx
 from ckptd.catalog.writer import Trouble, Writer
 from ckptd.clock import Clock
@@ -119,6 +121,14 @@ class Catalog:
     def trouble(self) -> Trouble | None:
         """Why nothing can be written at the moment; None as far as is known."""
         return self._torn or (self._writer.trouble if self._writer is not None else None)
+
+    def edition(self, without: frozenset[str] = frozenset()) -> int | None:
+        """Return a number that goes up with every commit that may have changed a table not named in `without`.
+
+        It has gone up before the commit's writer is told. None where other processes may write: nobody knows then.
+        """
+        writer = self._writer
+        return writer.edition.of(without) if writer is not None and writer.path is not None else None
 
     @property
     def reserve(self) -> tuple[int, bool]:
@@ -223,13 +233,20 @@ async def open_catalog(
     writing, reading = _engines(url, settings)
     try:
         async with writing.connect() as conn:
-            await _make_ready(conn, path, where)
+            before = await _make_ready(conn, path, where)
             try:
                 await ballast.fill()
             except OSError as error:  # no reason to refuse saves: the disk is not full yet
                 log.warning("catalog.no_reserve", path=where, error=str(error))
-            writer = Writer(conn=conn, clock=clock, publish=publish, ballast=ballast, where=where, path=path)
+            edition = Edition()
+            edition.follow(writing)
+            writer = Writer(
+                conn=conn, clock=clock, publish=publish, ballast=ballast, where=where, path=path, edition=edition
+            )
             try:
+                if before is not None:
+                    migrated = {"before": before, "after": versions.HEAD}
+                    await writer.run(partial(_tell_migrated, migrated))
                 yield Catalog(reading, writer, settings, where)
             finally:
                 # Readers go first: the last connection to close is the writer, which moves the WAL into the file.
@@ -252,8 +269,14 @@ def _engines(url: URL, settings: config.Catalog) -> tuple[AsyncEngine, AsyncEngi
     return create_async_engine(url, pool_size=1, max_overflow=0), readers
 
 
-async def _make_ready(conn: AsyncConnection, path: Path | None, where: str) -> None:
-    """Check, then migrate. The damaged file stays as it is: nothing is written before it is found sound."""
+async def _tell_migrated(data: dict[str, str], tx: Tx) -> None:
+    tx.tell("catalog.migrated", data)
+
+
+async def _make_ready(conn: AsyncConnection, path: Path | None, where: str) -> str | None:
+    """Check, then migrate; return the version that it was migrated from. A damaged file stays as it is: nothing is
+    written before it is found sound.
+    """
     if path is not None:
         damage = await sqlite.quick_check(conn)
         await conn.rollback()
@@ -264,7 +287,7 @@ async def _make_ready(conn: AsyncConnection, path: Path | None, where: str) -> N
                 path=where,
                 damage=damage,
             )
-    await versions.bring_up_to_date(conn, path, where)
+    return await versions.bring_up_to_date(conn, path, where)
 
 
 @asynccontextmanager

@@ -29,7 +29,12 @@ SELECT: Select[Any] = (
 BY_ID = SELECT.where(_row.id == bindparam("wanted"))
 
 # Built once: each save asks these, and building a statement costs as much as running it.
-_FILES = select(schema.file).where(schema.file.c.checkpoint_no == bindparam("no")).order_by(schema.file.c.position)
+# What was taken out, or is on the move, counts as no file of it (catalog/strips.py).
+_FILES = (
+    select(schema.file)
+    .where(schema.file.c.checkpoint_no == bindparam("no"), ~schema.file.c.stripped)
+    .order_by(schema.file.c.position)
+)
 _STATE = select(_row.state).where(_row.id == bindparam("wanted"))
 _NEWEST_FIRST = (_row.segment.desc(), _row.step.desc(), _row.revision.desc(), _row.sequence.desc())
 _NEWEST_GOOD = (
@@ -103,6 +108,12 @@ async def identity(conn: AsyncConnection, checkpoint_id: str) -> Identity | None
     return identity_of(await one(conn, checkpoint_id))
 
 
+async def identity_and_state(conn: AsyncConnection, checkpoint_id: str) -> tuple[Identity | None, State]:
+    """Which bytes are meant (None: nothing any more), and the state. NotFound."""
+    row = await one(conn, checkpoint_id)
+    return identity_of(row), State(row.state)
+
+
 async def arena_of(conn: AsyncConnection, checkpoint_id: str) -> str | None:
     """Id of the arena that holds a hot copy. NotFound."""
     arena: str | None = (await one(conn, checkpoint_id)).arena
@@ -152,6 +163,7 @@ def from_row(row: Row[Any]) -> Checkpoint:
         error=row.error,
         sequence=row.sequence,
         segment=row.segment,
+        veto=row.veto,
     )
 
 

@@ -35,7 +35,17 @@ from ckptd.errors import Bug, NotFound
 from ckptd.model import Checkpoint, Damage, FileEntry, Identity, Level, Origin, State, check_transition
 
 # Reading and moving are one noun to callers: these come from the file beside this one.
-__all__ = ["arena_of", "files", "get", "get_many", "identity", "newest_good", "state_of", "uid_of", "whole"]
+__all__ = [
+    "arena_of",
+    "files",
+    "get",
+    "get_many",
+    "identity",
+    "newest_good",
+    "state_of",
+    "uid_of",
+    "whole",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +95,7 @@ class Durable:
     step: int | None = None
     epoch: float | None = None
     adopted: bool = False  # an earlier publish had written it
+    veto: str | None = None  # a hook's: it is kept as safely as any, and is neither latest nor best
     took_ms: dict[str, float] = field(default_factory=dict)  # what was measured: write_ms, hash_ms
 
 
@@ -179,6 +190,7 @@ async def mark_durable(tx: Tx, checkpoint_id: str, durable: Durable) -> Checkpoi
         "size_bytes": durable.size_bytes,
         "format": durable.format or row.format,
         "manifest_sha256": durable.manifest_sha256,
+        "veto": durable.veto,
         "durable_at": tx.clock.now(),
         "error": None,
         "epoch": durable.epoch if row.epoch is None else row.epoch,
@@ -187,7 +199,8 @@ async def mark_durable(tx: Tx, checkpoint_id: str, durable: Durable) -> Checkpoi
         revision = await _revision(tx.conn, row.experiment_no, durable.step, None)
         values |= {"step": durable.step, "revision": revision}
     moved = await _move(tx, row, State.LIVE, Level.DURABLE, values)
-    _tell(tx, "checkpoint.published", moved, revision=moved.revision, adopted=durable.adopted, **durable.took_ms)
+    told = {"revision": moved.revision, "adopted": durable.adopted, "veto": moved.veto}
+    _tell(tx, "checkpoint.published", moved, **told, **durable.took_ms)
     return moved
 
 
@@ -303,7 +316,7 @@ async def _move(tx: Tx, row: Row[Any], state: State, level: Level | None, values
     """Write a transition; level None keeps the level. Tells when the experiment's newest good one changes by it."""
     check_transition(State(row.state), state)
     level = Level(row.level) if level is None else level
-    good = state is State.LIVE and level.rank >= Level.VERIFIED.rank
+    good = state is State.LIVE and level.rank >= Level.VERIFIED.rank and values.get("veto", row.veto) is None
     before = await newest_good(tx.conn, row.experiment_id) if good != row.is_good else None
     await _set(tx, row.id, {**values, "state": state, "level": level, "level_rank": level.rank, "is_good": good})
     shown = {name: value for name, value in values.items() if name in _SHOWN}
@@ -336,15 +349,8 @@ async def _add_metric_rows(tx: Tx, sequence: int, experiment_no: int, metrics: d
     rows = []
     for name, number in metrics.items():
         value, special = split_float(number)
-        rows.append(
-            {
-                "checkpoint_no": sequence,
-                "experiment_no": experiment_no,
-                "name": name,
-                "value": value,
-                "special": special,
-            }
-        )
+        about = {"checkpoint_no": sequence, "experiment_no": experiment_no, "name": name}
+        rows.append({**about, "value": value, "special": special})
     if rows:
         await tx.conn.execute(insert(schema.checkpoint_metric), rows)
 
@@ -379,22 +385,11 @@ def _place(path: str) -> dict[str, str]:
 
 
 def _identity_values(found: Identity) -> dict[str, int]:
-    return {
-        "dev": found.dev,
-        "ino": found.ino,
-        "inode_size_bytes": found.size_bytes,
-        "mtime_ns": found.mtime_ns,
-        "ctime_ns": found.ctime_ns,
-    }
+    times = {"mtime_ns": found.mtime_ns, "ctime_ns": found.ctime_ns}
+    return {"dev": found.dev, "ino": found.ino, "inode_size_bytes": found.size_bytes, **times}
 
 
 def _tell(tx: Tx, name: str, about: Checkpoint, **more: Any) -> None:
-    data = {
-        "project": about.project,
-        "name": about.experiment,
-        "step": about.step,
-        "path": about.path,
-        "size_bytes": about.size_bytes,
-        **more,
-    }
+    data = {"project": about.project, "name": about.experiment, "step": about.step, "path": about.path}
+    data |= {"size_bytes": about.size_bytes, **more}
     tx.tell(name, data, experiment=about.experiment_id, checkpoint=about.id)

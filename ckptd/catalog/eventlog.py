@@ -1,5 +1,6 @@
 """The bounded log of published events, for `ckpt log` and for followers that come back."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -43,6 +44,20 @@ async def page(
     if uid is not None:
         wanted = wanted.where(events_of(uid))
     return [_from_row(row) for row in await conn.execute(wanted)]
+
+
+async def named(conn: AsyncConnection, names: Collection[str], after: int, limit: int) -> list[Logged]:
+    """Return events of these names with a sequence above `after`, oldest first."""
+    mine = _event.name.in_(list(names))
+    wanted = select(schema.event_log).where(_event.sequence > after, mine).order_by(_event.sequence).limit(limit)
+    return [_from_row(row) for row in await conn.execute(wanted)]
+
+
+async def reach(conn: AsyncConnection) -> tuple[int, int]:
+    """Return the numbers of the oldest and the newest event that the log has; (0, 0) when it is empty."""
+    oldest = (await conn.execute(select(func.min(_event.sequence)))).scalar()  # one look-up each; together, a scan
+    newest = (await conn.execute(select(func.max(_event.sequence)))).scalar()
+    return int(oldest or 0), int(newest or 0)
 
 
 async def newest(conn: AsyncConnection, limit: int = 100, uid: int | None = None) -> list[Logged]:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from sqlalchemy import Row, delete, func, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from ckptd.catalog import schema
+from ckptd.catalog import recovery, schema
 from ckptd.catalog.tx import Tx
 from ckptd.errors import Ambiguous, BadRequest, NotFound
 from ckptd.model import ExperimentStatus, Level, State
@@ -60,6 +60,19 @@ class Opened:
     experiment: Experiment
     segment: int
     existed: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Which:
+    """Which experiments a page shows; every field narrows it."""
+
+    uid: int | None = None
+    project: str | None = None
+    tag: str | None = None
+    parents: Sequence[str] | None = None  # ids of which one is its parent
+
+
+EVERY = Which()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,16 +161,11 @@ async def find(conn: AsyncConnection, uid: int | None, project: str, name: str) 
 async def heartbeat(tx: Tx, experiment_id: str, step: int | None = None) -> None:
     """Note a sign of life; a lost experiment runs again. NotFound."""
     known = await get(tx.conn, experiment_id)
-    status = ExperimentStatus.RUNNING if known.status is ExperimentStatus.LOST else known.status
+    back = {"status": ExperimentStatus.RUNNING, "closed_at": None} if known.status is ExperimentStatus.LOST else {}
     await tx.conn.execute(
         update(schema.experiment)
         .where(_experiment.id == experiment_id)
-        .values(
-            heartbeat_at=tx.clock.now(),
-            status=status,
-            closed_at=None if status is ExperimentStatus.RUNNING else known.closed_at,
-            last_step=known.last_step if step is None else step,
-        )
+        .values(heartbeat_at=tx.clock.now(), last_step=known.last_step if step is None else step, **back)
     )
 
 
@@ -184,12 +192,19 @@ async def set_status(tx: Tx, experiment_id: str, status: ExperimentStatus, error
         )
     )
     data: dict[str, Any] = {"project": known.project, "name": known.name, "step": known.last_step}
+    if status in {ExperimentStatus.FAILED, ExperimentStatus.LOST}:
+        data["recovery"] = await recovery.of_experiment(tx.conn, ended(known))
     if status is ExperimentStatus.COMPLETED:
         tx.tell("experiment.closed", data, experiment=known.id)
     elif status is ExperimentStatus.FAILED:
         tx.tell("experiment.failed", {**data, "error": error}, experiment=known.id)
     elif status is ExperimentStatus.LOST:
         tx.tell("experiment.lost", {**data, "pid": known.facts.get("pid")}, experiment=known.id)
+
+
+def ended(row: Experiment) -> recovery.Ended:
+    """Return what recovery needs to know of it."""
+    return recovery.Ended(row.id, row.project, row.name, row.root, row.last_step, row.facts)
 
 
 async def change_tags(tx: Tx, experiment_id: str, add: Iterable[str], remove: Iterable[str]) -> tuple[str, ...]:
@@ -201,19 +216,19 @@ async def change_tags(tx: Tx, experiment_id: str, add: Iterable[str], remove: It
 
 
 async def page(
-    conn: AsyncConnection,
-    *,
-    uid: int | None = None,
-    project: str | None = None,
-    limit: int = 50,
-    after: int | None = None,
+    conn: AsyncConnection, which: Which = EVERY, *, limit: int = 50, after: int | None = None
 ) -> tuple[list[Experiment], int | None]:
     """Newest first: experiments with `sequence` below `after`, and the cursor of the next page."""
     wanted = _SELECT.order_by(_experiment.no.desc()).limit(limit + 1)
-    if uid is not None:
-        wanted = wanted.where(_experiment.uid == uid)
-    if project is not None:
-        wanted = wanted.where(schema.project.c.name == project)
+    if which.uid is not None:
+        wanted = wanted.where(_experiment.uid == which.uid)
+    if which.project is not None:
+        wanted = wanted.where(schema.project.c.name == which.project)
+    if which.tag is not None:
+        tagged = schema.experiment_tag.c
+        wanted = wanted.where(_experiment.no.in_(select(tagged.experiment_no).where(tagged.tag == which.tag)))
+    if which.parents is not None:
+        wanted = wanted.where(_experiment.parent_id.in_(which.parents))
     if after is not None:
         wanted = wanted.where(_experiment.no < after)
     found = [_from_row(row) for row in await conn.execute(wanted)]

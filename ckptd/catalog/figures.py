@@ -6,10 +6,11 @@ from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ckptd.catalog import schema
-from ckptd.model import Level, State
+from ckptd.model import ExperimentStatus, Level, State
 
 _row = schema.checkpoint.c
 _ON_DISK = (State.LIVE, State.CORRUPT)
+IDS_MAX = 500  # in one statement
 
 
 async def levels(conn: AsyncConnection, experiment_id: str) -> dict[Level, int]:
@@ -84,3 +85,38 @@ async def matching(
     if uid is not None:
         wanted = wanted.where(schema.experiment.c.uid == uid)
     return [(row[0], row[1], row[2]) for row in await conn.execute(wanted)]
+
+
+async def under(conn: AsyncConnection, root_id: int) -> list[tuple[str, str, str]]:
+    """Return (id, project, name) of the experiments that have something on disk under a root."""
+    here = select(_row.experiment_no).distinct().where(_row.root_no == root_id, _row.state.in_(_ON_DISK))
+    wanted = (
+        select(schema.experiment.c.id, schema.project.c.name, schema.experiment.c.name)
+        .join(schema.project, schema.project.c.no == schema.experiment.c.project_no)
+        .where(schema.experiment.c.no.in_(here))
+        .order_by(schema.experiment.c.no)
+    )
+    return [(row[0], row[1], row[2]) for row in await conn.execute(wanted)]
+
+
+async def by_project(conn: AsyncConnection) -> list[tuple[str, list[tuple[str, str]], int]]:
+    """Return of each project its name, its experiments (id, name), and the bytes that they have on disk."""
+    sizes = select(_row.project_no, func.sum(_row.size_bytes)).where(_row.state.in_(_ON_DISK)).group_by(_row.project_no)
+    on_disk = {no: int(size_bytes) for no, size_bytes in await conn.execute(sizes)}
+    names = {row.no: row.name for row in await conn.execute(select(schema.project.c.no, schema.project.c.name))}
+    experiment = schema.experiment.c
+    members: dict[int, list[tuple[str, str]]] = {}
+    for no, experiment_id, name in await conn.execute(select(experiment.project_no, experiment.id, experiment.name)):
+        members.setdefault(no, []).append((experiment_id, name))
+    return [(names[no], members.get(no, []), size_bytes) for no, size_bytes in on_disk.items()]
+
+
+async def in_status(conn: AsyncConnection, experiment_ids: Sequence[str], status: ExperimentStatus) -> set[str]:
+    """Return those of the experiments that are in a status."""
+    experiment = schema.experiment.c
+    found: set[str] = set()
+    for start in range(0, len(experiment_ids), IDS_MAX):
+        part = list(experiment_ids[start : start + IDS_MAX])
+        wanted = select(experiment.id).where(experiment.id.in_(part), experiment.status == status)
+        found.update((await conn.execute(wanted)).scalars())
+    return found

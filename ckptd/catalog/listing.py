@@ -113,6 +113,16 @@ async def latest(conn: AsyncConnection, experiment_id: str) -> Checkpoint | None
     return await newest_good(conn, experiment_id)
 
 
+async def newest_whole(conn: AsyncConnection, of: Checkpoint) -> str | None:
+    """Return the id of the newest live, verified checkpoint of the same experiment, whatever hooks say of it."""
+    no = select(schema.experiment.c.no).where(schema.experiment.c.id == of.experiment_id).scalar_subquery()
+    whole = and_(_row.state == State.LIVE, _row.level_rank >= Level.VERIFIED.rank)
+    newest_first = (_row.segment.desc(), _row.step.desc(), _row.revision.desc(), _row.sequence.desc())
+    wanted = select(_row.id).where(_row.experiment_no == no, whole).order_by(*newest_first).limit(1)
+    found: str | None = (await conn.execute(wanted)).scalar_one_or_none()
+    return found
+
+
 async def latest_of(conn: AsyncConnection, experiment_ids: Sequence[str]) -> set[str]:
     """Return the ids of what `latest` finds in each of these experiments."""
     return await newest_good_ids(conn, experiment_ids)

@@ -27,7 +27,7 @@ from sqlalchemy import (
     Text,
     UniqueConstraint,
     event,
-)
+)  # fmt: skip
 
 from ckptd.catalog.columns import JSON, Digests64, Numbers, PathText, RowNumber, Unsigned64, Utc
 
@@ -199,6 +199,7 @@ checkpoint = Table(
     Column("tags", JSON, nullable=False),
     Column("parent_id", String(ID)),  # not a foreign key: the parent may live in another catalog
     Column("update_best", Boolean, nullable=False),
+    Column("veto", Text),  # which hook kept it from counting, and why; NULL: none did
     Column("error", JSON),
     Column("arena", String(ID)),
     Column("trash", String(255)),
@@ -252,6 +253,7 @@ file = Table(
     Column("size_bytes", BigInteger, nullable=False),
     Column("sha256", String(64), nullable=False),
     Column("xxh3", Digests64, nullable=False),
+    Column("stripped", Boolean, nullable=False, default=False),  # taken out, or on the move: strip says where it is
 )
 
 copy = Table(
@@ -269,17 +271,34 @@ copy = Table(
     sqlite_autoincrement=True,
 )
 
+board = Table(
+    "board",
+    metadata,
+    Column("no", RowNumber, primary_key=True),
+    Column("scope", String(WORD), nullable=False),
+    Column("owner_no", BigInteger, nullable=False),  # of the experiment, for scope "project" of the project
+    Column("name", String(METRIC_NAME), nullable=False),
+    Column("digest", String(ID), nullable=False),  # of the rule: another definition is another board
+    Column("metric", String(METRIC_NAME), nullable=False),  # "" for a rule by several
+    Column("mode", String(3), nullable=False),
+    Column("rule", JSON, nullable=False),
+    UniqueConstraint("scope", "owner_no", "name", "digest"),
+    sqlite_autoincrement=True,
+)
+
 best = Table(
     "best",
     metadata,
-    Column("experiment_no", ForeignKey("experiment.no"), primary_key=True, autoincrement=False),
-    Column("metric", String(METRIC_NAME), primary_key=True),
-    Column("mode", String(3), primary_key=True),
-    Column("rank", Integer, primary_key=True, autoincrement=False),
-    Column("checkpoint_no", ForeignKey("checkpoint.sequence"), nullable=False),
+    Column("board_no", ForeignKey("board.no"), primary_key=True, autoincrement=False),
+    Column("checkpoint_no", ForeignKey("checkpoint.sequence"), primary_key=True, autoincrement=False),
+    Column("rank", Integer, nullable=False),  # 1 is the best; 0 has no place and is remembered for those to come
+    Column("experiment_no", ForeignKey("experiment.no"), nullable=False),  # where the checkpoint lies
     Column("value", Double, nullable=False),
+    Column("standing", JSON, nullable=False),  # what was compared, and its place in the order of training
     Column("decided_at", Utc, nullable=False),
+    Index(None, "board_no", "rank"),
     Index(None, "checkpoint_no"),
+    Index(None, "experiment_no", "rank"),
 )
 
 pin = Table(
@@ -299,6 +318,24 @@ lease = Table(
     Column("until", Utc, nullable=False),
     Index(None, "until"),
     Index(None, "holder"),
+)
+
+cached = Table(
+    "cached",
+    metadata,
+    Column("key", String(ID), primary_key=True),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("fetched_at", Utc, nullable=False),
+    Column("used", BigInteger, nullable=False),  # place in the order of use: a clock that is set changes no order
+    Column("used_at", Utc, nullable=False),
+)
+
+cached_use = Table(
+    "cached_use",
+    metadata,
+    Column("key", ForeignKey("cached.key"), primary_key=True),
+    Column("holder", String(NAME), primary_key=True),
+    Column("until", Utc, nullable=False),
 )
 
 job = Table(

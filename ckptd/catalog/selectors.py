@@ -1,6 +1,6 @@
 """From what a person or a trainer calls a checkpoint to the one row that is meant, or an error.
 
-    latest                      newest verified          best, best:METRIC, best_METRIC
+    latest                      newest verified          best, best:RULE, best:METRIC, best_RULE
     step:N, N                   by step                  32 hex digits, or a unique prefix of 6 or more
     PROJECT/NAME[@SELECTOR]     in that experiment       /absolute/path
 
@@ -9,20 +9,21 @@ Never another checkpoint in its place: what fits several is Ambiguous, what fits
 
 import re
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from sqlalchemy import Select, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ckptd.catalog import schema
+from ckptd.catalog.bests import current
 from ckptd.catalog.checkpoint_rows import SELECT, from_row, newest_good
-from ckptd.errors import Ambiguous, BadRequest, NotFound
+from ckptd.errors import Ambiguous, BadRequest, NotFound, Vetoed
 from ckptd.model import Checkpoint, State
 
 PREFIX_MIN = 6
 
 _row = schema.checkpoint.c
-_SELECTORS = "latest, best, best:METRIC, step:N, an id (6 digits or more), a path, or PROJECT/NAME[@...]"
+_SELECTORS = "latest, best, best:RULE, step:N, an id (6 digits or more), a path, or PROJECT/NAME[@...]"
 _HEX = re.compile(r"[0-9a-f]+")
 _RETIRED = (State.DROPPED, State.REPLACED, State.TRASHED, State.FAILED)
 
@@ -35,8 +36,7 @@ class Scope:
     project: str | None = None
     name: str | None = None  # of the experiment
     experiment_id: str | None = None
-    best_metric: str | None = None  # what a bare "best" means
-    best_mode: Literal["min", "max"] | None = None
+    best_rule: str | None = None  # what a bare "best" means
 
 
 async def resolve(conn: AsyncConnection, selector: str, scope: Scope) -> Checkpoint:
@@ -47,7 +47,7 @@ async def resolve(conn: AsyncConnection, selector: str, scope: Scope) -> Checkpo
     if selector == "latest":
         return await _latest(conn, scope)
     if selector == "best":
-        return await _best(conn, scope, scope.best_metric)
+        return await _best(conn, scope, scope.best_rule)
     if selector.startswith(("best:", "best_")):
         return await _best(conn, scope, selector[len("best:") :])
     number = selector.removeprefix("step:")
@@ -79,36 +79,39 @@ async def _named(conn: AsyncConnection, selector: str, scope: Scope) -> Checkpoi
 
 
 async def _latest(conn: AsyncConnection, scope: Scope) -> Checkpoint:
-    _, experiment_id, called = await _experiment(conn, scope)
+    no, experiment_id, called = await _experiment(conn, scope)
     found = await newest_good(conn, experiment_id)
     if found is None:
+        vetoed = select(_row.veto).where(_row.experiment_no == no, _row.state == State.LIVE, _row.veto.is_not(None))
+        veto = (await conn.execute(vetoed.order_by(_row.sequence.desc()).limit(1))).scalar()
+        if veto is not None:
+            raise Vetoed(f"every checkpoint of {called} is vetoed, the newest by {veto}", hint="name one: `ckpt ls`")
         raise NotFound(f"{called} has no verified checkpoint yet")
     return found
 
 
-async def _best(conn: AsyncConnection, scope: Scope, metric: str | None) -> Checkpoint:
-    no, _, called = await _experiment(conn, scope)
-    best = schema.best.c
-    wanted = (
-        SELECT.add_columns(best.metric, best.mode)
-        .join(schema.best, best.checkpoint_no == _row.sequence)
-        .where(best.experiment_no == no, _row.is_good)
-        .order_by(best.metric, best.mode, best.rank)
-    )
-    if metric is not None:
-        wanted = wanted.where(best.metric == metric)
-    if scope.best_mode is not None and metric == scope.best_metric:
-        wanted = wanted.where(best.mode == scope.best_mode)
-    rows = (await conn.execute(wanted)).all()
-    rules = {(row.metric, row.mode) for row in rows}
-    if len(rules) > 1:
-        names = ", ".join(sorted(f"{mode} {name}" for name, mode in rules))
-        raise Ambiguous(f"{called} has several best checkpoints: {names}", hint="say which: best:METRIC")
-    if not rows:
-        what = f"no best checkpoint by {metric}" if metric else "no best checkpoint"
+async def _best(conn: AsyncConnection, scope: Scope, asked: str | None) -> Checkpoint:
+    """By the rule of that name or, when there is none, by the one rule that has this metric."""
+    _, experiment_id, called = await _experiment(conn, scope)
+    won = [place for place in await current(conn, experiment_id) if place.rank == 1]
+    found = [place for place in won if asked in {None, place.rule}] or [place for place in won if asked == place.metric]
+    # A rule of the experiment's own comes before one of the same name that looks further.
+    found = [place for place in found if place.scope == "experiment"] or found
+    if len(found) > 1:
+        names = ", ".join(sorted({f"{place.rule} ({place.mode or 'of several'}, {place.scope})" for place in found}))
+        raise Ambiguous(f"{called} has several best checkpoints: {names}", hint="say which: best:RULE")
+    row = await _still_good(conn, found[0].checkpoint_id) if found else None
+    if row is None:
+        what = f"no best checkpoint by {asked}" if asked else "no best checkpoint"
         hint = "a keep_best rule names the metric and its direction; verified checkpoints with a finite value count"
         raise NotFound(f"{called} has {what}", hint=hint)
-    return from_row(rows[0])
+    return row
+
+
+async def _still_good(conn: AsyncConnection, checkpoint_id: str) -> Checkpoint | None:
+    """Return a winner as it is now; None when it is not good any more, and the boards have yet to follow."""
+    row = (await conn.execute(SELECT.where(_row.id == checkpoint_id, _row.is_good))).one_or_none()
+    return None if row is None else from_row(row)
 
 
 async def _step(conn: AsyncConnection, scope: Scope, step: int) -> Checkpoint:

@@ -54,6 +54,8 @@ async def shift(tx: Tx, by: timedelta) -> None:
     moved = type_coerce(_checkpoint.trashed_at, BigInteger) + microseconds
     await tx.conn.execute(update(schema.checkpoint).where(_checkpoint.state == State.TRASHED).values(trashed_at=moved))
     await tx.conn.execute(update(schema.lease).values(until=type_coerce(_lease.until, BigInteger) + microseconds))
+    used = type_coerce(schema.cached_use.c.until, BigInteger) + microseconds
+    await tx.conn.execute(update(schema.cached_use).values(until=used))
 
 
 async def clamp(tx: Tx, now: datetime) -> None:

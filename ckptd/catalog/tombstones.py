@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
-from sqlalchemy import select, update
+from sqlalchemy import Row, Select, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ckptd.catalog import schema
@@ -13,6 +14,18 @@ from ckptd.model import State
 TOMBSTONES_MAX = 20_000  # of one look; the oldest first, and what is older goes first
 
 _row = schema.checkpoint.c
+_SELECT: Select[Any] = (
+    select(
+        _row.id,
+        schema.project.c.name.label("project"),
+        schema.experiment.c.name.label("experiment"),
+        _row.trashed_at,
+        _row.trash,
+    )
+    .select_from(schema.checkpoint)
+    .join(schema.experiment, schema.experiment.c.no == _row.experiment_no)
+    .join(schema.project, schema.project.c.no == _row.project_no)
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,23 +41,20 @@ class Tombstone:
 
 async def tombstones_before(conn: AsyncConnection, before: datetime) -> list[Tombstone]:
     """Return what was retired before a time and is not unlinked, oldest first."""
-    wanted = (
-        select(
-            _row.id,
-            schema.project.c.name.label("project"),
-            schema.experiment.c.name.label("experiment"),
-            _row.trashed_at,
-            _row.trash,
-        )
-        .join(schema.experiment, schema.experiment.c.no == _row.experiment_no)
-        .join(schema.project, schema.project.c.no == _row.project_no)
-        .where(_row.state == State.TRASHED, _row.trashed_at <= before)
-        .order_by(_row.trashed_at)
-        .limit(TOMBSTONES_MAX)
-    )
-    return [
-        Tombstone(row.id, row.project, row.experiment, row.trashed_at, row.trash) for row in await conn.execute(wanted)
-    ]
+    wanted = _SELECT.where(_row.state == State.TRASHED, _row.trashed_at <= before)
+    rows = await conn.execute(wanted.order_by(_row.trashed_at).limit(TOMBSTONES_MAX))
+    return [_from_row(row) for row in rows]
+
+
+async def under_root(conn: AsyncConnection, root_id: int) -> list[tuple[Tombstone, int]]:
+    """Return what was retired under a root and is not unlinked, oldest first, each with its bytes."""
+    wanted = _SELECT.add_columns(_row.size_bytes).where(_row.state == State.TRASHED, _row.root_no == root_id)
+    rows = await conn.execute(wanted.order_by(_row.trashed_at).limit(TOMBSTONES_MAX))
+    return [(_from_row(row), row.size_bytes) for row in rows]
+
+
+def _from_row(row: Row[Any]) -> Tombstone:
+    return Tombstone(row.id, row.project, row.experiment, row.trashed_at, row.trash)
 
 
 async def give_up_inodes(tx: Tx, checkpoint_ids: list[str]) -> list[str]:

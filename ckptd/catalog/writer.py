@@ -19,6 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from ckptd import failpoint
 from ckptd.catalog import faults
 from ckptd.catalog.ballast import Ballast
+from ckptd.catalog.edition import Edition
 from ckptd.catalog.tx import Tx
 from ckptd.clock import Clock
 from ckptd.errors import Busy, CkptdError
@@ -62,6 +63,7 @@ class Writer:
     ballast: Ballast
     where: str
     path: Path | None
+    edition: Edition = field(default_factory=Edition)
     commits: int = 0
     trouble: Trouble | None = None
     _waiting: deque[_Pending] = field(default_factory=deque)
@@ -142,6 +144,7 @@ class Writer:
             known.__cause__ = error
             if self.trouble is None or type(self.trouble.error) is not type(known):
                 self.trouble = Trouble(known, self.clock.now())
+                self.publish(Event("catalog.failed", self.clock.now(), data={"error": known.to_wire()}))
         for pending in batch:
             pending.error = pending.error or known or error
 
@@ -160,6 +163,8 @@ class Writer:
         except BaseException:
             await transaction.rollback()  # noqa: ASYNC102  run() shields the whole batch
             raise
+        finally:
+            self.edition.bump()
         self.commits += 1
         if self.trouble is not None and await self._changes() != changes:
             self.trouble = None  # a commit of nothing writes nothing, and proves nothing

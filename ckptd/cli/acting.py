@@ -1,23 +1,21 @@
-"""Deciding what stays: pin, unpin, rm, retention.
+"""Deciding what stays: pin, unpin, tag, untag, rm, restore.
 
 What destroys is shown first, asked about, and then done to exactly what was shown: ids and the
 list of drops travel with the request, so that what arrived in between is not hit.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import click
 
 from ckptd.cli import render
-from ckptd.cli.completion import complete_scope, complete_selector
-from ckptd.cli.daemon_socket import FOREVER_S, Daemon, connect
-from ckptd.cli.listing import label, parse_scope
-from ckptd.cli.options import Family, Output, Verb, as_selector, asked, output, selecting, verb
+from ckptd.cli.completion import complete_selector
+from ckptd.cli.daemon_socket import FOREVER_S, connect
+from ckptd.cli.listing import label
+from ckptd.cli.options import Output, as_selector, asked, output, selecting, verb
 from ckptd.errors import BadRequest
-
-DROPS_PER_REQUEST_MAX = 20_000  # ids of 34 bytes each, in a frame of 1 MiB
 
 Row = dict[str, Any]
 
@@ -114,131 +112,58 @@ def confirmed(question: str, *, yes: bool) -> bool:
     return False
 
 
-@click.group(
-    cls=Family,
-    examples=(
-        ("ckpt retention plan imagenet", "what the rules keep and drop, and why"),
-        ("ckpt retention apply imagenet", "shows it, asks, and does it"),
-    ),
+@verb(
+    ("ckpt tag paper imagenet/resnet50@best:val_loss", "find it again with `ckpt ls --tag paper`"),
+    ("ckpt bulk tag paper imagenet --level verified", "all that `ckpt ls` would list"),
 )
-def retention() -> None:
-    """Show or carry out what the retention rules decide."""
-
-
-@retention.command(
-    "plan",
-    cls=Verb,
-    examples=(
-        ("ckpt retention plan", "for all experiments that have rules"),
-        ("ckpt retention plan imagenet/resnet50 --json", "of one, for a program"),
-    ),
-)
-@click.argument("scope", required=False, metavar="[PROJECT[/EXPERIMENT]]", shell_complete=complete_scope)
-@output()
-def plan(scope: str | None, out: Output) -> None:
-    """Print what would be kept and dropped, with reasons; changes nothing.
-
-    In a pipe: keep or drop, id, PROJECT/EXPERIMENT, step, bytes and reasons, separated by tabs.
-    """
-    with connect() as daemon:
-        body = daemon.request("retention", {"apply": False, **parse_scope(scope)})
-    if not out.json(body):
-        render.print_lines(out.screen, plan_lines(body["plans"], out.screen))
-
-
-@retention.command(
-    "apply",
-    cls=Verb,
-    examples=(
-        ("ckpt retention apply imagenet/resnet50", "shows the plan and asks"),
-        ("ckpt retention apply --yes -q", "asks nothing, prints the ids that went"),
-    ),
-)
-@click.argument("scope", required=False, metavar="[PROJECT[/EXPERIMENT]]", shell_complete=complete_scope)
-@click.option("-n", "--dry-run", is_flag=True, help="The same as `retention plan`.")
-@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@click.argument("tag", metavar="TAG")
+@selecting
 @output(ids=True)
-def apply(scope: str | None, out: Output, *, dry_run: bool, yes: bool) -> int:
-    """Carry out the plan: drop what no rule and no promise keeps.
+def tag(tag: str, where: dict[str, str | None], out: Output) -> None:
+    """Give a checkpoint a tag."""
+    _tag({"add": [tag]}, where, out)
 
-    What the rules begin to drop between the question and the answer is left for the next time.
-    """
-    wanted = parse_scope(scope)
+
+@verb(("ckpt untag paper 6f1c0e", "it is one no more"))
+@click.argument("tag", metavar="TAG")
+@selecting
+@output(ids=True)
+def untag(tag: str, where: dict[str, str | None], out: Output) -> None:
+    """Take a tag away from a checkpoint."""
+    _tag({"remove": [tag]}, where, out)
+
+
+def _tag(change: dict[str, list[str]], where: dict[str, str | None], out: Output) -> None:
     with connect() as daemon:
-        body = daemon.request("retention", {"apply": False, **wanted})
-        drops = [row["checkpoint"] for plan in body["plans"] for row in plan["drop"]]
-        if out.form == "human":
-            render.print_lines(out.screen, plan_lines(body["plans"], out.screen))
-        if drops and not dry_run:
-            if not confirmed(f"drop {len(drops)} checkpoint{'s' if len(drops) > 1 else ''}?", yes=yes):
-                return 1
-            body = _apply(daemon, wanted, drops)
-    _print_applied(body, out)
-    return 0
-
-
-def _apply(daemon: Daemon, wanted: dict[str, str], drops: list[str]) -> Row:
-    """Have the drops carried out that were shown, a frame's worth at a time."""
-    plans: list[Row] = []
-    for at in range(0, len(drops), DROPS_PER_REQUEST_MAX):
-        only = drops[at : at + DROPS_PER_REQUEST_MAX]
-        within_s = asked().or_timeout_s(FOREVER_S)
-        done = daemon.request("retention", {"apply": True, "only": only, **wanted}, within_s=within_s)
-        plans += done["plans"]
-    return {"plans": plans, "applied": True}
-
-
-def _print_applied(body: Row, out: Output) -> None:
-    applied = bool(body.get("applied"))
-    dropped = [row["checkpoint"] for plan in body["plans"] for row in plan["drop"]]
-    if out.json({**body, "applied": applied}):
+        done = daemon.request("checkpoint.tag", {**change, **where})
+    if out.json(done):
         return
     if out.form == "ids":
-        sys.stdout.write("".join(f"{checkpoint}\n" for checkpoint in dropped))
+        sys.stdout.write(f"{done['checkpoint']}\n")
         return
-    freed = sum(row.get("size_bytes") or 0 for plan in body["plans"] for row in plan["drop"])
-    verb_ = "dropped" if applied else "would drop"
-    render.say(f"{verb_} {len(dropped)} checkpoints, {render.size(freed)}")
+    render.say(f"{_named(done)}: {render.escape(', '.join(done.get('tags') or ()) or 'no tag')}")
 
 
-def plan_lines(plans: Sequence[Row], screen: render.Screen) -> list[str]:
-    """Set plans as lines: a headed table for each experiment, or one line for each checkpoint in a pipe."""
-    if not screen.terminal:
-        return PLAN.lines(screen, _decisions(plans))
-    lines: list[str] = []
-    for plan in plans:
-        freed = render.size(sum(row.get("size_bytes") or 0 for row in plan["drop"]))
-        rules = ", ".join(plan.get("rules") or ()) or "no rules: everything stays"
-        head = screen.paint(render.escape(label(plan)), "bold")
-        lines += [f"{head}  {render.escape(rules)}", *PLAN.lines(screen, _decisions([plan]))]
-        lines += [f"keeps {len(plan['keep'])}, drops {len(plan['drop'])} ({freed})", ""]
-    return lines[:-1] if lines else ["no experiment has rules that drop anything"]
-
-
-def _decisions(plans: Sequence[Row]) -> Iterator[Row]:
-    """Yield one row for each checkpoint, by step, with what was decided."""
-    for plan in plans:
-        rows = [{**row, "is": word} for word in ("keep", "drop") for row in plan[word]]
-        names = {"project": plan.get("project"), "name": plan.get("name")}
-        for row in sorted(rows, key=lambda row: -1 if row.get("step") is None else row["step"]):
-            why = row.get("why")
-            yield {**names, **row, "why": why if isinstance(why, str) else ", ".join(why or ())}
-
-
-PLAN = render.Sheet(
-    columns=(
-        render.Column("", lambda row: row["is"], style=lambda row: str(row["is"])),
-        render.Column("STEP", lambda row: row.get("step"), right=True),
-        render.Column("ID", lambda row: render.short(row["checkpoint"])),
-        render.Column("SIZE", lambda row: render.size(row.get("size_bytes")), right=True),
-        render.Column("WHY", lambda row: row["why"]),
-    ),
-    fields=(
-        lambda row: row["is"],
-        lambda row: row["checkpoint"],
-        label,
-        lambda row: row.get("step"),
-        lambda row: row.get("size_bytes"),
-        lambda row: row["why"],
-    ),
+@verb(
+    ("ckpt restore 6f1c0e", "back from the trash, and pinned so that the rules leave it alone"),
+    ("ckpt restore 6f1c0e --no-pin", "the rules decide again at the next save"),
 )
+@selecting
+@click.option("--no-pin", is_flag=True, help="Do not pin it.")
+@output(ids=True)
+def restore(where: dict[str, str | None], out: Output, *, no_pin: bool) -> None:
+    """Bring back what lies in the trash: a checkpoint, or the optimizer states that were taken out of one.
+
+    Exit code 3 when the trash has been emptied since.
+    """
+    with connect() as daemon:
+        done = daemon.request("restore", {"pin": not no_pin, **where}, within_s=asked().or_timeout_s(FOREVER_S))
+    if out.json(done):
+        return
+    if out.form == "ids":
+        sys.stdout.write(f"{done['checkpoint']}\n")
+        return
+    what: Any = done.get("restored")
+    said = "restored" if what == "checkpoint" else f"restored {', '.join(what)} of"
+    pinned = ", and pinned it" if done.get("pinned") else ""
+    render.say(f"{render.escape(said)} {_named(done)}{pinned}: {render.escape(done.get('path') or '')}")

@@ -52,6 +52,8 @@ def show(file: str | None, out: Output, *, origin: bool) -> None:
     settings = loaded.settings.model_dump(mode="json")
     url = _PASSWORD.sub(r"\1***@", settings["catalog"]["url"])
     settings["catalog"]["url"] = _PARAMETER.sub(r"\1***", url)
+    settings["web"] |= {"socket": str(loaded.settings.web_socket), "token": "***" if settings["web"]["token"] else ""}
+    settings["cache"]["directory"] = str(loaded.settings.cache_dir)
     body = {"settings": settings, "origins": loaded.origins, "files": [str(path) for path in loaded.files]}
     if not out.json(body):
         lines = list(setting_lines(settings, loaded.origins if origin else {}, out.screen))

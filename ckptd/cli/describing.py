@@ -17,9 +17,15 @@ def describe(body: Row, screen: Screen) -> list[str]:
     title = f"{label(checkpoint)} step {step(checkpoint) or 'unknown'}"
     lines = [screen.paint(escape(title), "bold") + "  " + screen.paint(condition(checkpoint), condition(checkpoint))]
     lines += _pairs(_facts(checkpoint), screen)
+    lines += _pairs((("vetoed by", checkpoint.get("veto")),), screen, "yellow")
     error = checkpoint.get("error")
     if error:
         lines += _pairs((("problem", f"{error.get('message', '')} [{error.get('code', '')}]"),), screen, "red")
+    if body.get("recovery"):
+        from ckptd.cli.training import lines_of
+
+        lines += ["", screen.paint(f"its experiment {body['experiment'].get('status')}; to go on:", "bold")]
+        lines += lines_of(body["recovery"], screen)
     for title, key, columns in _PARTS:
         rows = list(body.get(key) or ())
         if rows:
@@ -56,6 +62,7 @@ def _pairs(facts: Any, screen: Screen, style: str | None = None) -> list[str]:
     ]
 
 
+_GRAVE = {"error": "red", "warning": "yellow"}
 _PARTS: tuple[tuple[str, str, tuple[Column, ...]], ...] = (
     (
         "files",
@@ -83,6 +90,16 @@ _PARTS: tuple[tuple[str, str, tuple[Column, ...]], ...] = (
             Column("COPY", lambda row: row.get("tier")),
             Column("CHECKED", lambda row: render.age(row.get("checked_at"))),
             Column("WHERE", lambda row: row.get("location")),
+        ),
+    ),
+    (
+        "findings",
+        "findings",
+        (
+            Column("FOUND", lambda row: render.moment(row.get("at"))),
+            Column("HOOK", lambda row: row.get("hook")),
+            Column("IS", lambda row: row.get("level"), style=lambda row: _GRAVE.get(str(row.get("level")), "")),
+            Column("WHAT", lambda row: row.get("text")),
         ),
     ),
     (

@@ -92,7 +92,7 @@ EXPERIMENTS = Sheet(
 
 
 def _best(best: Row) -> str:
-    return f"{best.get('metric')}={render.metric(best.get('value'))}@{best.get('step')}"
+    return f"{best.get('rule') or best.get('metric')}={render.metric(best.get('value'))}@{best.get('step')}"
 
 
 def parse_scope(scope: str | None) -> dict[str, str]:

@@ -13,11 +13,27 @@ import anyio
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ckptd import config, origins
-from ckptd.catalog import bests, checkpoints, eventlog, experiments, figures, holds, listing, open_reader, selectors
+from ckptd.catalog import (
+    bests,
+    checkpoints,
+    eventlog,
+    experiments,
+    figures,
+    holds,
+    hookruns,
+    listing,
+    open_reader,
+    selectors,
+)
 from ckptd.clock import SystemClock
 from ckptd.errors import BadConfig, NotFound, Unreachable
 from ckptd.intake import describe
+from ckptd.intake.sweeprequests import Recovery
+from ckptd.intake.sweeps import after_bad_end, recover
 from ckptd.model import Checkpoint, Level, State
+from ckptd.query.boards import Asked as AskedOfBoards
+from ckptd.query.boards import boards
+from ckptd.query.grid import Asked, grid
 from ckptd.query.totals import totals
 from ckptd_client import places
 from ckptd_client.wire import number
@@ -56,6 +72,9 @@ class OfflineCatalog:
             "show": _show,
             "resolve": _resolve,
             "summary": _summary,
+            "grid": _grid,
+            "best": _best,
+            "recovery": _recovery,
         }
 
     def __enter__(self) -> Self:
@@ -94,14 +113,27 @@ async def _list(conn: AsyncConnection, fields: Fields) -> Answer:
 
 async def _checkpoint(conn: AsyncConnection, row: Checkpoint, *, meta: bool = False) -> Answer:
     newest = await listing.latest(conn, row.experiment_id)
-    winners = await bests.current(conn, row.experiment_id)
+    winners = await bests.of_checkpoints(conn, [row.id])
     kept = await holds.of_checkpoint(conn, row.id, SystemClock().now())
     words = describe.hold_words(row, None if newest is None else newest.id, winners, kept)
     return describe.checkpoint(row, words, hot=False, meta=meta)
 
 
+async def _best(conn: AsyncConnection, fields: Fields) -> Answer:
+    return await boards(conn, AskedOfBoards(**fields))
+
+
 async def _summary(conn: AsyncConnection, fields: Fields) -> Answer:
     return await totals(conn, project=fields.get("project"), name=fields.get("name"))
+
+
+async def _grid(conn: AsyncConnection, fields: Fields) -> Answer:
+    wanted = {key: fields[key] for key in ("project", "tag", "parent", "metric", "limit") if key in fields}
+    return await grid(conn, Asked(**wanted, silent_s=config.Intake().lost_after_s), SystemClock().now())
+
+
+async def _recovery(conn: AsyncConnection, fields: Fields) -> Answer:
+    return await recover(conn, Recovery(id=0, **fields), None)
 
 
 async def _experiments(conn: AsyncConnection, fields: Fields) -> Answer:
@@ -113,10 +145,11 @@ async def _experiments(conn: AsyncConnection, fields: Fields) -> Answer:
 
 
 async def _experiment(conn: AsyncConnection, row: experiments.Experiment) -> Answer:
-    winners = [winner for winner in await bests.current(conn, row.id) if winner.rank == 1]
+    winners = (await bests.firsts(conn, [row.id])).get(row.id, [])
     won = await checkpoints.get_many(conn, [winner.checkpoint_id for winner in winners])
     best = [
         {
+            "rule": winner.rule,
             "metric": winner.metric,
             "mode": winner.mode,
             "checkpoint": winner.checkpoint_id,
@@ -150,9 +183,12 @@ async def _show(conn: AsyncConnection, fields: Fields) -> Answer:
     files = await checkpoints.files(conn, row.id)
     kept = await holds.of_checkpoint(conn, row.id, SystemClock().now())
     logged = await eventlog.page(conn, checkpoint_id=row.id, limit=100)
+    experiment = await experiments.get(conn, row.experiment_id)
     return {
         "checkpoint": await _checkpoint(conn, row, meta=True),
-        "experiment": await _experiment(conn, await experiments.get(conn, row.experiment_id)),
+        "experiment": await _experiment(conn, experiment),
+        "findings": [describe.finding(one) for one in await hookruns.findings(conn, row.id)],
+        "recovery": await after_bad_end(conn, experiment),
         "files": [{"path": f.path, "size_bytes": f.size_bytes, "sha256": f.sha256} for f in files[:FILES_SHOWN_MAX]],
         "files_total": len(files),
         "holds": [

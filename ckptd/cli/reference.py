@@ -29,7 +29,7 @@ programs (names, notes, paths) is escaped wherever it could steer a terminal; `c
 While no daemon runs, `ls`, `show`, `path` and `experiments` read the catalog themselves and say so on standard error;
 every other verb exits 5.
 
-A SELECTOR is `latest`, `best`, `best:METRIC`, a step (`1000` or `step:1000`), an id or its first six or more digits,
+A SELECTOR is `latest`, `best`, `best:RULE`, a step (`1000` or `step:1000`), an id or its first six or more digits,
 `PROJECT/EXPERIMENT`, or `PROJECT/EXPERIMENT@` and one of the former. Colours: `--no-color` and `NO_COLOR` beat
 `FORCE_COLOR`; `TERM=dumb` has none. Long output on a terminal goes through `$CKPTD_PAGER`, `$PAGER` or `less`.
 

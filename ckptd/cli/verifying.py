@@ -105,12 +105,16 @@ def verify_directory(path: str) -> Row:
     from ckptd.worker import protocol
     from ckptd.worker.context import Context
     from ckptd.worker.verify import run
+    from ckptd_client.find import stripped_files
 
     directory = os.path.realpath(os.path.expanduser(path))
     manifest = read_manifest(directory)
     try:
+        gone = set(stripped_files(directory, manifest["checkpoint"]))
         files = [
-            protocol.FileRecord(e["path"], e["size_bytes"], e["sha256"], e.get("xxh3") or []) for e in manifest["files"]
+            protocol.FileRecord(e["path"], e["size_bytes"], e["sha256"], e.get("xxh3") or [])
+            for e in manifest["files"]
+            if e["path"] not in gone
         ]
     except (KeyError, TypeError, AttributeError) as error:
         raise InvalidFormat(f"{directory}/{MANIFEST} is no manifest of ckptd: {error!r}") from error

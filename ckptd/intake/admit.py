@@ -28,6 +28,7 @@ from ckptd.intake.follow import sees_all
 from ckptd.intake.requests import ExperimentOpen
 from ckptd.jobs import Jobs, NewJob
 from ckptd.model import Checkpoint, Origin, RootKind, State
+from ckptd.pipeline import winners
 from ckptd.pipeline.manifest import amend
 from ckptd.pipeline.winners import refresh_best
 from ckptd_client.wire import from_number
@@ -102,7 +103,14 @@ class Admission:
             facts=request.facts,
             resume=request.resume,
         )
-        opened = await self._catalog.write(lambda tx: experiments.open_experiment(tx, new, join=join))
+        rules = self.settings().rules_for(new.project, new.name)
+
+        async def make(tx: Tx) -> Opened:
+            made = await experiments.open_experiment(tx, new, join=join)
+            await winners.opened(tx, made.experiment.id, rules)
+            return made
+
+        opened = await self._catalog.write(make)
         newest = await self._catalog.read(lambda conn: listing.latest(conn, opened.experiment.id))
         return opened, newest
 
@@ -227,7 +235,7 @@ class Admission:
         async def add(tx: Tx) -> None:
             row = await checkpoints.add_metrics(tx, checkpoint_id, values)
             rules = self.settings().rules_for(row.project, row.experiment)
-            await refresh_best(tx, row.experiment_id, rules)
+            await refresh_best(tx, row, rules)
             if row.state is State.LIVE:
                 lane = f"{row.experiment_id}/after"
                 await self._jobs.enqueue_after(tx, NewJob(checkpoint_id=row.id, lane=lane, stage="link"))

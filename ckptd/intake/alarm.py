@@ -16,11 +16,26 @@ LEVELS = {
     "checkpoint.missing": "error",
     "job.parked": "error",
     "root.degraded": "error",
+    "disk.low": "error",
+    "catalog.failed": "error",
+    "experiment.stalled": "warning",
+    "hook.missed": "warning",
+    "hook.opened": "warning",
+    "catalog.migrated": "info",
     "worker.lost": "warning",
     "worker.started": "info",
     "root.recovered": "info",
+    "alert.raised": "error",
+    "alert.cleared": "info",
 }
-_ABOUT = ("worker.", "root.")  # a mount and what happens on it: never many at a time
+_ABOUT = (
+    "worker.",
+    "root.",
+    "disk.",
+    "catalog.",
+    "hook.",
+    "alert.",
+)  # a mount and what happens on it: never many at a time
 
 
 def announce(bus: Bus, event: Event) -> None:

@@ -56,6 +56,7 @@ class Arena:
 
     owner_uid  for whom it was made, all its life: whoever once mapped an arena may keep the mapping, so it is
                never lent to another user. It is the memfd's own uid, which no client can change.
+    hot_s      when it became a hot copy; read_s when it was read last, or became one
     """
 
     id: bytes
@@ -72,6 +73,8 @@ class Arena:
     checkpoint_id: str = ""
     asked_back_s: float = -math.inf
     used_s: float = 0.0
+    hot_s: float = 0.0
+    read_s: float = 0.0
 
     @property
     def name(self) -> str:

@@ -15,7 +15,7 @@ import mmap
 import os
 import secrets
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import anyio
@@ -57,6 +57,7 @@ class ArenaPool:
         self._making: Counter[str] = Counter()
         self._waiters: list[_Waiter] = []
         self.denied_s = -math.inf  # when a save last waited in vain
+        self.on_hot: Callable[[], None] = lambda: None  # another copy is there: keeps them within their budget
         # One at a time: two threads that fill pages side by side take twice as long each.
         self._maker = anyio.CapacityLimiter(1)
 
@@ -313,12 +314,8 @@ class ArenaPool:
     def leased(self, arena_id: bytes, generation: int, holder: Holder) -> Arena:
         """Find the arena that the process of `holder` holds under `generation`. NoArena when it does not."""
         arena = self._arenas.get(arena_id)
-        if (
-            arena is None
-            or arena.generation != generation
-            or arena.use is not Use.LEASED
-            or not self._is_of(arena, holder)
-        ):
+        lent = arena is not None and arena.use is Use.LEASED and arena.generation == generation
+        if arena is None or not lent or not self._is_of(arena, holder):
             raise NoArena(
                 f"arena {arena_id.hex()[:12]} is not leased to process {holder.pid} under generation {generation}"
             )
@@ -334,9 +331,8 @@ class ArenaPool:
 
     def commit(self, arena: Arena, experiment_id: str, checkpoint_id: str) -> None:
         """The arena's content is now the pipeline's business."""
-        arena.use = Use.BUSY
+        arena.use, arena.holder = Use.BUSY, None
         arena.experiment_id, arena.checkpoint_id = experiment_id, checkpoint_id
-        arena.holder = None
         arena.used_s = self._clock.monotonic_s()
 
     def published(self, checkpoint_id: str) -> None:
@@ -345,14 +341,14 @@ class ArenaPool:
         if arena is not None and arena.use is Use.BUSY:
             control.set_state(arena.page, control.RELEASED)
             arena.use = Use.HOT
-            arena.used_s = self._clock.monotonic_s()
+            arena.used_s = arena.hot_s = arena.read_s = self._clock.monotonic_s()
+            self.on_hot()
             self.wake()
 
     def free(self, arena: Arena) -> None:
         """Nobody needs its content any more."""
         control.set_state(arena.page, control.FREE)
-        arena.use = Use.FREE
-        arena.holder, arena.checkpoint_id = None, ""
+        arena.use, arena.holder, arena.checkpoint_id = Use.FREE, None, ""
         arena.used_s = self._clock.monotonic_s()
         self.wake()
 
@@ -380,11 +376,11 @@ class ArenaPool:
                 self.free(arena)
         return committed
 
-    def trim(self) -> None:
-        """Give the memory of long unused free arenas back."""
-        now_s = self._clock.monotonic_s()
+    def trim(self, idle_s: float | None = None) -> None:
+        """Give the memory of free arenas back that were unused for longer than this; None: as configured."""
+        before_s = self._clock.monotonic_s() - (self._settings.idle_s if idle_s is None else idle_s)
         for arena in self.all():
-            if arena.use is Use.FREE and now_s - arena.used_s > self._settings.idle_s and not arena.readers:
+            if arena.use is Use.FREE and arena.used_s < before_s and not arena.readers:
                 self.destroy(arena)
 
     def destroy(self, arena: Arena) -> None:

@@ -7,23 +7,23 @@ from typing import Any
 import anyio
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from ckptd.catalog import Catalog, audits, checkpoints, figures, holds, listing, roots
+from ckptd.catalog import Catalog, audits, checkpoints, holds, roots
 from ckptd.catalog.audits import Deed
 from ckptd.catalog.owners import owners_of
 from ckptd.catalog.roots import NewRoot, Root
 from ckptd.catalog.tx import Tx
-from ckptd.config import Rules
-from ckptd.errors import BadPath, CkptdError, Held, NotAuthorized, NotFound, TimedOut
+from ckptd.errors import BadPath, CkptdError, Held, NotAuthorized, NotFound, TimedOut, Vetoed
+from ckptd.hooks.points import HookEvent
 from ckptd.intake import requests as ask
 from ckptd.intake.arena import owner_of
 from ckptd.intake.descriptor import check_directory, check_name
-from ckptd.intake.follow import level_of, sees_all, visible_to
+from ckptd.intake.follow import level_of, sees_all
 from ckptd.intake.listener import Peer
 from ckptd.intake.reconcile import Reconciled
 from ckptd.intake.status import Plant
 from ckptd.intake.training import Answer, Handler, select
 from ckptd.model import Checkpoint, Damage, Level, RootKind, State
-from ckptd.pipeline import link, retain
+from ckptd.pipeline import asking, link, retain
 from ckptd.pipeline.tools import Tools
 from ckptd.pipeline.verify import Subject, bad, compare, good, look, subject
 
@@ -50,7 +50,6 @@ class Commands:
             ask.Pin: self.pin,
             ask.Unpin: self.unpin,
             ask.Remove: self.remove,
-            ask.Retention: self.retention,
             ask.Rebuild: self.rebuild,
             ask.RootAdd: self.add_root,
             ask.Doctor: doctor,
@@ -67,6 +66,7 @@ class Commands:
         row = await select(self._front, peer, request)
         if row.state not in {State.LIVE, State.CORRUPT, State.MISSING}:
             raise NotFound(f"checkpoint {row.id} is {row.state}: there is nothing on disk to verify")
+        await self._allowed(HookEvent.BEFORE_INTEGRITY_CHECK, row)
         begun_s = self._front.clock.monotonic_s()
         read = await subject(self._tools, row.id)
         damage = await compare(self._tools, read)
@@ -179,9 +179,16 @@ class Commands:
             if why:
                 raise Held(f"checkpoint {row.id} is kept: {', '.join(why)}", holds=why)
         else:
+            await self._allowed(HookEvent.BEFORE_CHECKPOINT_DELETE, row, why=f"removed by uid {peer.uid}")
             await retain.remove(self._tools, row, peer.uid, peer.pid)
             await link.place(self._tools, row)
         return _removed(row, "trash", f"removed by uid {peer.uid}; restorable for {grace_h:g} h")
+
+    async def _allowed(self, point: HookEvent, row: Checkpoint, **more: Any) -> None:
+        """Vetoed when a hook forbids it."""
+        objection = await asking.about(self._tools, point, row, **more)
+        if objection:
+            raise Vetoed(f"checkpoint {row.id}: {objection}", checkpoint=row.id)
 
     async def _forget(self, peer: Peer, row: Checkpoint, *, dry_run: bool) -> Answer:
         async def forget(tx: Tx) -> None:
@@ -193,48 +200,9 @@ class Commands:
             await self._catalog.write(forget)
         return _removed(row, "forget", f"it is {row.state}: nothing of it is on disk")
 
-    async def retention(self, peer: Peer, request: ask.Retention) -> Answer:
-        """Plan for every experiment that matches; carry the plans out when told to."""
-        rows = await self._catalog.read(
-            lambda conn: figures.matching(conn, request.project, request.name, visible_to(peer.uid))
-        )
-        plans = []
-        for experiment_id, project, name in rows:
-            rules = self._front.settings().rules_for(project, name)
-            if request.apply:
-                linked = await self._relinked(experiment_id)
-                decided = await retain.apply(self._tools, experiment_id, rules, only=request.only, linked=linked)
-            else:
-
-                async def read(conn: Any, of: str = experiment_id, rules: Rules = rules) -> Any:
-                    return await retain.plan(Tx(conn, self._front.clock), of, rules)
-
-                decided = await self._catalog.read(read)
-            plans.append(
-                {
-                    "project": project,
-                    "name": name,
-                    "experiment": experiment_id,
-                    "rules": describe_rules(rules),
-                    "keep": [_entry(k.checkpoint, list(k.why)) for k in decided.keep],
-                    "drop": [_entry(d.checkpoint, [d.why]) for d in decided.drop],
-                }
-            )
-        if request.apply:
-            deed = Deed(
-                uid=peer.uid, pid=peer.pid, verb="retention.apply", subject=request.name or request.project or "*"
-            )
-            await self._catalog.write(lambda tx: audits.record(tx, deed))
-        return {"plans": plans, "applied": request.apply}
-
-    async def _relinked(self, experiment_id: str) -> list[str]:
-        """Place an experiment's links before anything of it is retired; return the ids they lead to."""
-        rows = await self._catalog.read(lambda conn: listing.of_experiment(conn, experiment_id))
-        return await link.place(self._tools, rows[-1]) if rows else []
-
     async def rebuild(self, peer: Peer, request: ask.Rebuild) -> Answer:
         """Read every manifest under the roots back into the catalog. A root that fails says so in its own line."""
-        _require_operator(peer, "rebuild")
+        require_operator(peer, "rebuild")
         wanted = None if request.root is None else check_directory(request.root)
         if wanted is not None and await self._catalog.read(lambda conn: roots.by_path(conn, wanted)) is None:
             await self._front.admission.ensure_root(NewRoot(path=wanted, kind=RootKind.MANAGED, uid=os.getuid()))
@@ -259,7 +227,7 @@ class Commands:
 
     async def add_root(self, peer: Peer, request: ask.RootAdd) -> Answer:
         """Manage or watch one more tree."""
-        _require_operator(peer, "root.add")
+        require_operator(peer, "root.add")
         path = check_directory(request.path)
         if request.project:
             check_name("project", request.project)
@@ -289,16 +257,17 @@ class Commands:
         return {"root": path, "kind": str(root.kind), "added": known is None}
 
     async def _stop(self, peer: Peer, _request: ask.Stop) -> Answer:
-        _require_operator(peer, "stop")
+        require_operator(peer, "stop")
         self.stop()
         return {}
 
     async def _reload(self, peer: Peer, _request: ask.Reload) -> Answer:
-        _require_operator(peer, "reload")
+        require_operator(peer, "reload")
         return await self.reload()
 
 
-def _require_operator(peer: Peer, op: str) -> None:
+def require_operator(peer: Peer, op: str) -> None:
+    """NotAuthorized unless the peer is root or the daemon's own user."""
     if not sees_all(peer.uid):
         raise NotAuthorized(f"{op} is for root and for the daemon's own user", hint="ask who runs this daemon")
 
@@ -316,16 +285,5 @@ def _removed(row: Checkpoint, action: str, reason: str) -> Answer:
     }
 
 
-def describe_rules(rules: Rules) -> list[str]:
-    """Say rules in words, as a plan's head shows them."""
-    words = [f"last {rules.keep_last}"] if rules.keep_last is not None else []
-    words += [f"best {rule.k} by {rule.metric} ({rule.mode})" for rule in rules.keep_best]
-    return words + ([f"every {rules.keep_every} steps"] if rules.keep_every is not None else [])
-
-
 def _named(row: Checkpoint, *, changed: bool) -> Answer:
     return {"checkpoint": row.id, "project": row.project, "name": row.experiment, "step": row.step, "changed": changed}
-
-
-def _entry(row: Checkpoint, why: list[str]) -> dict[str, Any]:
-    return {"checkpoint": row.id, "step": row.step, "size_bytes": row.size_bytes, "why": why}

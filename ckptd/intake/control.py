@@ -5,15 +5,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
+import msgspec
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from ckptd.catalog import audits, bests, checkpoints, eventlog, experiments, figures, holds, listing, metrics
+from ckptd.catalog import audits, bests, checkpoints, eventlog, experiments, figures, holds, hookruns, listing, metrics
 from ckptd.catalog.listing import Filter
 from ckptd.errors import BadRequest, NotFound
-from ckptd.intake import describe
+from ckptd.intake import describe, sweeps
 from ckptd.intake import requests as ask
 from ckptd.intake.follow import visible_to, wire_event
 from ckptd.intake.listener import Peer
+from ckptd.intake.recall import UNSEEN_WITH_CHECKPOINTS, Expiry, Recall
 from ckptd.intake.training import Answer, Front, Handler, select
 from ckptd.model import Checkpoint, Level, State, is_id
 from ckptd.query.totals import totals
@@ -32,6 +34,7 @@ class Control:
     def __init__(self, front: Front) -> None:
         """Keep what the methods look at."""
         self._front = front
+        self.recall = Recall(front.catalog, front.clock, front.settings().catalog)
         self.handlers: dict[type[ask.Request], Handler] = {
             ask.List: self.page,
             ask.Experiments: self.page_experiments,
@@ -40,6 +43,7 @@ class Control:
             ask.Events: self.events,
             ask.Audit: self.audit,
             ask.Tail: self.tail,
+            **sweeps.Sweeps(front).handlers,
         }
 
     async def page(self, peer: Peer, request: ask.List) -> Answer:
@@ -57,29 +61,36 @@ class Control:
             after=request.after,
         )
 
-        async def read(conn: AsyncConnection) -> Answer:
+        edition = self.recall.edition(UNSEEN_WITH_CHECKPOINTS)
+
+        async def read(conn: AsyncConnection, expiry: Expiry) -> Answer:
             page = await listing.find(conn, wanted)
-            described = await self._described(conn, page.checkpoints)
-            fitting = _fitting(described)
+            described = await self._described(conn, page.checkpoints, expiry)
+            fitting = fit(described)
             if len(fitting) == len(described):
                 return {"checkpoints": described, "next": page.next}
             # The rows left out are found again, with the cursor that a page of just these rows has.
             shorter = await listing.find(conn, replace(wanted, limit=len(fitting)))
             return {"checkpoints": fitting, "next": shorter.next}
 
-        return await self._front.catalog.read(read)
+        found = await self.recall.read(_key(peer, request), edition, read)
+        for row in found["checkpoints"]:
+            row["hot"] = self._is_hot(row["checkpoint"])  # of this moment, wherever the rest comes from
+        return found
 
-    async def _described(self, conn: AsyncConnection, rows: list[Checkpoint]) -> list[dict[str, Any]]:
+    def _is_hot(self, checkpoint_id: str) -> bool:
+        return self._front.pool.of_checkpoint(checkpoint_id) is not None
+
+    async def _described(self, conn: AsyncConnection, rows: list[Checkpoint], expiry: Expiry) -> list[dict[str, Any]]:
         """Describe rows; what holds them is looked up for the whole page at once, however many experiments it shows."""
         ids = [row.id for row in rows]
         newest = await listing.latest_of(conn, list({row.experiment_id for row in rows}))
         winners = await bests.of_checkpoints(conn, ids)
         held = await holds.of_checkpoints(conn, ids, self._front.clock.now())
+        expiry.add(hold.until for hold in held)
         return [
             describe.checkpoint(
-                row,
-                describe.hold_words(row, row.id if row.id in newest else None, winners, held),
-                hot=self._front.pool.of_checkpoint(row.id) is not None,
+                row, describe.hold_words(row, row.id if row.id in newest else None, winners, held), hot=False
             )
             for row in rows
         ]
@@ -87,18 +98,17 @@ class Control:
     async def page_experiments(self, peer: Peer, request: ask.Experiments) -> Answer:
         """Page through experiments."""
         uid = visible_to(peer.uid)
-        after = None if request.after is None else _number(request.after)
+        after = None if request.after is None else page_number(request.after)
 
-        async def read(conn: AsyncConnection) -> Answer:
-            rows, cursor = await experiments.page(
-                conn, uid=uid, project=request.project, limit=request.limit, after=after
-            )
-            shown = _fitting(await self._experiments(conn, rows))
+        async def read(conn: AsyncConnection, _expiry: Expiry) -> Answer:
+            which = experiments.Which(uid=uid, project=request.project)
+            rows, cursor = await experiments.page(conn, which, limit=request.limit, after=after)
+            shown = fit(await self._experiments(conn, rows))
             if len(shown) < len(rows):
                 cursor = rows[len(shown) - 1].sequence
             return {"experiments": shown, "next": None if cursor is None else str(cursor)}
 
-        return await self._front.catalog.read(read)
+        return await self.recall.read(_key(peer, request), self.recall.edition(), read)
 
     async def _experiments(self, conn: AsyncConnection, rows: Sequence[experiments.Experiment]) -> list[dict[str, Any]]:
         """Describe experiments; the newest, the best and the sums of all of them are looked up at once."""
@@ -117,19 +127,25 @@ class Control:
     async def summary(self, peer: Peer, request: ask.Summary) -> Answer:
         """Counts, sizes, the newest, the oldest and the best."""
         uid = visible_to(peer.uid)
-        return await self._front.catalog.read(lambda conn: totals(conn, uid, request.project, request.name))
+        return await self.recall.read(
+            _key(peer, request),
+            self.recall.edition(UNSEEN_WITH_CHECKPOINTS),
+            lambda conn, _expiry: totals(conn, uid, request.project, request.name),
+        )
 
     async def show(self, peer: Peer, request: ask.Show) -> Answer:
         """Everything about one checkpoint."""
+        edition = self.recall.edition()
         row = await select(self._front, peer, request)
 
-        async def read(conn: AsyncConnection) -> Answer:
+        async def read(conn: AsyncConnection, expiry: Expiry) -> Answer:
             now = self._front.clock.now()
             files = await checkpoints.files(conn, row.id)
             experiment = await experiments.get(conn, row.experiment_id)
-            winners = await bests.current(conn, row.experiment_id)
+            winners = await bests.of_checkpoints(conn, [row.id])
             newest = await listing.latest(conn, row.experiment_id)
             kept = await holds.of_checkpoint(conn, row.id, now)
+            expiry.add(hold.until for hold in kept)
             words = describe.hold_words(row, None if newest is None else newest.id, winners, kept)
             logged = await eventlog.page(conn, checkpoint_id=row.id, limit=100)
             spelled = [
@@ -142,9 +158,7 @@ class Control:
                 if word == "latest" or word.startswith("best:")
             ]
             return {
-                "checkpoint": describe.checkpoint(
-                    row, words, hot=self._front.pool.of_checkpoint(row.id) is not None, meta=True
-                ),
+                "checkpoint": describe.checkpoint(row, words, hot=False, meta=True),
                 "experiment": (await self._experiments(conn, [experiment]))[0],
                 "files": [
                     {"path": f.path, "size_bytes": f.size_bytes, "sha256": f.sha256} for f in files[:FILES_SHOWN_MAX]
@@ -168,9 +182,13 @@ class Control:
                     }
                     for entry in logged
                 ],
+                "findings": [describe.finding(one) for one in await hookruns.findings(conn, row.id)],
+                "recovery": await sweeps.after_bad_end(conn, experiment),
             }
 
-        return await self._front.catalog.read(read)
+        found = await self.recall.read(f"show {row.id}".encode(), edition, read)
+        found["checkpoint"]["hot"] = self._is_hot(row.id)
+        return found
 
     async def events(self, peer: Peer, request: ask.Events) -> Answer:
         """Recent events; those to come follow as pushes after the answer, when asked for, none twice."""
@@ -186,11 +204,11 @@ class Control:
             self._front.followers.listen(peer)
         logged = await self._front.catalog.read(read)
         shown = [{**wire_event(entry.event), "seq": entry.sequence, "at": describe.at(entry.at)} for entry in logged]
-        fitting = _fitting(shown)
+        fitting = fit(shown)
         forwards = request.since_seq is not None or request.since is not None
         if not forwards and len(fitting) < len(shown):
             shown.reverse()
-            fitting = _fitting(shown)[::-1]
+            fitting = fit(shown)[::-1]
         full = forwards and (len(logged) == request.limit or len(fitting) < len(logged))
         last = fitting[-1]["seq"] if fitting else request.since_seq or 0
         if request.follow and peer.group is not None:
@@ -200,11 +218,11 @@ class Control:
 
     async def audit(self, peer: Peer, request: ask.Audit) -> Answer:
         """Who did what, newest first; of others' deeds only the operator hears."""
-        after = None if request.after is None else _number(request.after)
+        after = None if request.after is None else page_number(request.after)
         entries, cursor = await self._front.catalog.read(
             lambda conn: audits.page(conn, limit=request.limit, after=after, uid=visible_to(peer.uid))
         )
-        shown = _fitting([_deed(entry) for entry in entries])
+        shown = fit([_deed(entry) for entry in entries])
         if len(shown) < len(entries):
             cursor = entries[len(shown) - 1].id
         return {"entries": shown, "next": None if cursor is None else str(cursor)}
@@ -222,6 +240,11 @@ class Control:
         return {"points": shown, "next": points[-1].id if points else request.after}
 
 
+def _key(peer: Peer, request: ask.Request) -> bytes:
+    """Return what two askers must have in common to be given the same answer."""
+    return f"{visible_to(peer.uid)} ".encode() + msgspec.json.encode(msgspec.structs.replace(request, id=0))
+
+
 async def _experiment_of(conn: AsyncConnection, uid: int | None, request: ask.Tail) -> experiments.Experiment:
     if request.experiment is not None:
         row: experiments.Experiment | None = await experiments.get(conn, request.experiment)
@@ -237,6 +260,7 @@ async def _experiment_of(conn: AsyncConnection, uid: int | None, request: ask.Ta
 def _best(winners: Sequence[bests.Best], known: Mapping[str, Checkpoint]) -> list[dict[str, Any]]:
     return [
         {
+            "rule": winner.rule,
             "metric": winner.metric,
             "mode": winner.mode,
             "checkpoint": winner.checkpoint_id,
@@ -266,7 +290,7 @@ def _deed(entry: audits.Entry) -> dict[str, Any]:
     }
 
 
-def _fitting(shown: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def fit(shown: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return as many of the objects, from the first, as fit into one reply; always at least one."""
     size_bytes = 0
     fitting: list[dict[str, Any]] = []
@@ -285,7 +309,8 @@ def _one_of(kind: type[T], text: str) -> T:
         raise BadRequest(f"{text!r} is none of {', '.join(kind)}") from error
 
 
-def _number(cursor: str) -> int:
+def page_number(cursor: str) -> int:
+    """Return the row number that a cursor names. BadRequest when it is none."""
     if not (cursor.isascii() and cursor.isdigit() and len(cursor) <= CURSOR_DIGITS_MAX):
         raise BadRequest(f"{cursor!r} is no cursor")
     return int(cursor)

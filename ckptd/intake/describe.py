@@ -7,6 +7,7 @@ from typing import Any
 from ckptd.catalog.bests import Best
 from ckptd.catalog.experiments import Experiment
 from ckptd.catalog.holds import Hold
+from ckptd.catalog.hookruns import Noted
 from ckptd.model import Checkpoint
 from ckptd_client.wire import number
 
@@ -46,6 +47,7 @@ def checkpoint(row: Checkpoint, holds: Sequence[str], *, hot: bool, meta: bool =
         "holds": list(holds),
         "hot": hot,
         "error": row.error,
+        "veto": row.veto,
     }
     if meta:
         found["meta"] = row.meta
@@ -55,7 +57,7 @@ def checkpoint(row: Checkpoint, holds: Sequence[str], *, hot: bool, meta: bool =
 def hold_words(row: Checkpoint, newest_id: str | None, winners: Sequence[Best], held: Sequence[Hold]) -> list[str]:
     """Why no rule and no command may remove `row` now, in words."""
     words = ["latest"] if row.id == newest_id else []
-    words += [f"best:{winner.metric}" for winner in winners if winner.checkpoint_id == row.id]
+    words += [winner.words for winner in winners if winner.checkpoint_id == row.id]
     words += sorted({hold.kind for hold in held if hold.checkpoint_id == row.id})
     return words
 
@@ -84,3 +86,8 @@ def experiment(
         "config": row.config,
         "facts": row.facts,
     }
+
+
+def finding(noted: Noted) -> dict[str, Any]:
+    """Return what a hook found about a checkpoint; its facts are with the event hook.finding."""
+    return {"at": at(noted.found.at), "hook": noted.hook, "level": noted.found.level, "text": noted.found.text}

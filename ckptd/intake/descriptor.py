@@ -6,7 +6,8 @@ from typing import Annotated, Any
 import msgspec
 
 from ckptd.errors import BadPath, BadRequest
-from ckptd.intake.requests import Count, Id, Metrics, Name, PathText, Step, Tags, Text, check_depth
+from ckptd.intake.fields import Count, Id, Metrics, Name, PathText, Step, Tags, Text
+from ckptd.intake.requests import check_depth
 from ckptd_client import control
 
 FILES_MAX = 4096

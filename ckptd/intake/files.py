@@ -27,7 +27,7 @@ from ckptd.intake.follow import sees_all
 from ckptd.jobs import Jobs, NewJob
 from ckptd.model import Checkpoint, Identity, Level, Origin, RootKind, State, new_id
 from ckptd.pipeline.manifest import amend
-from ckptd.pipeline.winners import refresh_best
+from ckptd.pipeline.winners import lost, moved, refresh_best
 from ckptd.worker import Workers
 from ckptd.worker.protocol import Candidate, IdentityRecord, Settle, Settlement
 
@@ -140,8 +140,9 @@ class Files:
             update_best=offer.update_best,
         )
         after = await relabel(tx, known.id, said)
-        for row in {before.experiment_id: before, after.experiment_id: after}.values():
-            await refresh_best(tx, row.experiment_id, self._settings.rules_for(row.project, row.experiment))
+        if after.experiment_id != before.experiment_id:
+            await moved(tx, before, after)
+        await refresh_best(tx, after, self._settings.rules_for(after.project, after.experiment))
         return await checkpoints.get(tx.conn, after.id)
 
     async def _enter(self, tx: Tx, root: Root, offer: FileOffer, path: str) -> Checkpoint:
@@ -231,7 +232,9 @@ class Files:
                 and not is_other(recorded.identity, candidate.identity)
             ):
                 if recorded.was_durable:
-                    await checkpoints.mark_restored(tx, recorded.id, candidate.path, _identity(candidate.identity))
+                    seen = _identity(candidate.identity)
+                    after = await checkpoints.mark_restored(tx, recorded.id, candidate.path, seen)
+                    await refresh_best(tx, after, self._settings.rules_for(after.project, after.experiment))
                     await self._jobs.enqueue(tx, _verify_again(recorded.id))
                     back += 1
                     continue
@@ -260,8 +263,8 @@ class Files:
 
     async def decide_again(self, tx: Tx, gone: Sequence[Checkpoint]) -> None:
         """What was the best or the newest may be among what is gone: flags now, links and rules by a job."""
+        await lost(tx, [row.id for row in gone])
         for row in {row.experiment_id: row for row in gone}.values():
-            await refresh_best(tx, row.experiment_id, self._settings.rules_for(row.project, row.experiment))
             lane = f"{row.experiment_id}/after"
             await self._jobs.enqueue_after(tx, NewJob(checkpoint_id=row.id, lane=lane, stage="link"))
 
@@ -300,7 +303,9 @@ class Files:
                 added += await manifest.take_up(tx, self._jobs, root, candidate)
             elif recorded.state is State.MISSING and recorded.was_durable:
                 seen = _identity(candidate.identity)
-                await amend(tx, self._jobs, await checkpoints.mark_restored(tx, recorded.id, candidate.path, seen))
+                after = await checkpoints.mark_restored(tx, recorded.id, candidate.path, seen)
+                await refresh_best(tx, after, self._settings.rules_for(after.project, after.experiment))
+                await amend(tx, self._jobs, after)
                 await self._jobs.enqueue(tx, _verify_again(recorded.id))
                 added += 1
         return added

@@ -10,13 +10,13 @@ from typing import Any
 
 import msgspec
 
-from ckptd.catalog import checkpoints, experiments
+from ckptd.catalog import checkpoints, experiments, strips
 from ckptd.catalog.checkpoints import Durable, NewCheckpoint
 from ckptd.catalog.experiments import NewExperiment
 from ckptd.catalog.roots import Root
 from ckptd.catalog.tx import Tx
 from ckptd.intake.descriptor import Segment
-from ckptd.intake.requests import Id, Metrics, Name, Step, Tags
+from ckptd.intake.fields import Id, Metrics, Name, Step, Tags
 from ckptd.jobs import Jobs, NewJob
 from ckptd.model import FileEntry, Identity, Level, Origin
 from ckptd.worker.protocol import Candidate, FileRecord
@@ -146,5 +146,7 @@ async def _enter_files(tx: Tx, jobs: Jobs, manifest: Manifest, found: Candidate)
             format=manifest.format,
         ),
     )
+    if found.stripped:
+        await strips.found(tx, manifest.checkpoint, found.stripped)
     lane = f"{durable.experiment_id}/rebuild"
     await jobs.enqueue(tx, NewJob(checkpoint_id=manifest.checkpoint, lane=lane, stage="verify"))

@@ -6,11 +6,18 @@ import socket
 import stat
 from pathlib import Path
 
+import structlog
+
+from ckptd.config import Settings
 from ckptd.errors import AlreadyRunning, BadConfig
+from ckptd.web import Door
 from ckptd_client import places
+
+log = structlog.get_logger()
 
 SOCKET_NAME = "ckptd.socket"
 _PROBE_S = 1.0
+_WEB_UMASK, _WEB_BACKLOG = 0o117, 64
 _UMASK = {"user": 0o177, "system": 0o111}  # in system mode everybody may connect; the kernel says who it is
 
 
@@ -49,10 +56,35 @@ def listening(passed: list[tuple[str, int]], path: Path, mode: str) -> tuple[soc
         places.check_socket_dir(str(path))
     except places.PlaceError as error:
         raise BadConfig(str(error)) from error
+    return _bound(path, _UMASK[mode]), passed
+
+
+def web_doors(settings: Settings) -> list[Door]:
+    """Bind what [web] names and listen there. What can't be had is left out and logged: no save needs it."""
+    doors = []
+    if settings.web.enabled:
+        try:
+            doors.append(Door(_bound(settings.web_socket, _WEB_UMASK)))
+        except (BadConfig, AlreadyRunning) as error:
+            log.error("web.no_socket", **error.to_wire())  # noqa: TRY400 - a person must act, and needs no traceback
+    if settings.web.enabled and settings.web.port:
+        place = (settings.web.host, settings.web.port)
+        try:
+            family = socket.AF_INET6 if ":" in settings.web.host else socket.AF_INET
+            doors.append(Door(socket.create_server(place, family=family), settings.web.token))
+        except OSError as error:
+            log.error("web.no_port", host=place[0], port=place[1], error=str(error))  # noqa: TRY400 - likewise
+    for door in doors:
+        door.sock.listen(_WEB_BACKLOG)
+        door.sock.setblocking(False)
+    return doors
+
+
+def _bound(path: Path, umask: int) -> socket.socket:
     _clear(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     # The mode is set before the name exists: nobody can connect in between.
-    before = os.umask(_UMASK[mode])
+    before = os.umask(umask)
     try:
         sock.bind(str(path))
     except OSError as error:
@@ -61,7 +93,7 @@ def listening(passed: list[tuple[str, int]], path: Path, mode: str) -> tuple[soc
         raise BadConfig(f"no socket can be made at {path}: {error.strerror or error}", hint=hint) from error
     finally:
         os.umask(before)
-    return sock, passed
+    return sock
 
 
 def _clear(path: Path) -> None:

@@ -6,6 +6,7 @@ its experiment nor beats for intake.lost_after_s is lost too, wherever it is.
 """
 
 from collections import defaultdict
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import timedelta
 from typing import Protocol
 
@@ -23,6 +24,8 @@ from ckptd_client import control
 log = structlog.get_logger()
 
 LOOK_S = 1.0
+Look = Callable[[Tx, str, Sequence[Point]], Awaitable[None]]
+
 POINTS_WAITING_MAX = 200_000
 FLUSH_POINTS_MAX = 20_000  # of one commit
 RETRY_S_MAX = 5.0
@@ -115,10 +118,11 @@ class Presence:
 class MetricsBuffer:
     """Collects points of all experiments and commits them together, every catalog.metrics_flush_s."""
 
-    def __init__(self, catalog: Catalog, flush_s: float) -> None:
-        """Nothing waits yet."""
+    def __init__(self, catalog: Catalog, flush_s: float, look: Look | None = None) -> None:
+        """Nothing waits yet. `look` sees every point in the transaction that commits it."""
         self._catalog = catalog
         self._flush_s = flush_s
+        self._look = look
         self._points: defaultdict[tuple[str, int], list[Point]] = defaultdict(list)
         self._waiting = 0
         self._some = anyio.Event()
@@ -168,6 +172,8 @@ class MetricsBuffer:
             for (experiment_id, segment), points in taken.items():
                 try:
                     await metrics.append(tx, experiment_id, segment, points)
+                    if self._look is not None:
+                        await self._look(tx, experiment_id, points)
                 except NotFound as error:
                     # Nobody can ever take these: the catalog was made anew without their experiment.
                     log.warning("metrics.homeless", points=len(points), **error.to_wire())

@@ -8,13 +8,19 @@ spool image, spool offer           admitted now
 row PENDING, bytes nowhere         its job finds that out and the checkpoint FAILS, visibly
 """
 
+import os
+
 import structlog
 
-from ckptd.catalog import Catalog, checkpoints
+from ckptd.catalog import Catalog, checkpoints, roots
+from ckptd.catalog.roots import NewRoot
+from ckptd.catalog.tx import Tx
+from ckptd.config import Settings
 from ckptd.errors import Refused
 from ckptd.intake import descriptor
 from ckptd.intake.admit import Admission
 from ckptd.intake.arenas import FD_PREFIX, Arena, ArenaPool, Use
+from ckptd.intake.reconcile import Reconciler
 from ckptd.intake.spooled import Spool
 from ckptd.model import Level, State
 from ckptd_client import control
@@ -67,3 +73,27 @@ async def _hot_again(catalog: Catalog, pool: ArenaPool, arena: Arena, raw: bytes
         return
     arena.use = Use.HOT
     arena.experiment_id, arena.checkpoint_id = row.experiment_id, row.id
+
+
+async def enter_roots(catalog: Catalog, reconciler: Reconciler, settings: Settings) -> None:
+    """Bring the configured roots into the catalog, and have every known one looked after."""
+    configured = [
+        NewRoot(
+            path=str(root.path),
+            kind=root.kind,
+            uid=os.getuid(),
+            project=root.project,
+            allow_delete=root.allow_delete,
+            allow_links=root.allow_links,
+        )
+        for root in settings.roots
+    ]
+
+    async def ensure(tx: Tx) -> None:
+        for new in configured:
+            await roots.ensure(tx, new)
+
+    if configured:
+        await catalog.write(ensure)
+    for known in await catalog.read(roots.all_roots):
+        reconciler.add(known)

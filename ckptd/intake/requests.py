@@ -9,28 +9,30 @@ from typing import Annotated, Any, Literal, Union
 import msgspec
 
 from ckptd.errors import BadRequest, UnsupportedVersion
+from ckptd.intake import bestrequests as best
+from ckptd.intake import fields
+from ckptd.intake import hookrequests as hooks
+from ckptd.intake import retentionrequests as keeping
+from ckptd.intake import sweeprequests as sweeps
+from ckptd.intake.fields import (
+    PAGE_MAX,
+    POINTS_MAX,
+    Count,
+    Id,
+    Metrics,
+    Name,
+    Number,
+    PathText,
+    Step,
+    Tags,
+    Text,
+    UnixTime,
+    Whole,
+)
 from ckptd_client import wire
 
-Id = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
-Name = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
-Text = Annotated[str, msgspec.Meta(max_length=65536)]
-PathText = Annotated[str, msgspec.Meta(min_length=1, max_length=4095)]
-Step = Annotated[int, msgspec.Meta(ge=0, le=(1 << 62))]
-Whole = Annotated[int, msgspec.Meta(ge=-(1 << 62), le=(1 << 62))]  # also the step of a metric: some count down
-Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 62))]
-UnixTime = Annotated[float, msgspec.Meta(ge=0, le=253_402_300_799)]  # up to the year 9999
-Number = float | Literal["NaN", "Infinity", "-Infinity"]
-Metrics = dict[Annotated[str, msgspec.Meta(max_length=256)], Number]
-Tags = Annotated[list[Annotated[str, msgspec.Meta(min_length=1, max_length=128)]], msgspec.Meta(max_length=256)]
-POINTS_MAX = 1000
-PAGE_MAX = 500
-
-
-class Request(msgspec.Struct, frozen=True, kw_only=True, tag_field="op"):
-    """What every request carries."""
-
-    id: Whole
-    v: Whole = wire.VERSION
+Request = fields.Request
+Selecting = fields.Selecting
 
 
 class Hello(Request, frozen=True, tag="hello"):
@@ -48,10 +50,10 @@ class ExperimentOpen(Request, frozen=True, tag="experiment.open"):
     name: Name
     project: Name
     dir: PathText
-    config: dict[str, Any] = {}
-    tags: Tags = []
+    config: dict[str, Any] = msgspec.field(default_factory=dict)
+    tags: Tags = msgspec.field(default_factory=list)
     parent: str | None = None
-    facts: dict[str, Any] = {}
+    facts: dict[str, Any] = msgspec.field(default_factory=dict)
     resume: Literal["allow", "never", "must"] = "allow"
 
 
@@ -60,6 +62,7 @@ class ExperimentBeat(Request, frozen=True, tag="experiment.beat"):
 
     experiment: Id
     step: Step | None = None
+    rss_bytes: Count | None = None
 
 
 class ExperimentClose(Request, frozen=True, tag="experiment.close"):
@@ -74,8 +77,8 @@ class ExperimentTag(Request, frozen=True, tag="experiment.tag"):
     """Add and remove tags."""
 
     experiment: Id
-    add: Tags = []
-    remove: Tags = []
+    add: Tags = msgspec.field(default_factory=list)
+    remove: Tags = msgspec.field(default_factory=list)
 
 
 class Lease(Request, frozen=True, tag="lease"):
@@ -93,6 +96,7 @@ class Commit(Request, frozen=True, tag="commit"):
     checkpoint: Id
     arena: Id
     generation: Count
+    stall_s: float | None = None  # any number: a save is never refused for what it says about itself
 
 
 class Abandon(Request, frozen=True, tag="abandon"):
@@ -111,19 +115,10 @@ class Submit(Request, frozen=True, tag="submit"):
     experiment: Name | None = None
     step: Step | None = None
     epoch: float | None = None
-    metrics: Metrics = {}
+    metrics: Metrics = msgspec.field(default_factory=dict)
     note: Text = ""
-    meta: dict[str, Any] = {}
+    meta: dict[str, Any] = msgspec.field(default_factory=dict)
     update_best: bool = True
-
-
-class Selecting(Request, frozen=True):
-    """Name one checkpoint."""
-
-    selector: Text = "latest"
-    project: str | None = None
-    name: str | None = None
-    experiment: str | None = None
 
 
 class Attach(Selecting, frozen=True, tag="attach"):
@@ -246,15 +241,6 @@ class Remove(Selecting, frozen=True, tag="remove"):
     dry_run: bool = False
 
 
-class Retention(Request, frozen=True, tag="retention"):
-    """Plan what the rules drop; apply it when asked to."""
-
-    project: str | None = None
-    name: str | None = None
-    apply: bool = False
-    only: list[Id] | None = None
-
-
 class Events(Request, frozen=True, tag="events"):
     """Recent events; with follow, also those to come."""
 
@@ -269,6 +255,24 @@ class Audit(Request, frozen=True, tag="audit"):
 
     limit: Annotated[int, msgspec.Meta(ge=1, le=PAGE_MAX)] = 100
     after: str | None = None
+
+
+class Stats(Request, frozen=True, tag="stats"):
+    """How fast, how much, how full?"""
+
+    project: str | None = None
+    name: str | None = None
+    since_s: Annotated[float, msgspec.Meta(gt=0, le=3_153_600_000)] | None = None
+
+
+class CacheList(Request, frozen=True, tag="cache"):
+    """What was fetched back from an archive and is kept on a local disk?"""
+
+
+class CacheTrim(Request, frozen=True, tag="cache.trim"):
+    """Give up the longest unused of it until it fits."""
+
+    to_bytes: Count
 
 
 class Doctor(Request, frozen=True, tag="doctor"):
@@ -314,8 +318,9 @@ class Reload(Request, frozen=True, tag="reload"):
 ALL: tuple[type[Request], ...] = (
     Hello, ExperimentOpen, ExperimentBeat, ExperimentClose, ExperimentTag, Lease, Commit, Abandon, Submit,
     Attach, Detach, Resolve, Follow, MetricPoints, CheckpointMetrics, Report, Replace, Status, Health, List, Experiments,
-    Summary, Show, Verify, Wait, Pin, Unpin, Remove, Retention, Events, Audit, Doctor, Rebuild, RootAdd, Roots, Tail,
-    Stop, Reload,
+    Summary, Show, Verify, Wait, Pin, Unpin, Remove, *keeping.ALL, Events, Audit, Stats, CacheList, CacheTrim, Doctor,
+    Rebuild, RootAdd, Roots, Tail,
+    Stop, Reload, *hooks.ALL, *best.ALL, sweeps.Grid, sweeps.Recovery,
 )  # fmt: skip
 
 _decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(type=Union[ALL])  # noqa: UP007 - built from a tuple
@@ -324,6 +329,7 @@ _decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(type=Union[ALL])  # n
 class _Envelope(msgspec.Struct):
     id: Whole | None = None
     op: str = ""
+    v: Whole = wire.VERSION
 
 
 _envelopes = msgspec.json.Decoder(_Envelope)
@@ -342,10 +348,13 @@ def decode(frame: bytes) -> Request:
     try:
         request: Request = _decoder.decode(frame)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise BadRequest(str(error) or type(error).__name__, hint="see docs/reference/wire.md") from error
+        added = hooks.extension(frame)
+        if added is None:
+            raise BadRequest(str(error) or type(error).__name__, hint="see docs/reference/wire.md") from error
+        request = added
     if request.v != wire.VERSION:
         raise UnsupportedVersion(f"this daemon speaks version {wire.VERSION}, the frame says {request.v}")
-    for free in ("config", "facts", "meta", "problem"):
+    for free in ("config", "facts", "meta", "problem", "data"):
         value = getattr(request, free, None)
         if value is not None:
             check_depth(free, value)

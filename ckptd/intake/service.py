@@ -5,6 +5,7 @@ a read-back) run beside the others, at most REQUESTS_RUNNING_MAX of them per con
 """
 
 import os
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,10 @@ from ckptd import failpoint
 from ckptd.catalog import holds
 from ckptd.errors import BadRequest, Bug, Busy, CkptdError, NotAuthorized, OverQuota
 from ckptd.intake import requests as ask
+from ckptd.intake import retentionrequests as keeping
+from ckptd.intake.bestrequests import Recompute
 from ckptd.intake.follow import sees_all
+from ckptd.intake.hookrequests import Extension, HookTest
 from ckptd.intake.listener import OUT_OF, REQUESTS_RUNNING_MAX, Peer
 from ckptd.intake.training import Front, Handler, Training
 from ckptd_client import control, wire
@@ -23,8 +27,9 @@ from ckptd_client import control, wire
 log = structlog.get_logger()
 
 _WAITING = (
-    ask.Lease, ask.Submit, ask.Attach, ask.Verify, ask.Wait, ask.Retention, ask.Rebuild, ask.Remove, ask.RootAdd,
-    ask.Status, ask.Doctor, ask.Reload,
+    ask.Lease, ask.Submit, ask.Attach, ask.Verify, ask.Wait, keeping.Retention, keeping.Restore, ask.Rebuild, ask.Remove, ask.RootAdd,
+    ask.Status, ask.Stats, ask.CacheTrim, ask.Doctor, ask.Reload,
+    HookTest, Extension, Recompute,
 )  # fmt: skip
 INLINE_BYTES_MAX = 64 << 10  # a larger frame is parsed in a thread: 1 MiB of empty objects takes over 100 ms
 MESSAGE_CHARS_MAX = 4096  # of an error: what a peer sent may stand in it, six times as long as JSON
@@ -40,6 +45,7 @@ class Service:
         self._training = Training(front)
         self._handlers = {**self._training.handlers, **handlers}
         self._not_before_s: dict[bytes, tuple[float, float]] = {}  # arena -> when to try again, and the pause then
+        self.noticed: Callable[[ask.Request, dict[str, Any]], None] = lambda _request, _answer: None
         self._readers: dict[int, int] = {}  # pid -> start time of processes that left with read holds
 
     async def handle(self, peer: Peer, frame: bytes) -> None:
@@ -80,13 +86,16 @@ class Service:
                 await self._lend(peer, request)
             elif isinstance(request, ask.Attach):
                 answer, fd = await self._training.attach(peer, request)
+                self.noticed(request, answer)
                 try:
                     peer.send(_success(request.id, answer, fds=0 if fd is None else 1), fd)
                 finally:
                     if fd is not None:
                         os.close(fd)
             else:
-                peer.send(_success(request.id, await self._handlers[type(request)](peer, request)))
+                answer = await self._handlers[type(request)](peer, request)
+                peer.send(_success(request.id, answer))
+                self.noticed(request, answer)
                 if isinstance(request, ask.Commit):
                     failpoint.hit("ack.accepted")
         except CkptdError as error:

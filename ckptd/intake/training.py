@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -31,6 +31,7 @@ from ckptd.intake.presence import MetricsBuffer, Presence
 from ckptd.intake.spooled import offer_of
 from ckptd.jobs import Jobs
 from ckptd.model import Checkpoint, ExperimentStatus, Level, Origin, State
+from ckptd.query.statistics import Statistics
 from ckptd_client import control, wire
 from ckptd_client.wire import from_number, number
 
@@ -57,6 +58,8 @@ class Front:
     clock: Clock
     settings: Callable[[], Settings]
     state_dir: str
+    check_load: Callable[[Checkpoint, str], Awaitable[None]]
+    statistics: Statistics = field(default_factory=Statistics)
 
 
 class Training:
@@ -185,13 +188,14 @@ class Training:
         """Find what a reader wants and hold it; with a descriptor when a hot copy is there."""
         front = self._front
         row = await self._selected(peer, request)
-        if not row.is_good:
+        if not row.is_whole:
             raise NotFound(f"checkpoint {row.id} is {row.state}, {row.level}: nothing to load yet")
+        await front.check_load(row, request.selector)
         holder = f"pid {peer.pid}"
 
         async def hold(tx: Tx) -> None:
             # Looked at again in the transaction that holds it: retention may have been faster.
-            if not (await checkpoints.get(tx.conn, row.id)).is_good:
+            if not (await checkpoints.get(tx.conn, row.id)).is_whole:
                 raise NotFound(f"checkpoint {row.id} was retired a moment ago")
             await holds.lease(tx, row.id, holder, READ_LEASE_S)
 
@@ -251,6 +255,7 @@ class Training:
             os.close(fd)
             return None
         peer.attached[row.id] = arena
+        arena.read_s = self._front.clock.monotonic_s()
         return arena, images, fd
 
     def _images(self, raw: bytes, arena: Arena) -> list[dict[str, Any]]:
@@ -380,8 +385,7 @@ async def select(front: Front, peer: Peer, request: ask.Selecting) -> Checkpoint
         project=project,
         name=name,
         experiment_id=request.experiment,
-        best_metric=rules.keep_best[0].metric if rules.keep_best else None,
-        best_mode=rules.keep_best[0].mode if rules.keep_best else "min",
+        best_rule=rules.keep_best[0].name if rules.keep_best else None,
     )
     return await front.catalog.read(lambda conn: listing.resolve(conn, request.selector, scope))
 

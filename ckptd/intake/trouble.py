@@ -5,7 +5,7 @@ is over is forgotten; a lag or a jump of the clock is told of for pulse.REMEMBER
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -57,6 +57,7 @@ CHECKS = {
     "mount *": "whether a disk answers",
     "worker *": "whether an I/O worker dies again and again",
     "watching *": "whether changes under a watched root make events",
+    "alert *": "limits of `[alerts]` that are passed",
     "root *": "whether a root can be read and written, and has room",
 }
 
@@ -117,6 +118,7 @@ class Troubles:
         """Nothing is looked at yet."""
         self._signs = signs
         self._restarts: dict[str, deque[tuple[float, int]]] = {}
+        self.alerts: Callable[[], Iterable[Trouble]] = list  # set by whoever composes the daemon
         organs = Organs(signs.catalog, signs.jobs, signs.clock, signs.notifier)
         self.pulse = Pulse(organs, lambda: signs.settings().watchdog_lag_s, self.line)
 
@@ -128,6 +130,7 @@ class Troubles:
             *self._of_memory(),
             *self._of_disks(),
             *self._of_work(),
+            *self.alerts(),
         ]
         return sorted(found, key=lambda trouble: not trouble.grave)
 

@@ -12,6 +12,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from ckptd.config import Settings
+from ckptd.dialects import translate
 from ckptd.errors import BadConfig
 from ckptd.origins import files
 
@@ -106,7 +107,26 @@ def known_keys(model: type[BaseModel] = Settings, prefix: str = "") -> Iterator[
 
 def _from_file(file: files.File) -> _Layer:
     where = {key: f"{file.path}:{line}" for key, line in file.lines.items()}
-    return _Layer(file.data, {"": str(file.path), **where})
+    return _in_our_words(_Layer(file.data, {"": str(file.path), **where}))
+
+
+def _in_our_words(layer: _Layer) -> _Layer:
+    """Translate other tools' names in [retention] here, so that each of our keys knows the name and line that said it.
+
+    What can't be translated stays as it is: the model says why, with all other errors.
+    """
+    table = layer.values.get("retention")
+    if not isinstance(table, dict):
+        return layer
+    try:
+        found = translate(table)
+    except ValueError:
+        return layer
+    where = dict(layer.where)
+    for key, names in found.said_by.items():
+        place = layer.where.get(f"retention.{names[0]}") or layer.where[_above(f"retention.{names[0]}", layer.where)]
+        where[f"retention.{key}"] = f"{place} ({', '.join(names)})"
+    return _Layer({**layer.values, "retention": found.table}, where)
 
 
 def _from_environ(environ: Mapping[str, str], errors: list[dict[str, str]], problems: list[str]) -> _Layer:
@@ -226,7 +246,7 @@ def _did_you_mean(name: str, known: Mapping[str, str] | list[str], prefix: str =
 
 
 def _origin(key: str, where: dict[str, str]) -> str:
-    exact = where.get(key)
+    exact = where.get(key) or where.get(key.rpartition(".")[0])  # keep_every = 1000 says keep_every.steps
     if exact is None:
         # An array of tables is recorded by its elements ("roots.0").
         exact = next((place for known, place in sorted(where.items()) if known.startswith(f"{key}.")), None)

@@ -2,14 +2,17 @@
 
 import json
 from collections.abc import Iterator
+from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 
-from ckptd import config
-from ckptd.config import Settings, parse_size, parse_span
+from ckptd.bestrule import BestRule, Term
+from ckptd.config import Settings
+from ckptd.section import parse_size, parse_span
 
 REFERENCE = Path("docs/reference/configuration.md")
 EXAMPLE = Path("configs/ckptd.toml")
@@ -37,6 +40,9 @@ _EXAMPLE_HEAD = """\
 _SAMPLES = {
     "experiments": '[[experiments]]\nproject = "imagenet"\nname = "resnet*"\nkeep_last = 10\nlinks = true',
     "roots": '[[roots]]\npath = "/data/legacy"\nkind = "watched"\nproject = "legacy"',
+    "hooks": '[[hooks]]\nname = "bell"\nexec = ["/usr/local/bin/bell"]\nevents = ["checkpoint.corrupt", "experiment.lost"]',
+    "thresholds": '[[thresholds]]\nmetric = "grad_norm"\nabove = 1000.0',
+    "verbs": '[[verbs]]\nname = "x-acme.predict"\npython = "my_hooks:predict"',
 }
 
 
@@ -58,8 +64,10 @@ def render_reference() -> str:
             parts.append(f"{field.description}\n")
         parts += [_entry(f"{name}.{key}", entry, in_list=many) for key, entry in inner.model_fields.items()]
     parts.append("## keep_best\n")
-    parts.append(f"{(config.BestRule.__doc__ or '').strip()} One table, or a list of them.\n")
-    parts += [_entry(f"keep_best.{key}", f, in_list=True) for key, f in config.BestRule.model_fields.items()]
+    parts.append(f"{(BestRule.__doc__ or '').strip()} One table, or a list of them.\n")
+    parts += [_entry(f"keep_best.{key}", f, in_list=True) for key, f in BestRule.model_fields.items()]
+    parts.append(f"## keep_best.terms\n\n{(Term.__doc__ or '').strip()}\n")
+    parts += [_entry(f"terms.{key}", f, in_list=True) for key, f in Term.model_fields.items()]
     return "\n".join(parts)
 
 
@@ -139,18 +147,30 @@ def _type(field: FieldInfo) -> str:
         return "size"
     if reader is parse_span:
         return "duration"
-    annotation = field.annotation
-    if get_origin(annotation) is Literal:
-        return " or ".join(f'"{choice}"' for choice in get_args(annotation))
-    if _section(field) is not None:
-        return "list of tables"
-    kinds = {arg for arg in get_args(annotation) if arg is not type(None)} or {annotation}
-    names = {bool: "true or false", int: "whole number", float: "number", str: "text", Path: "absolute path"}
-    return " or ".join(sorted(names[kind] if kind in names else _choices(kind) for kind in kinds))
+    return "list of tables" if _section(field) is not None else _word(field.annotation)
 
 
-def _choices(kind: Any) -> str:
-    return " or ".join(f'"{member.value}"' for member in kind)
+_WORDS: dict[Any, str] = {
+    bool: "true or false", int: "whole number", float: "number", str: "text", Path: "absolute path", Any: "any value",
+}  # fmt: skip
+
+
+def _word(kind: Any) -> str:
+    """Say in words what may be written for one annotation."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if kind in _WORDS:
+        return _WORDS[kind]
+    if origin is Literal:
+        return " or ".join(json.dumps(choice) for choice in inner)
+    if origin is Annotated:
+        return _word(inner[0])
+    if origin is tuple:
+        return f"list of {_word(inner[0])}"
+    if origin in {Union, UnionType}:
+        return " or ".join(sorted(_word(one) for one in inner if one is not type(None)))
+    if isinstance(kind, type) and issubclass(kind, StrEnum):
+        return " or ".join(json.dumps(member.value) for member in kind)
+    return "table"
 
 
 def _default(field: FieldInfo) -> str:
@@ -169,7 +189,7 @@ def _human(field: FieldInfo, value: Any) -> str:
     if reader is parse_span:
         return _with_unit(value, _SPANS) if value >= 1 or value == 0 else f'"{value * 1000:g}ms"'
     if isinstance(value, tuple):
-        return "[]"
+        return json.dumps(value) if all(isinstance(one, str) for one in value) else "[]"
     return json.dumps(value)
 
 

@@ -22,7 +22,7 @@ from ckptd.catalog.tx import Tx
 from ckptd.errors import Bug, CatalogFault, CkptdError, Denied, DiskFault, NoSpace, RootDegraded, TimedOut, Weather
 from ckptd.jobs import Job
 from ckptd.model import Origin, State
-from ckptd.pipeline import amend, link, publish, repair, retain, settle, verify
+from ckptd.pipeline import amend, link, publish, repair, retain, settle, upkeep, verify
 from ckptd.pipeline.tools import Ended, Outcome, Stage, Tools
 from ckptd.pipeline.winners import follow_rules
 
@@ -40,8 +40,6 @@ STAGES: dict[str, Stage] = {
 }
 # What is no fault of the checkpoint passes. A catalog in trouble above all: it must not be what ends a hand-off.
 PASSING = (Weather, RootDegraded, NoSpace, DiskFault, Denied, CatalogFault)
-PURGE_S = 30.0
-PURGE_AGAIN_S = 1.0  # the first pause before what was put off is tried again: a worker is back by then
 CLAIM_AGAIN_S = 1.0
 PARKED_FIRST_S, PARKED_AGAIN_S = 20.0, 900.0
 LAST_WORD_S = 2.0
@@ -65,7 +63,7 @@ class Pipeline:
         """
         async with anyio.create_task_group() as running, anyio.create_task_group() as claiming:
             claiming.start_soon(self._claim, running)
-            claiming.start_soon(self._purge)
+            claiming.start_soon(upkeep.run, self._tools)
             claiming.start_soon(self._try_parked)
             claiming.start_soon(self._follow_rules)
             await stop.wait()
@@ -175,6 +173,8 @@ class Pipeline:
         arena, and they are written when the disk takes them.
         """
         passing = isinstance(error, PASSING)
+        if isinstance(error, NoSpace):
+            self._tools.space.ring()
         log.log(
             _WARNING if passing else _ERROR,
             "stage.failed",
@@ -233,21 +233,6 @@ class Pipeline:
             await follow_rules(self._tools)
         except CkptdError as error:
             log.warning("best.rules_not_followed", **error.to_wire())
-
-    async def _purge(self) -> None:
-        """Empty the trash now and then; soon again, with growing pauses, while something of it was put off."""
-        again_s = PURGE_AGAIN_S
-        while True:
-            try:
-                await retain.purge(self._tools)
-            except CkptdError as error:
-                log.warning("purge.failed", **error.to_wire())
-            if self._tools.delayed:
-                await anyio.sleep(again_s)
-                again_s = min(again_s * 2, PURGE_S)
-            else:
-                await anyio.sleep(PURGE_S)
-                again_s = PURGE_AGAIN_S
 
 
 def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:

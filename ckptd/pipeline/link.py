@@ -1,22 +1,25 @@
 """Keep `latest` and `best` beside an experiment's checkpoints: relative symlinks, replaced atomically.
 
 They are a convenience computed from the catalog, never read back as truth. `best` follows the
-first rule of keep_best; each metric also has `best_<metric>` when there are several rules. A link
-whose checkpoint no other one can replace is removed: a link never leads to what is not verified.
+first rule of keep_best, and each rule has `best_<name>`. Rules for a project have theirs one directory
+up, beside the experiments'; a tree of experiments has no directory. A link whose checkpoint no other
+one can replace, or whose rule is no more, is removed: a link never leads to what is not verified.
 """
 
 import os
+from collections.abc import Sequence
 
 import structlog
 
 from ckptd import failpoint
 from ckptd.catalog import bests, checkpoints, listing, roots
+from ckptd.catalog.bests import Board
 from ckptd.catalog.tx import Tx
-from ckptd.config import Rules
 from ckptd.errors import CkptdError
 from ckptd.jobs import Job
 from ckptd.model import Checkpoint
 from ckptd.pipeline.tools import Onward, Outcome, Tools
+from ckptd.rules import Rules
 from ckptd.worker.protocol import Link
 
 log = structlog.get_logger()
@@ -50,32 +53,67 @@ async def place(tools: Tools, checkpoint: Checkpoint) -> list[str]:
     root = await tools.catalog.read(lambda conn: roots.by_path(conn, checkpoint.root))
     if not rules.links or root is None or not root.may_link or not checkpoint.path:
         return []
-    beside = os.path.dirname(checkpoint.path)
     async with tools.placing[checkpoint.root]:
-        wanted = await _wanted(tools, checkpoint.experiment_id, rules)
-        for name, found in wanted.items():
-            target = os.path.relpath(found.path, beside) if found is not None else ""  # noqa: ASYNC240 - text only
+        closed = await _closed(tools, checkpoint)
+        wanted = await _wanted(tools, checkpoint, rules, closed)
+        for link, found in wanted.items():
+            target = "" if found is None else os.path.relpath(found.path, os.path.dirname(link))  # noqa: ASYNC240 - text only
             try:
-                await tools.workers.call(Link(root=checkpoint.root, name=os.path.join(beside, name), target=target))
+                await tools.workers.call(Link(root=checkpoint.root, name=link, target=target))
             except CkptdError as error:
                 if error.code not in _REFUSED:
                     raise
-                log.warning("link.refused", link=os.path.join(beside, name), **error.to_wire())
+                log.warning("link.refused", link=link, **error.to_wire())
+        for board in closed:
+            await tools.catalog.write(lambda tx, no=board.no: bests.drop_board(tx, no))  # type: ignore[misc]
     return [found.id for found in wanted.values() if found is not None]
 
 
-async def _wanted(tools: Tools, experiment_id: str, rules: Rules) -> dict[str, Checkpoint | None]:
+async def _wanted(
+    tools: Tools, checkpoint: Checkpoint, rules: Rules, closed: Sequence[Board]
+) -> dict[str, Checkpoint | None]:
     """Which checkpoint each link leads to; None for a link that must not be there."""
-    newest = await tools.catalog.read(lambda conn: listing.latest(conn, experiment_id))
-    winners = await tools.catalog.read(lambda conn: bests.current(conn, experiment_id))
-    firsts = {(w.metric, w.mode): w.checkpoint_id for w in winners if w.rank == 1}
+    newest = await tools.catalog.read(lambda conn: listing.latest(conn, checkpoint.experiment_id))
+    winners = await tools.catalog.read(lambda conn: bests.current(conn, checkpoint.experiment_id, own=True))
+    firsts = {(won.scope, won.rule): won.checkpoint_id for won in winners if won.rank == 1}
     rows = await tools.catalog.read(lambda conn: checkpoints.get_many(conn, list(firsts.values())))
     good = {row.id: row for row in rows.values() if row.is_good}
-    wanted: dict[str, Checkpoint | None] = {"latest": newest, "best": None}
-    for number, rule in enumerate(rules.keep_best):
-        winner = good.get(firsts.get((rule.metric, rule.mode), ""))
-        if number == 0:
-            wanted["best"] = winner
-        if len(rules.keep_best) > 1 and "/" not in rule.metric:
-            wanted[f"best_{rule.metric}"] = winner
+    beside = os.path.dirname(checkpoint.path)
+    wanted: dict[str, Checkpoint | None] = {
+        os.path.join(beside, "latest"): newest if rules.save_last else None,
+        os.path.join(beside, "best"): None,
+    }
+    wanted |= {os.path.join(beside, name): None for name in _names(closed, "experiment")}
+    for rule in rules.keep_best:
+        if rule.scope == "experiment":
+            winner = good.get(firsts.get(("experiment", rule.name), ""))
+            if rule is rules.keep_best[0]:
+                wanted[os.path.join(beside, "best")] = winner
+            if "/" not in rule.name:
+                wanted[os.path.join(beside, f"best_{rule.name}")] = winner
+    above = os.path.dirname(beside)
+    if above.startswith(checkpoint.root.rstrip("/") + "/"):
+        # Whoever's rules made the board: the link must follow, whichever experiment has the winner.
+        wanted |= {os.path.join(above, name): None for name in _names(closed, "project")}
+        shared = {rule.name for rule in rules.keep_best if rule.scope == "project"}
+        shared |= {name for scope, name in firsts if scope == "project"}
+        for name in sorted(one for one in shared if "/" not in one):
+            winner = good.get(firsts.get(("project", name), ""))
+            found = winner if winner is not None and _leads_down(checkpoint.root, above, winner) else None
+            wanted[os.path.join(above, f"best_{name}")] = found
     return wanted
+
+
+async def _closed(tools: Tools, checkpoint: Checkpoint) -> list[Board]:
+    """Return the boards whose rules are no more, and whose links may still be there."""
+    where = await tools.catalog.read(lambda conn: bests.whereabouts(conn, checkpoint.experiment_id))
+    return [] if where is None else await tools.catalog.read(lambda conn: bests.closed_boards(conn, where))
+
+
+def _names(boards: Sequence[Board], scope: str) -> list[str]:
+    return [f"best_{board.name}" for board in boards if board.scope == scope and "/" not in board.name]
+
+
+def _leads_down(root: str, directory: str, winner: Checkpoint) -> bool:
+    """Whether a link there may lead to the winner: it must not leave its root, nor climb."""
+    return winner.root == root and winner.path.startswith(f"{directory}/")

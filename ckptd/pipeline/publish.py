@@ -16,8 +16,10 @@ from ckptd.catalog import checkpoints, experiments
 from ckptd.catalog.checkpoints import Durable
 from ckptd.catalog.tx import Tx
 from ckptd.errors import CkptdError, Missing
+from ckptd.hooks.points import HookEvent
 from ckptd.jobs import Job
 from ckptd.model import Checkpoint, FileEntry, Identity, JobState, Level, Origin, State, step_name
+from ckptd.pipeline import asking
 from ckptd.pipeline.manifest import amend, manifest
 from ckptd.pipeline.tools import Ended, Fresh, Onward, Outcome, Tools
 from ckptd.worker.protocol import (
@@ -41,14 +43,16 @@ async def run(job: Job, tools: Tools) -> Outcome:
     checkpoint = await tools.catalog.read(lambda conn: checkpoints.get(conn, job.checkpoint_id))
     if checkpoint.state is not State.PENDING:
         return await _already(job, tools, checkpoint)
+    facts = {"revision": checkpoint.revision, "origin": str(checkpoint.origin)}
+    veto = await asking.about(tools, HookEvent.BEFORE_CHECKPOINT_SAVE, checkpoint, act="save", **facts)
     if checkpoint.origin is Origin.MEMORY:
-        durable = await _from_image(job, tools, checkpoint)
+        durable = replace(await _from_image(job, tools, checkpoint), veto=veto or None)
     else:
         found = await _in_place(job, tools)
         if found is None:
             known = {key: value for key, value in job.payload.items() if key not in {"settled", "last", "since_s"}}
             return Onward(replace(job, stage=BACK, payload=known))
-        durable = found
+        durable = replace(found, veto=veto or None)
         if durable.size_bytes <= TOGETHER_BYTES_MAX:
             # Read back before anything is written down: one transaction then makes it durable and verified.
             fresh = Fresh(checkpoint, durable, job.payload["settled"]["metrics"])

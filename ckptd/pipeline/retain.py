@@ -1,37 +1,63 @@
-"""Retire what no rule, hold or promise keeps: tombstone, trash by rename, and unlink after a grace.
+"""Retire what no rule, hold or promise keeps: plan, ask, write tombstones; pipeline/trash.py moves the files.
 
-The order: the plan is made and its tombstones are written in ONE transaction, so that a pin, a
-lease or a late metric either comes before the plan and counts, or after it and finds the checkpoint
-in the trash, from where it can be restored. Then the rename, then nothing until the grace has
-passed; then the note that the unlink begins, the unlink, and the last note. A crash between any two
-leaves a row that `resume()` carries on from: a tombstone whose files still stand under their name,
+The plan is made from one view of the catalog. Its tombstones are written some at a time, so that ten
+thousand of them hold up no save, and each batch looks again whether the plan still stands: so a pin, a
+lease or a late metric either comes before the tombstone and counts, or after it and finds the
+checkpoint in the trash, from where it can be restored. Then the rename, then nothing until the grace
+has passed; then the note that the unlink begins, the unlink, and the last note. A crash between any two
+leaves a row that trash.resume() carries on from: a tombstone whose files still stand under their name,
 or a purge to be repeated.
-
-DROPPED is only what was in the trash: files that are neither there nor, unchanged, under their name
-were not retired by us, and their row says MISSING. The note before the unlink tells the two apart
-for whoever comes after a crash: it is written while the files are known to lie in the trash.
 """
 
-from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import structlog
 
 from ckptd import failpoint, retention
-from ckptd.catalog import audits, bests, checkpoints, holds, listing, roots
-from ckptd.catalog.tombstones import Tombstone, give_up_inodes, tombstones_before
+from ckptd.catalog import audits, bests, burials, checkpoints, holds, listing
 from ckptd.catalog.tx import Tx
-from ckptd.config import Rules
-from ckptd.errors import CkptdError, Held, NotFound
+from ckptd.errors import Busy, Changed, Held, NotFound
 from ckptd.jobs import Job
 from ckptd.model import Checkpoint, State
+from ckptd.pipeline import asking, strip, trash
+from ckptd.pipeline.history import History, planned, read, still_holds
 from ckptd.pipeline.tools import Ended, Outcome, Tools
-from ckptd.worker.protocol import IdentityRecord, Purge, Trash
+from ckptd.retention import Dropped, Kept, Plan
+from ckptd.rules import Rules
 
 log = structlog.get_logger()
 
-MOVES_MAX = 100  # renames per call of resume()
-PURGES_MAX = 100  # unlinked per round, so that deleting never delays saving
+TOMBSTONES_MAX = 100  # in one transaction: some ten milliseconds, for which no save can be recorded
+MOVES_MAX = 16  # renames before a job goes on to the next save; the rest follow beside it
+TRIES_MAX = 8  # plans made for one call, each because what the one before was made from had changed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """How far an apply may go.
+
+    only    the ids that a person saw and agreed to: what the plan drops or strips beside them stays
+    digest  of the plan that a person saw; another one is Changed, and nothing is done
+    linked  where links lead: a metric that came since they were placed must not leave one dangling, so
+            these stay until the links have followed
+    """
+
+    only: Sequence[str] | None = None
+    digest: str | None = None
+    linked: Sequence[str] = ()
+
+    def narrowed(self, decided: Plan) -> Plan:
+        """Leave out of a plan what it may not do. What is left out of `drop` is in neither list."""
+
+        def may(one: Checkpoint) -> bool:
+            return one.id not in self.linked and (self.only is None or one.id in self.only)
+
+        drop = tuple(each for each in decided.drop if may(each.checkpoint))
+        return replace(decided, drop=drop, strip=tuple(one for one in decided.strip if may(one)))
+
+
+ANYTHING = Wanted()
 
 
 async def run(job: Job, tools: Tools) -> Outcome:
@@ -39,60 +65,143 @@ async def run(job: Job, tools: Tools) -> Outcome:
     checkpoint = await tools.catalog.read(lambda conn: checkpoints.get(conn, job.checkpoint_id))
     rules = tools.settings().rules_for(checkpoint.project, checkpoint.experiment)
     if rules.deletes:
-        await apply(tools, checkpoint.experiment_id, rules, linked=job.payload.get("linked", ()))
+        await apply(tools, checkpoint.experiment_id, rules, Wanted(linked=job.payload.get("linked", ())))
+    tools.space.ring()
     await tools.catalog.write(lambda tx: tools.jobs.finish(tx, job))
     return Ended()
 
 
-async def plan(tx_or_conn: Tx, experiment_id: str, rules: Rules) -> retention.Plan:
-    """Plan for one experiment from what the catalog says inside this transaction."""
-    conn = tx_or_conn.conn
-    now = tx_or_conn.clock.now()
-    found = await listing.of_experiment(conn, experiment_id)
-    reasons: defaultdict[str, list[str]] = defaultdict(list)
-    for hold in await holds.of_experiment(conn, experiment_id, now):
-        reasons[hold.checkpoint_id].append(f"{hold.kind} of {hold.by}" + (f": {hold.note}" if hold.note else ""))
-    for winner in await bests.current(conn, experiment_id):
-        reasons[winner.checkpoint_id].append(f"best:{winner.metric}")
-    known = {root.path: root for root in await roots.all_roots(conn)}
-    for checkpoint in found:
-        root = known.get(checkpoint.root)
-        if root is None or not root.may_remove(checkpoint.origin):
-            reasons[checkpoint.id].append("root does not allow deletion")
-    return retention.plan(found, rules, now, reasons)
+async def plan(tools: Tools, experiment_id: str, rules: Rules) -> Plan:
+    """Plan for one experiment from what the catalog says now; changes nothing."""
+    return await planned(await _read(tools, experiment_id, rules), rules)
 
 
-async def apply(
-    tools: Tools, experiment_id: str, rules: Rules, *, only: list[str] | None = None, linked: Sequence[str] = ()
-) -> retention.Plan:
-    """Plan, write the tombstones, then move the files. Returns the plan that was executed.
+async def apply(tools: Tools, experiment_id: str, rules: Rules, wanted: Wanted = ANYTHING) -> Plan:
+    """Plan and carry it out. Returns the plan with the drops and strips that were done.
 
-    What can't be moved now (a hung disk) is moved by `resume()`, and holds up nothing else.
+    Changed  the plan is another one than `wanted.digest` names
+    Busy     the experiment changed faster than it could be planned for; what was done stays done
 
-    only    the drops that a person saw and agreed to: what the new plan drops beside them stays
-    linked  where links lead: a metric that came since they were placed must not leave one dangling, so
-            these stay until the links have followed
+    What can't be moved now (a hung disk) is moved by trash.resume(), and holds up nothing else.
     """
-
-    async def tombstones(tx: Tx) -> retention.Plan:
-        decided = await plan(tx, experiment_id, rules)
-        drop = (d for d in decided.drop if d.checkpoint.id not in linked)
-        decided = retention.Plan(decided.keep, tuple(d for d in drop if only is None or d.checkpoint.id in only))
-        if decided.drop:
-            failpoint.hit("retain.planned")
-        for dropped in decided.drop:
-            await checkpoints.mark_trashed(tx, dropped.checkpoint.id, dropped.checkpoint.id, dropped.why)
-            await audits.record(
-                tx, audits.Deed(uid=-1, pid=0, verb="retention", subject=dropped.checkpoint.id, note=dropped.why)
-            )
-        return decided
-
     await tools.catalog.follow_clock()
-    decided = await tools.catalog.write(tombstones)
-    failpoint.hit("retain.tombstone")
-    for dropped in decided.drop:
-        await _try_to_move(tools, dropped.checkpoint)
-    return decided
+    history = await _read(tools, experiment_id, rules)
+    decided = await planned(history, rules)
+    if wanted.digest is not None and retention.digest([decided]) != wanted.digest:
+        raise Changed(
+            "the plan is another one now than the one that was named", hint="look at it again, and name that one"
+        )
+    narrowed = wanted.narrowed(decided)
+    allowed = await _allowed(tools, experiment_id, narrowed)
+    if allowed.drop:
+        failpoint.hit("retain.planned")
+    done = await _bury(tools, history, rules, list(allowed.drop))
+    if done:
+        failpoint.hit("retain.tombstone")
+        for each in done[:MOVES_MAX]:
+            await trash.try_to_move(tools, each.checkpoint)
+        if len(done) > MOVES_MAX:
+            tools.trashed.ring()
+        await _tell(tools, experiment_id, decided, done)
+    stripped = await strip.begin_all(tools, allowed.strip, rules)
+    return Plan(allowed.keep, tuple(done), stripped)
+
+
+async def retire_spare(
+    tools: Tools, experiment_id: str, rules: Rules, ids: Sequence[str], why: str
+) -> list[Checkpoint]:
+    """Retire those of `ids` that are spare in a plan made now: something wants their room. Returns which went."""
+    await tools.catalog.follow_clock()
+    history = await _read(tools, experiment_id, rules)
+    decided = await planned(history, rules)
+    spare = [each.checkpoint for each in decided.keep if each.spare and each.checkpoint.id in ids]
+    allowed = await _allowed(tools, experiment_id, Plan((), tuple(Dropped(one, why) for one in spare)))
+    done = await _bury(tools, history, rules, list(allowed.drop))
+    for each in done:
+        await trash.try_to_move(tools, each.checkpoint)
+    if done:
+        await _tell(tools, experiment_id, decided, done)
+    return [each.checkpoint for each in done]
+
+
+async def _read(tools: Tools, experiment_id: str, rules: Rules) -> History:
+    return await tools.catalog.read(lambda conn: read(conn, tools.clock, experiment_id, rules))
+
+
+async def _allowed(tools: Tools, experiment_id: str, decided: Plan) -> Plan:
+    """Keep what hooks object to, with what they say as the reason."""
+    rows = [each.checkpoint for each in decided.drop]
+    if not rows:
+        return decided
+    objection = await asking.about_plan(tools, experiment_id, rows)
+    if objection:
+        log.warning("retention.vetoed", experiment=experiment_id, drops=len(rows), why=objection)
+        stays = dict.fromkeys((row.id for row in rows), objection)
+    else:
+        stays = await asking.about_each(tools, rows, "no rule keeps it")
+    kept = (Kept(row, (stays[row.id],)) for row in rows if row.id in stays)
+    drop = tuple(each for each in decided.drop if each.checkpoint.id not in stays)
+    return replace(decided, keep=(*decided.keep, *kept), drop=drop)
+
+
+async def _bury(tools: Tools, history: History, rules: Rules, drops: list[Dropped]) -> list[Dropped]:
+    """Write tombstones, the oldest first, TOMBSTONES_MAX in a transaction; return those that were written.
+
+    Where the plan does not stand any more it is made again, and of the first one's drops those go on that
+    the new one drops as well: nothing goes that was not agreed to at the beginning.
+    """
+    left = drops[::-1]
+    done: list[Dropped] = []
+    buried = 0
+    for _ in range(TRIES_MAX):
+        while left:
+            batch = left[:TOMBSTONES_MAX]
+            if not await _bury_some(tools, history, rules, batch, buried):
+                break
+            done += batch
+            buried += len(batch)
+            left = left[TOMBSTONES_MAX:]
+        if not left or tools.settings().rules_for(*_names(drops)) != rules:
+            return done
+        history, buried = await _read(tools, history.experiment_id, rules), 0
+        again = await planned(history, rules)
+        free = {one.checkpoint.id for one in again.drop} | {one.checkpoint.id for one in again.keep if one.spare}
+        still = {each.checkpoint.id: each for each in left if each.checkpoint.id in free}
+        left = [still[each.checkpoint.id] for each in left if each.checkpoint.id in still]
+    if left and not done:
+        raise Busy(f"the experiment changed {TRIES_MAX} times while it was planned for", retry_after_s=1.0)
+    return done
+
+
+def _names(drops: Sequence[Dropped]) -> tuple[str, str]:
+    return drops[0].checkpoint.project, drops[0].checkpoint.experiment
+
+
+async def _bury_some(tools: Tools, history: History, rules: Rules, batch: Sequence[Dropped], buried: int) -> bool:
+    async def tombstones(tx: Tx) -> bool:
+        if not await still_holds(tx, history, rules, [each.checkpoint for each in batch], buried):
+            return False
+        await burials.bury(tx, {each.checkpoint.id: each.why for each in batch})
+        return True
+
+    return await tools.catalog.write(tombstones)
+
+
+async def _tell(tools: Tools, experiment_id: str, decided: Plan, done: Sequence[Dropped]) -> None:
+    rows = [each.checkpoint for each in done]
+    data = {
+        "project": rows[0].project,
+        "name": rows[0].experiment,
+        "retired": len(rows),
+        "kept": len(decided.keep),
+        "size_bytes": sum(row.size_bytes for row in rows),
+        "checkpoints": [row.id for row in rows[: asking.NAMED_MAX]],
+    }
+
+    async def tell(tx: Tx) -> None:
+        tx.tell("retention.applied", data, experiment=experiment_id)
+
+    await tools.catalog.write(tell)
 
 
 async def remove(tools: Tools, checkpoint: Checkpoint, uid: int, pid: int) -> None:
@@ -106,7 +215,7 @@ async def remove(tools: Tools, checkpoint: Checkpoint, uid: int, pid: int) -> No
         await audits.record(tx, audits.Deed(uid=uid, pid=pid, verb="remove", subject=checkpoint.id))
 
     await tools.catalog.write(tombstone)
-    await _try_to_move(tools, checkpoint)
+    await trash.try_to_move(tools, checkpoint)
 
 
 async def kept_by(tx: Tx, checkpoint: Checkpoint) -> list[str]:
@@ -118,128 +227,10 @@ async def kept_by(tx: Tx, checkpoint: Checkpoint) -> list[str]:
     if state not in {State.LIVE, State.CORRUPT}:
         raise NotFound(f"checkpoint {checkpoint.id} is {state}: there is nothing to remove")
     why = [f"{hold.kind} of {hold.by}" for hold in await holds.of_checkpoint(tx.conn, checkpoint.id, tx.clock.now())]
-    why += [
-        f"best:{w.metric}"
-        for w in await bests.current(tx.conn, checkpoint.experiment_id)
-        if w.checkpoint_id == checkpoint.id
-    ]
+    why += [winner.words for winner in await bests.of_checkpoints(tx.conn, [checkpoint.id])]
     newest = await listing.latest(tx.conn, checkpoint.experiment_id)
     if newest is not None and newest.id == checkpoint.id:
         why.append("newest verified of its experiment")
+    elif newest is None and checkpoint.is_whole and await listing.newest_whole(tx.conn, checkpoint) == checkpoint.id:
+        why.append("the newest that is whole, although a hook objects: there is no better one")
     return why
-
-
-async def move(tools: Tools, checkpoint: Checkpoint) -> None:
-    """Carry a tombstone out; safe to repeat. What is not the recorded bytes stays untouched, and the row is MISSING."""
-    found = await tools.catalog.read(lambda conn: checkpoints.identity(conn, checkpoint.id))
-    if found is None:  # its unlinking has begun
-        tools.moved.add(checkpoint.id)
-        return
-    try:
-        await tools.workers.call(
-            Trash(
-                root=checkpoint.root,
-                path=checkpoint.path,
-                identity=IdentityRecord(found.dev, found.ino, found.size_bytes, found.mtime_ns, found.ctime_ns),
-                trash=checkpoint.id,
-                checkpoint=checkpoint.id,
-            )
-        )
-    except CkptdError as error:
-        if error.code not in {"missing", "not_found", "source_changed", "bad_path"}:
-            raise
-        await _not_ours(tools, checkpoint, error)
-    else:
-        tools.moved.add(checkpoint.id)
-    failpoint.hit("retain.moved")
-    await tools.sources.drop(checkpoint.id)
-
-
-async def _not_ours(tools: Tools, checkpoint: Checkpoint, error: CkptdError) -> None:
-    """Nothing of ours is there any more: there is nothing to move, nothing may be touched, and that is what is said."""
-    log.warning("trash.not_ours", checkpoint=checkpoint.id, path=checkpoint.path, error=error.message)
-
-    async def gone(tx: Tx) -> None:
-        if await checkpoints.state_of(tx.conn, checkpoint.id) is State.TRASHED:
-            why = f"when it was to be retired, its files were not there any more: {error.message}"
-            await checkpoints.mark_missing(tx, checkpoint.id, why)
-
-    await tools.catalog.write(gone)
-
-
-async def _try_to_move(tools: Tools, checkpoint: Checkpoint) -> None:
-    try:
-        await move(tools, checkpoint)
-    except CkptdError as error:
-        log.warning("trash.delayed", checkpoint=checkpoint.id, path=checkpoint.path, **error.to_wire())
-
-
-async def resume(tools: Tools) -> int:
-    """Carry out tombstones whose files may still stand under their final name; return how many were looked at.
-
-    After a start that is all of them, MOVES_MAX per call; later only those that failed.
-    """
-    horizon = tools.clock.now()
-    wanted = await tools.catalog.read(lambda conn: tombstones_before(conn, horizon))
-    here = {one.id for one in wanted}
-    tools.moved.intersection_update(here)
-    waiting = [one for one in wanted if one.id not in tools.moved][:MOVES_MAX]
-    for one in waiting:
-        await _try_to_move(tools, await tools.catalog.read(lambda conn, of=one.id: checkpoints.get(conn, of)))  # type: ignore[misc]
-    return len(waiting)
-
-
-async def purge(tools: Tools) -> int:
-    """Unlink what has lain in the trash for its grace; at most PURGES_MAX per call. Returns how many.
-
-    One that can't be unlinked now is left for the next round and holds up no other.
-    """
-    await tools.catalog.follow_clock()
-    now = tools.clock.now()
-    due = []
-    for one in await tools.catalog.read(lambda conn: tombstones_before(conn, now)):
-        rules = tools.settings().rules_for(one.project, one.experiment)
-        if (now - one.trashed_at).total_seconds() >= rules.trash_grace_s:
-            due.append(one)
-    purged = 0
-    tools.delayed.clear()
-    for start in range(0, len(due), PURGES_MAX):
-        for one in await _begun(tools, due[start : start + PURGES_MAX]):
-            try:
-                await _purge(tools, one)
-            except CkptdError as error:
-                log.warning("purge.delayed", checkpoint=one.id, **error.to_wire())
-                tools.delayed.add(one.id)
-                continue
-            purged += 1
-            if purged >= PURGES_MAX:
-                return purged
-    return purged
-
-
-async def _begun(tools: Tools, due: list[Tombstone]) -> list[Tombstone]:
-    """Return those that lie in the trash, once it is noted that their unlinking has begun."""
-    for one in due:
-        if one.id not in tools.moved:  # never carried out, or by an earlier daemon
-            await _try_to_move(tools, await tools.catalog.read(lambda conn, of=one.id: checkpoints.get(conn, of)))  # type: ignore[misc]
-    there = [one for one in due if one.id in tools.moved]
-    tools.delayed.update(one.id for one in due if one.id not in tools.moved)
-    if not there:
-        return []
-    begun = await tools.catalog.write(lambda tx: give_up_inodes(tx, [one.id for one in there]))
-    failpoint.hit("retain.purging")
-    return [one for one in there if one.id in begun]
-
-
-async def _purge(tools: Tools, one: Tombstone) -> None:
-    checkpoint = await tools.catalog.read(lambda conn: checkpoints.get(conn, one.id))
-    await tools.workers.call(Purge(root=checkpoint.root, trash=one.trash))
-    failpoint.hit("retain.purged")
-
-    async def drop(tx: Tx) -> None:
-        if await checkpoints.state_of(tx.conn, one.id) is State.TRASHED:
-            await checkpoints.mark_dropped(tx, one.id)
-
-    await tools.catalog.write(drop)
-    failpoint.hit("retain.recorded")
-    tools.moved.discard(one.id)

@@ -12,6 +12,8 @@ from ckptd.catalog.checkpoints import Durable
 from ckptd.catalog.tx import Tx
 from ckptd.clock import Clock
 from ckptd.config import Settings
+from ckptd.hooks.context import Context
+from ckptd.hooks.result import Verdict
 from ckptd.jobs import Job, Jobs
 from ckptd.model import Checkpoint
 from ckptd.worker import Workers
@@ -30,6 +32,31 @@ class Sources(Protocol):
         """Nobody needs the image any more."""
 
 
+class Bell:
+    """Wakes the one who waits for it; rung while nobody waits, it is heard at the next waiting."""
+
+    def __init__(self) -> None:
+        """Not rung yet."""
+        self._rung = anyio.Event()
+
+    def ring(self) -> None:
+        """Wake the one who waits, or the next who will. Never blocks."""
+        self._rung.set()
+
+    async def heard(self, within_s: float) -> None:
+        """Wait until it was rung, or for so long."""
+        with anyio.move_on_after(within_s):
+            await self._rung.wait()
+        self._rung = anyio.Event()
+
+
+@dataclass(slots=True)
+class Low:
+    """Roots below their free-space floor, and when that was told last (monotonic seconds)."""
+
+    told_s: dict[str, float] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class Tools:
     """What every stage works with. `settings` is a call, so that a reload reaches running stages.
@@ -37,6 +64,11 @@ class Tools:
     placing  of each root: held while links under it are placed
     moved    retired checkpoints known to lie in the trash already
     delayed  those that the last look at the trash could not unlink
+    trashed  set when more is to be moved into the trash than a job waits for
+    emptying  of each root: held while something of it moves into its trash, out of it, or is unlinked
+    space    rung when budgets and free space should be looked at
+    low      roots whose disk is below its floor (pipeline/relieve.py)
+    ask      hooks, before an act (pipeline/asking.py); None: there are none
     """
 
     catalog: Catalog
@@ -47,6 +79,11 @@ class Tools:
     settings: Callable[[], Settings]
     moved: set[str] = field(default_factory=set)
     delayed: set[str] = field(default_factory=set)
+    trashed: Bell = field(default_factory=Bell)
+    space: Bell = field(default_factory=Bell)
+    low: Low = field(default_factory=Low)
+    emptying: defaultdict[str, anyio.Lock] = field(default_factory=lambda: defaultdict(anyio.Lock))
+    ask: Callable[[Context], Awaitable[Verdict]] | None = None
     placing: defaultdict[str, anyio.Lock] = field(default_factory=lambda: defaultdict(anyio.Lock))
 
 

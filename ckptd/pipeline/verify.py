@@ -7,16 +7,22 @@ verified checkpoint whose best flag is still open, and nothing can retire a winn
 import os
 from dataclasses import dataclass, replace
 
+import structlog
+
 from ckptd import failpoint
 from ckptd.catalog import checkpoints, roots
 from ckptd.catalog.tx import Tx
-from ckptd.config import Rules
 from ckptd.errors import CkptdError
+from ckptd.hooks.points import HookEvent
 from ckptd.jobs import Job
 from ckptd.model import Checkpoint, Damage, FileEntry, Identity, JobState, Origin, State
+from ckptd.pipeline import asking
 from ckptd.pipeline.tools import Ended, Fresh, Onward, Outcome, Tools
 from ckptd.pipeline.winners import refresh_best
+from ckptd.rules import Rules
 from ckptd.worker.protocol import DamageRecord, FileRecord, Purge, Settle, Settlement, Verified, Verify
+
+log = structlog.get_logger()
 
 NEXT = "link"
 REPAIR = "repair"
@@ -48,6 +54,8 @@ async def run(job: Job, tools: Tools) -> Outcome:
     if fresh is None and (read.checkpoint.state not in READABLE or not read.files):
         await tools.catalog.write(lambda tx: tools.jobs.finish(tx, job))
         return Ended()
+    if await _is_postponed(job, tools, read):
+        return Ended()
     damage = await compare(tools, read)
     if damage:
         return await _damaged(job, tools, read, damage)
@@ -71,6 +79,29 @@ async def run(job: Job, tools: Tools) -> Outcome:
     for number in range(1, int(job.payload.get("repairs", 0)) + 1):
         await tools.workers.call(Purge(root=read.checkpoint.root, trash=_evidence(job.checkpoint_id, number)))
     return Ended() if onward.state is JobState.DONE else Onward(onward)
+
+
+async def _is_postponed(job: Job, tools: Tools, read: Subject) -> bool:
+    """Ask hooks whether this is a time to read so much; a veto puts the job off, for a bounded time in all.
+
+    What was digested and is not written down yet is written down first: durable is not for a hook to delay.
+    """
+    postponed = int(job.payload.get("postponed", 0))
+    if postponed >= asking.VERIFY_POSTPONED_MAX:
+        return False
+    why = await asking.about(tools, HookEvent.BEFORE_INTEGRITY_CHECK, read.checkpoint, act=f"{job.id}-{job.claim}")
+    if not why:
+        return False
+
+    async def later(tx: Tx) -> None:
+        if job.fresh is not None:
+            await job.fresh.record(tx)
+        onward = await tools.jobs.advance(tx, job, "verify", {**job.payload, "postponed": postponed + 1})
+        await tools.jobs.postpone(tx, onward, asking.VERIFY_AGAIN_S)
+
+    await tools.catalog.write(later)
+    log.info("verify.postponed", checkpoint=read.checkpoint.id, why=why)
+    return True
 
 
 def _just_digested(fresh: Fresh) -> Subject:
@@ -118,7 +149,7 @@ async def good(tx: Tx, read: Subject, seen: Identity | None, rules: Rules) -> Ch
     elif seen is not None and seen != read.recorded:
         await checkpoints.set_identity(tx, row.id, seen)
     verified = await checkpoints.mark_verified(tx, row.id)
-    await refresh_best(tx, row.experiment_id, rules)
+    await refresh_best(tx, row, rules)
     return verified
 
 
@@ -131,7 +162,7 @@ async def bad(tx: Tx, read: Subject, damage: list[Damage], rules: Rules) -> Chec
         after = await checkpoints.mark_missing(tx, row.id, "its files are gone")
     else:
         after = await checkpoints.mark_corrupt(tx, row.id, damage)
-    await refresh_best(tx, row.experiment_id, rules)
+    await refresh_best(tx, row, rules)
     return after
 
 
@@ -164,7 +195,7 @@ async def _damaged(job: Job, tools: Tools, read: Subject, damage: list[Damage]) 
         state = await checkpoints.state_of(tx.conn, checkpoint.id)
         if overwritten and state in READABLE:
             await checkpoints.mark_missing(tx, checkpoint.id, "its writer put another file in its place")
-            await refresh_best(tx, checkpoint.experiment_id, rules)
+            await refresh_best(tx, checkpoint, rules)
         else:
             await bad(tx, read, damage, rules)
         if repairable:

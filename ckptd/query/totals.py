@@ -15,6 +15,7 @@ INVALID = (State.CORRUPT, State.MISSING, State.FAILED)
 _row = schema.checkpoint.c
 _experiment = schema.experiment.c
 _best = schema.best.c
+_board = schema.board.c
 
 Answer = dict[str, Any]
 
@@ -86,15 +87,15 @@ def _named(row: Any) -> Answer:
 
 async def _winners(conn: AsyncConnection, scope: ColumnElement[bool]) -> list[Answer]:
     """Name the best of each metric and direction over all experiments in scope; the catalog ranks within each."""
-    first = select(_best.metric, _best.mode, func.min(_best.value).label("low"), func.max(_best.value).label("high"))
-    first = first.join(schema.checkpoint, _row.sequence == _best.checkpoint_no)
-    ranked = first.where(scope & (_best.rank == 1)).group_by(_best.metric, _best.mode)
+    first = select(_board.metric, _board.mode, func.min(_best.value).label("low"), func.max(_best.value).label("high"))
+    first = first.join_from(schema.best, schema.board).join(schema.checkpoint, _row.sequence == _best.checkpoint_no)
+    own = scope & (_best.rank == 1) & (_board.scope == "experiment") & (_board.metric != "")
+    ranked = first.where(own).group_by(_board.metric, _board.mode)
     found = []
-    for metric, mode, low, high in (await conn.execute(ranked.order_by(_best.metric).limit(BEST_MAX))).all():
+    for metric, mode, low, high in (await conn.execute(ranked.order_by(_board.metric).limit(BEST_MAX))).all():
         value = low if mode == "min" else high
-        won = _NAMED.join(schema.best, _best.checkpoint_no == _row.sequence).where(
-            scope & (_best.rank == 1) & (_best.metric == metric) & (_best.mode == mode) & (_best.value == value)
-        )
+        won = _NAMED.join(schema.best, _best.checkpoint_no == _row.sequence).join(schema.board)
+        won = won.where(own & (_board.metric == metric) & (_board.mode == mode) & (_best.value == value))
         row = (await conn.execute(won.order_by(_row.sequence).limit(1))).first()
         if row is not None:
             found.append({"metric": metric, "mode": mode, "value": number(value), **_named(row)})

@@ -22,7 +22,7 @@ import msgspec
 
 from ckptd import failpoint
 from ckptd.errors import BadRequest, Bug, CkptdError
-from ckptd.worker import kernel, protocol
+from ckptd.worker import fetching, kernel, protocol, verbs
 from ckptd.worker.context import Context, Limits, TakesLong
 from ckptd.worker.fault import coded
 from ckptd.worker.lane import Lane
@@ -59,9 +59,15 @@ VERBS: dict[type[protocol.Request], Verb] = {
     protocol.Trash: Verb("trash", "trash"),
     protocol.Restore: Verb("trash", "restore"),
     protocol.Purge: Verb("trash", "purge"),
+    protocol.Strip: Verb("strip", "strip"),
+    protocol.Unstrip: Verb("strip", "unstrip"),
     protocol.Sweep: Verb("sweep"),
     protocol.Usage: Verb("usage"),
     protocol.Amend: Verb("amend"),
+    fetching.FetchBegin: Verb("fetched", "begin"),
+    fetching.FetchKeep: Verb("fetched", "keep", lane="read"),
+    fetching.FetchDrop: Verb("fetched", "drop"),
+    fetching.FetchedList: Verb("fetched", "listed"),
 }
 
 
@@ -144,7 +150,7 @@ class Loop:
             return
         fd = arenas.pop(0) if fds else None
         try:
-            request = msgspec.convert(message, protocol.AnyRequest)
+            request = msgspec.convert(message, verbs.AnyRequest)
         except msgspec.ValidationError as error:
             if fd is not None:
                 os.close(fd)

@@ -121,7 +121,7 @@ class Workers:
                 self._group = None
 
     async def call(self, request: protocol.Request, *, arena_fd: int | None = None) -> Any:
-        """Have a worker do `request`; return the struct that protocol.REPLY_OF names for it.
+        """Have a worker do `request`; return the struct that verbs.REPLY_OF names for it.
 
         `arena_fd` stays the caller's. Cancelling tells the worker to stop at its next look.
 
@@ -135,7 +135,7 @@ class Workers:
 
     @asynccontextmanager
     async def parts(self, request: protocol.Request, *, arena_fd: int | None = None) -> AsyncIterator[Parts]:
-        """Have a worker do a request that answers in parts (protocol.PART_OF). Leaving the block cancels it.
+        """Have a worker do a request that answers in parts (verbs.PART_OF). Leaving the block cancels it.
 
         The reader may call other verbs between two parts. Who leaves child.PARTS_BYTES_MAX unread
         has Busy instead of more. Errors as `call`, raised while iterating.

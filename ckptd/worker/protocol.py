@@ -213,7 +213,7 @@ class Scan(Request, frozen=True, tag="scan"):
 
 
 class Candidate(msgspec.Struct, frozen=True):
-    """One file or directory that a reader would load. `manifest` and `late` only in managed roots."""
+    """One file or directory that a reader would load. `manifest`, `late` and `stripped` only in managed roots."""
 
     path: str
     kind: str  # "file" or "directory"
@@ -222,6 +222,7 @@ class Candidate(msgspec.Struct, frozen=True):
     step: int | None = None
     manifest: dict[str, Any] | None = None
     late: dict[str, Any] | None = None
+    stripped: list[str] = []
 
 
 class Candidates(msgspec.Struct, frozen=True):
@@ -298,6 +299,34 @@ class Amend(Request, frozen=True, tag="amend"):
     metrics: dict[str, float | str]
 
 
+class Strip(Request, frozen=True, tag="strip"):
+    """Move `files` (name -> bytes) of the directory `path` into <root>/.ckptd-trash/<trash>/, named by stripped.json.
+
+    at  when that was meant, for stripped.json: the same words for the same intent
+    """
+
+    path: str
+    checkpoint: str
+    files: dict[str, int]
+    trash: str
+    at: str
+
+
+class Unstrip(Request, frozen=True, tag="unstrip"):
+    """Move them back, and forget that they were away."""
+
+    path: str
+    checkpoint: str
+    files: dict[str, int]
+    trash: str
+
+
+class Stripped(msgspec.Struct, frozen=True):
+    """The checkpoint's directory as it is now."""
+
+    identity: IdentityRecord
+
+
 class Purge(Request, frozen=True, tag="purge"):
     """Unlink <root>/.ckptd-trash/<trash> for good; already gone is fine."""
 
@@ -333,27 +362,3 @@ class Done(msgspec.Struct, frozen=True):
     """Nothing more to say. `count` where the verb counts."""
 
     count: int = 0
-
-
-AnyRequest = (
-    Publish | Digest | Verify | Inspect | Settle | Scan | Watch | Link | Trash | Restore | Purge | Sweep | Usage | Amend
-)
-
-REPLY_OF: dict[type[Request], type[msgspec.Struct]] = {
-    Publish: Published,
-    Digest: Digested,
-    Verify: Verified,
-    Inspect: Inspected,
-    Settle: Settlement,
-    Scan: Scanned,
-    Watch: Done,
-    Link: Done,
-    Trash: Done,
-    Restore: Done,
-    Purge: Done,
-    Sweep: Done,
-    Usage: Used,
-    Amend: Done,
-}
-
-PART_OF: dict[type[Request], type[msgspec.Struct]] = {Scan: Candidates, Watch: Hints}

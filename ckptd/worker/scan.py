@@ -18,8 +18,11 @@ from ckptd.worker.formats.ckptd_dir import (
     LATE_BYTES_MAX,
     MANIFEST,
     MANIFEST_BYTES_MAX,
+    STRIPPED,
+    STRIPPED_BYTES_MAX,
     parse_late,
     parse_manifest,
+    parse_stripped,
 )
 from ckptd.worker.formats.names import MARKER, is_unfinished, markers_of, step_of
 from ckptd.worker.formats.source import Source
@@ -199,6 +202,7 @@ class _Walk:
         name = path.rpartition("/")[2]
         manifest: dict[str, Any] | None = None
         late: dict[str, Any] | None = None
+        stripped: list[str] = []
         found: str | None
         if self._request.managed:
             found = "ckptd" if MANIFEST in listing.files else None
@@ -218,9 +222,17 @@ class _Walk:
         if self._request.managed:
             manifest = self._manifest(fd)
             late = parse_late(self._whole(fd, LATE, LATE_BYTES_MAX) or b"") if LATE in listing.files else None
+            stripped = self._stripped(fd, manifest) if STRIPPED in listing.files else []
         seen = identity(os.fstat(fd), files)
-        self._add(Candidate(path, "directory", found, seen, step_of(name), manifest, late))
+        self._add(Candidate(path, "directory", found, seen, step_of(name), manifest, late, stripped))
         return True
+
+    def _stripped(self, fd: int, manifest: dict[str, Any] | None) -> list[str]:
+        """Name the files that were taken out of it, and are not there."""
+        named = parse_stripped(
+            self._whole(fd, STRIPPED, STRIPPED_BYTES_MAX) or b"", (manifest or {}).get("checkpoint", "")
+        )
+        return [name for name in named if "/" not in name and not _is_there(fd, name)]
 
     def _manifest(self, fd: int) -> dict[str, Any] | None:
         """Read a manifest; None when it is none of ours: the candidate then says so."""
@@ -272,3 +284,11 @@ class _Walk:
         if self._found:
             self._context.send_part(Candidates(self._found))
             self._found, self._found_bytes = [], 0
+
+
+def _is_there(fd: int, name: str) -> bool:
+    try:
+        os.stat(name, dir_fd=fd, follow_symlinks=False)
+    except (FileNotFoundError, ValueError):
+        return False
+    return True

@@ -19,7 +19,7 @@ from anyio.abc import TaskGroup, TaskStatus
 from ckptd import config
 from ckptd.errors import Bug, CkptdError, RootDegraded, TimedOut, Weather, WorkerLost
 from ckptd.events import Event
-from ckptd.worker import protocol
+from ckptd.worker import protocol, verbs
 from ckptd.worker.child import Child, Pending, spawn
 from ckptd.worker.mounts import Mount
 
@@ -135,12 +135,12 @@ class Station:
         self._silences = 0
         if isinstance(outcome, CkptdError):
             raise outcome
-        return _decoded(outcome, protocol.REPLY_OF[type(request)])
+        return _decoded(outcome, verbs.REPLY_OF[type(request)])
 
     def part(self, request: protocol.Request, raw: msgspec.Raw) -> msgspec.Struct:
         """Turn one part of an answer into its struct."""
         self._silences = 0
-        return _decoded(raw, protocol.PART_OF[type(request)])
+        return _decoded(raw, verbs.PART_OF[type(request)])
 
     def retire(self) -> None:
         """End the worker: no root is on this mount any more."""

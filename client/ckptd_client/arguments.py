@@ -1,10 +1,13 @@
 """Checks of what a caller passes: each error names the field, its value and the rule. No I/O."""
 
 import os
+import re
 from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 from ckptd_client.capture import plain_of
 from ckptd_client.metrics import checked
+
+_ID = re.compile(r"[0-9a-f]{32}")
 
 NAME_CHARACTERS_MAX = 128
 NAME_BYTES_MAX = 240  # leaves room for the suffixes of temporary names within a file name's 255
@@ -165,6 +168,14 @@ def known_fields(given: Dict[str, Any]) -> Dict[str, Any]:
 def mode() -> str:
     """Return what CKPTD_MODE says: "online", "offline" or "disabled"."""
     return choice("CKPTD_MODE", os.environ.get("CKPTD_MODE") or MODES[0], MODES)
+
+
+def checkpoint_id(field: str, value: Any) -> str:
+    """Return the id of a handle, or an id as it is."""
+    found = getattr(value, "id", value)
+    if not isinstance(found, str) or _ID.fullmatch(found) is None:
+        raise bad(field, value, "must be a handle of save() or an id of 32 hex digits")
+    return found
 
 
 def selector(value: Any) -> str:

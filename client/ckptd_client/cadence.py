@@ -2,7 +2,7 @@
 
 import threading
 import time
-from typing import Callable, Optional
+from typing import Any, Callable, Optional
 
 
 class Cadence:
@@ -42,14 +42,14 @@ class Cadence:
         self.skipped_count = 0
 
     def due(self, step: Optional[int] = None, epoch: Optional[float] = None) -> bool:
-        """Say whether to save now.
+        """Say whether to save now. Never raises: what is no number counts as not said.
 
         Steps and epochs are due at whole multiples, and when a multiple was passed over since the
         last answer; step and epoch 0 are never due.
         """
+        step, whole_epoch = _whole(step), _whole(epoch)
         with self._lock:
             now_s = self._clock()
-            whole_epoch = None if epoch is None else int(epoch)
             due = (
                 _passed(self._steps, self._last_step, step)
                 or _passed(self._epochs, self._last_epoch, whole_epoch)
@@ -63,6 +63,16 @@ class Cadence:
             else:
                 self.skipped_count += 1
             return due
+
+
+def _whole(number: Any) -> Optional[int]:
+    """Return the whole part; None for None, NaN, an infinity, or what is no number."""
+    if type(number) is int or number is None:
+        return number
+    try:
+        return int(number)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several elements
+        return None
 
 
 def _passed(every: Optional[int], last: Optional[int], now: Optional[int]) -> bool:

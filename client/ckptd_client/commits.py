@@ -36,6 +36,7 @@ class _Commit(NamedTuple):
     lease: Lease
     handle: Handle
     since_s: float
+    stall_s: float
 
 
 class Commits:
@@ -48,9 +49,12 @@ class Commits:
         self._open: Dict[str, _Commit] = {}
         self._rescuing: Dict[str, _Commit] = {}
 
-    def add(self, lease: Lease, handle: Handle) -> None:
-        """Tell the daemon of a committed arena, now or after the next hello. Never blocks."""
-        commit = _Commit(lease, handle, time.monotonic())
+    def add(self, lease: Lease, handle: Handle, stall_s: float) -> None:
+        """Tell the daemon of a committed arena, now or after the next hello. Never blocks.
+
+        `stall_s` is how long training stood still for it, for the daemon's statistics.
+        """
+        commit = _Commit(lease, handle, time.monotonic(), stall_s)
         with self._changed:
             self._open[handle.id] = commit
         self._send(commit)
@@ -93,6 +97,7 @@ class Commits:
             checkpoint=handle.id,
             arena=lease.name,
             generation=lease.generation,
+            stall_s=round(commit.stall_s, 6),
         )
 
     def _on_reply(self, commit: _Commit, reply: Message, fds: List[int]) -> None:

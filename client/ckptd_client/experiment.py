@@ -4,6 +4,7 @@ import atexit
 import os
 import sys
 import threading
+import time
 from types import TracebackType
 from typing import Any, Dict, List, Optional, Sequence, Type, Union
 
@@ -11,7 +12,9 @@ from ckptd_client import arguments, capture
 from ckptd_client.cadence import Cadence
 from ckptd_client.errors import Refused, UnsupportedValue
 from ckptd_client.handle import Handle
+from ckptd_client.late import LateMetrics
 from ckptd_client.loader import Loader, Wanted
+from ckptd_client.metrics import checked as checked_metrics
 from ckptd_client.overflow import SPOOL_BYTES_MAX
 from ckptd_client.places import PlaceError, named_place
 from ckptd_client.saver import Saver
@@ -117,6 +120,7 @@ class Experiment:
             self._session.say("socket", "%s; no daemon is used", error)
         self._saver = Saver(self._session)
         self._loader = Loader(self._session)
+        self._late = LateMetrics(self._session)
 
     def _live(self) -> Session:
         """Return this process's session; in a forked child, a new one.
@@ -196,6 +200,7 @@ class Experiment:
         if self._closed:
             return self._refused_after_close(checkpoint, fields.step)
         self._live()
+        self._late.tend()
         return self._saver.save(state, fields, checkpoint)
 
     def submit(self, path: PathLike, step: Optional[int] = None, **fields: Any) -> Handle:
@@ -232,6 +237,21 @@ class Experiment:
         if session.metrics.log(metrics, whole):
             session.poke()
 
+    def measured(self, checkpoint: Union[Handle, str], metrics: Dict[str, Any]) -> None:
+        """Say what was measured of a checkpoint after its save, such as when its validation has ended. Returns at once.
+
+        What is best is decided again before any rule can retire it. With no daemon it waits for the next save,
+        flush or close; what is left then is lost.
+
+        checkpoint  the handle that save() returned, or an id
+
+        ValueError  names the bad argument
+        """
+        found, values = arguments.checkpoint_id("checkpoint", checkpoint), checked_metrics(metrics)
+        if values and not self._disabled:
+            self._live()
+            self._late.put(found, values)
+
     def load(
         self,
         selector: Union[str, int] = "latest",
@@ -253,6 +273,7 @@ class Experiment:
 
         NotFound           a step or id that is not there       CorruptCheckpoint  damaged; `newest_good` is whole
         StateMismatch      `into` does not fit: nothing changed  Unavailable        only a daemon could answer
+        Refused            a hook of the daemon forbids it (code "vetoed")
         """
         wanted = Wanted(arguments.selector(selector), into, keys, fallback=fallback, verify=verify)
         if self._disabled:
@@ -309,7 +330,11 @@ class Experiment:
 
     def flush(self, timeout_s: float = CLOSE_S) -> bool:
         """Wait until everything handed over so far is with a daemon or in the spool; False when time ran out."""
-        return True if self._disabled else self._live().flush(arguments.seconds("timeout_s", timeout_s))
+        if self._disabled:
+            return True
+        deadline_s = time.monotonic() + arguments.seconds("timeout_s", timeout_s)
+        safe = self._live().flush(timeout_s)
+        return self._late.settle(deadline_s) and safe
 
     def close(self, status: str = "completed", error: Optional[str] = None, *, timeout_s: float = CLOSE_S) -> None:
         """Flush and end the experiment as "completed" or "failed". Idempotent; later saves are refused.
@@ -321,7 +346,9 @@ class Experiment:
             return
         session = self._live()
         atexit.unregister(self._at_exit)
-        session.end(status, error, arguments.seconds("timeout_s", timeout_s))
+        deadline_s = time.monotonic() + arguments.seconds("timeout_s", timeout_s)
+        self._late.settle(deadline_s)
+        session.end(status, error, max(0.0, deadline_s - time.monotonic()))
 
     def _was_closed(self) -> bool:
         """Close it for everybody but the first who asks."""

@@ -32,11 +32,21 @@ def quick_facts() -> Dict[str, Any]:
         "host": platform.node(),
         "pid": os.getpid(),
         "argv": mask_arguments([str(argument) for argument in getattr(sys, "argv", [])]),
+        "command": _command(),
         "cwd": _cwd(),
         "python": platform.python_version(),
         "executable": sys.executable,
         "os": f"{platform.system()} {platform.release()} {platform.machine()}",
     }
+
+
+def _command() -> List[str]:
+    """Return how the interpreter was started, "-m package" and all; [] where Python 3.9 does not keep it.
+
+    A program on the command line itself is left out: its text is code, where no mask finds a secret.
+    """
+    given = [str(argument) for argument in getattr(sys, "orig_argv", [])]
+    return [] if "-c" in given and getattr(sys, "argv", [""])[:1] == ["-c"] else mask_arguments(given)
 
 
 def slow_facts() -> Dict[str, Any]:
@@ -46,6 +56,15 @@ def slow_facts() -> Dict[str, Any]:
     facts.update(_seeds())
     facts.update(git_facts(_cwd()))
     return facts
+
+
+def rss_bytes() -> Optional[int]:
+    """Return how much memory this process has in use now; None where /proc does not say."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as statm:
+            return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def environment() -> Dict[str, str]:

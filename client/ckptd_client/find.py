@@ -12,6 +12,8 @@ from ckptd_client.errors import NotFound, Unavailable
 from ckptd_client.readback import Order, is_intact
 
 MANIFEST = "manifest.json"
+STRIPPED = "stripped.json"  # beside a manifest: which of its files were taken out since
+STRIPPED_BYTES_MAX = 1 << 20
 MANIFEST_BYTES_MAX = 256 << 20  # a damage map takes 20 bytes for each MiB of files
 ENTRIES_MAX = 100_000  # directory entries that one search looks at
 DEPTH_MAX = 3  # directory templates may put checkpoints some levels down
@@ -77,9 +79,26 @@ def read_manifest(path: str) -> Optional[Found]:
         files = [file for file in manifest["files"] if isinstance(file["path"], str) and file["size_bytes"] >= 0]
         if len(files) != len(manifest["files"]):
             return None
+        gone = set(stripped_files(path, str(manifest["checkpoint"])))
+        files = [file for file in files if file["path"] not in gone]
         return Found(path, int(manifest["step"] or 0), str(manifest["checkpoint"]), files, manifest)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
+
+
+def stripped_files(path: str, checkpoint: str = "") -> List[str]:
+    """Name the files that were taken out of the checkpoint at `path` and are not there: optimizer states of an old one.
+
+    Empty when its stripped.json is another checkpoint's, or makes no sense.
+    """
+    try:
+        with open(os.path.join(path, STRIPPED), "rb") as file:
+            said = json.loads(file.read(STRIPPED_BYTES_MAX))
+        if checkpoint and said["checkpoint"] != checkpoint:
+            return []
+        return [name for name in said["files"] if not os.path.lexists(os.path.join(path, name))]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def _manifests(experiment_dir: str, depth: int) -> Iterator[str]:

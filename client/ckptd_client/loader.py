@@ -6,6 +6,7 @@ error says what is damaged and which checkpoint is whole.
 
 import os
 import re
+import time
 from typing import TYPE_CHECKING, Any, Dict, List, NamedTuple, Optional, Sequence
 
 from ckptd_client import restore
@@ -19,8 +20,11 @@ if TYPE_CHECKING:
     from ckptd_client.session import Session
 
 ATTACH_S = 10.0
+VETOED = "vetoed"  # the code of a daemon whose hook forbids a load
+ERROR_CHARS_MAX = 2000  # of an error that the daemon is told of
 OTHERS_MAX = 64  # checkpoints that are tried in the place of a damaged one
 # Selectors that ask for whatever there is: nothing yet is no error.
+_ID = re.compile("[0-9a-f]{32}")
 _ANY = re.compile(r"latest|best(?:[:_].*)?")
 
 
@@ -42,8 +46,27 @@ class Loader:
         self._session = session
 
     def load(self, wanted: Wanted) -> Any:
-        """Load; see Experiment.load."""
+        """Load; see Experiment.load. The daemon is told how it went, when there is one: that costs one message."""
+        began_s = time.monotonic()
         reply = self._attach(wanted.selector)
+        checkpoint = None if reply is None else str(reply.get("checkpoint"))
+        try:
+            state = self._load(reply, wanted)
+        except Exception as error:
+            self._tell(checkpoint, began_s, error=f"{type(error).__name__}: {error}"[:ERROR_CHARS_MAX])
+            raise
+        if state is not None:
+            # Another one than was asked for stands here when the first was damaged.
+            hot = reply is not None and bool(reply.get("mapped"))
+            self._tell(self._session.resumed_from or checkpoint, began_s, hot=hot)
+        return state
+
+    def _tell(self, checkpoint: Optional[str], began_s: float, error: str = "", *, hot: bool = False) -> None:
+        if checkpoint is not None and _ID.fullmatch(checkpoint):
+            ms = round((time.monotonic() - began_s) * 1000, 1)
+            self._session.tell("loaded", checkpoint=checkpoint, ok=not error, ms=ms, hot=hot, error=error)
+
+    def _load(self, reply: Optional[Message], wanted: Wanted) -> Any:
         if reply is None:
             found = self._on_disk(wanted.selector)
             if found is None:
@@ -75,6 +98,8 @@ class Loader:
                 _check_may_be_none(selector)
                 return None
             except (Unavailable, TimedOut, Refused) as error:
+                if isinstance(error, Refused) and error.code == VETOED:
+                    raise
                 session.say("resolve", "the daemon could not say where %s is: %s", selector, error)
         on_disk = self._on_disk(selector)
         return None if on_disk is None else on_disk.path
@@ -89,6 +114,8 @@ class Loader:
         except NotFound:
             return None  # a checkpoint that is on the disk and not in its catalog is as good
         except (Unavailable, TimedOut, Refused) as error:
+            if isinstance(error, Refused) and error.code == VETOED:
+                raise  # what a hook forbids is not read around it
             session.say("attach", "the daemon could not hand over %s (%s); it is read from the disk", selector, error)
             return None
 

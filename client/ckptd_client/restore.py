@@ -16,7 +16,7 @@ from ckptd_client.decode import Decoder, references
 from ckptd_client.dtypes import framework, numpy_dtype, torch_dtype
 from ckptd_client.errors import CorruptCheckpoint, MissingPart
 from ckptd_client.fill import fill
-from ckptd_client.find import MANIFEST, Found, find_checkpoint, newest_intact, read_manifest
+from ckptd_client.find import MANIFEST, Found, find_checkpoint, newest_intact, read_manifest, stripped_files
 from ckptd_client.header import Entry, parse_header
 from ckptd_client.plan import STATE_FILE
 from ckptd_client.readback import Order, read_files
@@ -60,7 +60,7 @@ def read_checkpoint(  # noqa: PLR0913  # the flags of a load are independent of 
     def open_files(names: Sequence[str]) -> Views:
         missing = [name for name in names if name not in listed]
         if missing:
-            raise MissingPart(f"{path} has no {missing[0]}", missing[0], path)
+            raise MissingPart(_why_missing(path, missing[0]), missing[0], path)
         order = Order(path, [listed[name] for name in names], verify, mmap)
         return {name: memoryview(memory)[: listed[name]["size_bytes"]] for name, memory in read_files(order).items()}
 
@@ -69,6 +69,15 @@ def read_checkpoint(  # noqa: PLR0913  # the flags of a load are independent of 
     except CorruptCheckpoint as error:
         error.newest_good = newest_intact(os.path.dirname(os.path.abspath(path)), path)
         raise
+
+
+def _why_missing(path: str, name: str) -> str:
+    if name not in stripped_files(path):
+        return f"{path} has no {name}"
+    return (
+        f"{name} was taken out of {path} to save space: load the rest with keys=[...], bring it back with "
+        "`ckpt restore` while the trash holds it, or load a newer checkpoint"
+    )
 
 
 def map_checkpoint(  # noqa: PLR0913  # as above

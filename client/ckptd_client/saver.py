@@ -42,11 +42,13 @@ class Saver:
         self._plans = PlanCache()
         self._lock = threading.Lock()
         self._sequence = 0
+        self._begun_s = 0.0
 
     def save(self, state: Any, fields: SaveFields, checkpoint: str) -> Handle:
         """Save `state` as `checkpoint`; see Experiment.save. Never raises unless the experiment's raise_errors is set."""
         session = self._session
-        deadline_s = time.monotonic() + session.spec.overlap_wait_s
+        begun_s = time.monotonic()
+        deadline_s = begun_s + session.spec.overlap_wait_s
         session.count("saves")
         if fields.step is None:
             fields = fields._replace(step=session.next_step())
@@ -54,6 +56,7 @@ class Saver:
         handle = Handle(checkpoint, fields.step)
         if not self._lock.acquire(timeout=max(0.0, session.spec.overlap_wait_s)):
             return self._failed(handle, TimedOut("another thread's save took longer than overlap_wait_s"))
+        self._begun_s = begun_s
         try:
             self._save(state, fields, handle, deadline_s)
         except Exception as error:
@@ -125,7 +128,7 @@ class Saver:
             session.leases.give_back(lease)
             raise
         session.handles.add(handle)
-        session.commits.add(lease, handle)
+        session.commits.add(lease, handle, time.monotonic() - self._begun_s)
         # Asked for in the same breath: by the next save an arena has been found, mapped and filled.
         session.leases.want(plan.arena_bytes, 1)
 

@@ -357,7 +357,7 @@ class Session:
         if not self._opened and (due or self.refused is None):
             self._open()  # what was refused may be possible by now: a root added, a disk mounted
         elif due:
-            self.tell("experiment.beat", step=self.latest_step)
+            self.tell("experiment.beat", step=self.latest_step, rss_bytes=facts.rss_bytes())
         self._send_metrics()
         return FLUSH_S if len(self.metrics) and self._opened else self._beat_at_s - now_s
 

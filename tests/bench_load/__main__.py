@@ -13,14 +13,16 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.bench_load import catalogue, queue, report, roundtrip, verifying, watching
+from tests.bench_load import asking, catalogue, queue, report, retiring, roundtrip, verifying, watching
 from tests.bench_load.outcome import Outcome, impossible
 from tests.bench_load.scale import SMALL, Scale
 
 PARTS = {
     "roundtrip": ("Round trips", roundtrip.measure),
+    "asking": ("Hooks", asking.measure),
     "queue": ("The queue", queue.measure),
     "catalogue": ("A large catalog", catalogue.measure),
+    "retiring": ("Retiring", retiring.measure),
     "watching": ("Watching", watching.measure),
     "verifying": ("Reading back", verifying.measure),
 }

@@ -39,8 +39,8 @@ SELECT i, noise(-i), :uid, 1 + (1 + i % :experiments) % :projects, 1 + i % :expe
        1, i, 4096, :now * 1000, :now * 1000 FROM n
 """
 _FILES = """
-INSERT INTO file (checkpoint_no, position, path, size_bytes, sha256, xxh3)
-SELECT sequence, p.value, 'model-' || p.value || '.safetensors', 8388608, lower(hex(randomblob(32))), randomblob(64)
+INSERT INTO file (checkpoint_no, position, path, size_bytes, sha256, xxh3, stripped)
+SELECT sequence, p.value, 'model-' || p.value || '.safetensors', 8388608, lower(hex(randomblob(32))), randomblob(64), 0
 FROM checkpoint JOIN json_each(:positions) AS p
 """
 _OTHERS = (

@@ -3,7 +3,13 @@
 import ast
 
 from ckptd import failpoint
-from tests.crash import test_catalog_crash, test_kill_at_the_edges, test_kill_everywhere
+from tests.crash import (
+    test_catalog_crash,
+    test_kill_at_the_edges,
+    test_kill_everywhere,
+    test_kill_fetches,
+    test_kill_strips,
+)
 from tests.support import tree
 
 
@@ -31,7 +37,7 @@ def test_every_point_of_the_sources_is_declared_and_every_declared_one_is_in_the
 
 def test_the_kill_suites_kill_at_every_point() -> None:
     """F1: exhaustive, each in a test that fails when the point is not reached."""
-    suites = (test_kill_everywhere, test_kill_at_the_edges, test_catalog_crash)
+    suites = (test_kill_everywhere, test_kill_at_the_edges, test_catalog_crash, test_kill_fetches, test_kill_strips)
     killed = {point.partition(":")[0] for suite in suites for point in suite.POINTS}
     assert killed == failpoint.POINTS.keys()
 

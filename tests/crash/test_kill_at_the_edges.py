@@ -1,8 +1,11 @@
 """Deaths outside of a save's way: at the start, at a reload, at the stop, and while foreign files are taken in."""
 
+import json
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +17,14 @@ from tests.support.trainer import Nursery
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 START = ["start.adopted", "start.recovered"]
-POINTS = (*START, "reload.applied", "digest.fsynced", "stop.draining", "stop.spilled")
+HOOKS = ["hook.delivered", "hook.recorded"]
+LEDGER = """\
+#!{python}
+import sys
+with open({path!r}, "a") as file:
+    file.write(sys.stdin.read().replace("\\n", "") + "\\n")
+"""
+POINTS = (*START, *HOOKS, "reload.applied", "digest.fsynced", "stop.draining", "stop.spilled")
 
 
 @pytest.fixture(scope="module")
@@ -114,3 +124,34 @@ def test_a_daemon_killed_while_it_spills_leaves_whole_images_to_the_next(short_d
     finally:
         print(node.tail())
         node.clean_up()
+
+
+@pytest.mark.parametrize("point", ["ack.durable", *HOOKS])
+def test_a_fact_reaches_its_hook_over_the_death_of_the_daemon(node: Node, nursery: Nursery, point: str) -> None:
+    """F1: killed before the delivery it comes after the restart; between delivery and commit it comes again under the
+    same key; after the commit it does not.
+    """
+    told, script = node.dir / "told", node.dir / "ledger"
+    script.write_text(LEDGER.format(python=sys.executable, path=str(told)))
+    script.chmod(0o755)
+    node.more = f'[[hooks]]\nname = "ledger"\nexec = ["{script}"]\nevents = ["checkpoint.published"]\n'
+    node.configure()
+    node.start()
+    trainer = nursery.trainer(node.environ)
+    trainer.open(name="run", project="edge", dir=str(node.runs))
+    node.arm(point)
+    saved = trainer.save(seed=1, step=1)["id"]
+    node.wait_fired()
+    tally.add("kills", 1)
+    node.wait_level(saved)
+
+    def facts() -> list[dict[str, Any]]:
+        return [json.loads(line) for line in told.read_text().splitlines()] if told.exists() else []
+
+    wanted = 2 if point == "hook.delivered" else 1
+    eventually(lambda: len(facts()) >= wanted, f"{wanted} deliveries")
+    second = trainer.save(seed=2, step=2)["id"]  # what comes after it is the end of the first's
+    eventually(lambda: any(fact["checkpoint_id"] == second for fact in facts()), "the second to be told")
+    keys = [fact["key"] for fact in facts() if fact["checkpoint_id"] == saved]
+    assert (len(keys), len(set(keys))) == (wanted, 1)
+    trainer.end()

@@ -24,7 +24,8 @@ NOBODY = 65534
 CANARY = "c4n4ry-s3cr3t"
 # Runtime dependencies beside ckptd's own client. One more is a decision, not a line in a file.
 DEPENDENCIES = {
-    "aiosqlite", "alembic", "anyio", "click", "msgspec", "pydantic", "sqlalchemy", "structlog", "watchfiles", "xxhash",
+    "aiosqlite", "alembic", "anyio", "click", "msgspec", "prometheus_client", "pydantic", "sqlalchemy", "stamina",
+    "starlette", "structlog", "uvicorn", "watchfiles", "xxhash",
 }  # fmt: skip
 
 

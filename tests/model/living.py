@@ -18,7 +18,7 @@ from unittest import mock
 import anyio
 
 from ckptd.catalog import checkpoints
-from ckptd.pipeline import STAGES, retain
+from ckptd.pipeline import STAGES, trash
 from ckptd.pipeline.tools import Ended
 from ckptd.worker import Workers
 from ckptd.worker.__main__ import VERBS
@@ -100,7 +100,7 @@ async def _serve(recorder: Recorder) -> bool:
 
 async def _work(recorder: Recorder, node: Node) -> None:
     parts = node.parts
-    await retain.resume(parts.tools)
+    await trash.resume(parts.tools)
     await parts.spool.take_in()
     for _ in range(_ROUNDS_MAX):
         claimed = await parts.jobs.claim()
@@ -113,7 +113,7 @@ async def _work(recorder: Recorder, node: Node) -> None:
         raise AssertionError("its jobs never end")
     rows = await _rows(node, recorder.root)
     recorder.say("purging", [checkpoint for checkpoint, row in rows.items() if row[0] == "trashed"])
-    await retain.purge(parts.tools)
+    await trash.purge(parts.tools)
 
 
 @asynccontextmanager

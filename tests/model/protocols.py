@@ -1,6 +1,6 @@
 """Every protocol that changes a disk, and the fsyncs of theirs that no promise rests on."""
 
-from tests.model import amending, linking, living, migrating, publishing, retiring, spooling
+from tests.model import amending, linking, living, migrating, publishing, retiring, spooling, stripping
 from tests.model.publishing import FILES, NESTED, SMALL
 from tests.model.scenario import Scenario
 
@@ -24,6 +24,9 @@ SCENARIOS: tuple[Scenario, ...] = (
     retiring.swept(),
     amending.amended(),
     amending.amended_again(),
+    stripping.stripped(),
+    stripping.unstripped(),
+    stripping.stripped_and_purged(),
     migrating.snapshot_taken(),
     spooling.image_written(),
     spooling.image_written_again(),
@@ -42,4 +45,5 @@ NOT_NEEDED = {
     "durable.remove_tree:{} < sweep": "the same",
     "trash._trash_at:{} < trash.restore": "what it finds in the trash was moved there after the trash's own name was durable",
     "trash._trash_at:{} < trash.purge": "the same",
+    "strip._bin:{} < strip.unstrip": "what it takes back was moved there after the trash's own names were durable",
 }

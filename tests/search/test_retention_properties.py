@@ -6,10 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptd.best import best
-from ckptd.config import BestRule, Rules
+from ckptd.bestrule import BestRule
 from ckptd.model import Checkpoint, Level, State
-from ckptd.retention import newness, plan
-from tests.unit.test_best import a_save
+from ckptd.retention import Given, newness, plan
+from ckptd.rules import Rules
+from tests.support.saved import a_save
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
 
@@ -20,7 +21,7 @@ BEST_RULES = st.builds(
 RULES = st.builds(
     Rules,
     keep_last=st.none() | st.integers(1, 5),
-    keep_best=st.lists(BEST_RULES, max_size=3).map(tuple),
+    keep_best=st.lists(BEST_RULES, max_size=3, unique_by=lambda rule: rule.name).map(tuple),
     keep_every=st.none() | st.integers(1, 10),
 )
 
@@ -53,7 +54,7 @@ def test_the_promises_hold_for_every_input(
     found: list[Checkpoint], rules: Rules, holds: dict[str, tuple[str, ...]]
 ) -> None:
     """R1 to R4 (M093, M094), checked from the words of the promises, not by the function's own check."""
-    decided = plan(found, rules, NOW, holds)
+    decided = plan(found, rules, Given(now=NOW, holds=holds))
     dropped = {one.checkpoint.id for one in decided.drop}
     kept = [one.checkpoint for one in decided.keep]
     assert sorted(dropped | {one.id for one in kept}) == sorted(one.id for one in found)
@@ -65,7 +66,7 @@ def test_the_promises_hold_for_every_input(
         assert not dropped & {winner.checkpoint.id for winner in best(found, rule)}
     assert not dropped & holds.keys()
     assert dropped <= {one.id for one in good}
-    assert plan(kept, rules, NOW, holds).drop == ()
+    assert plan(kept, rules, Given(now=NOW, holds=holds)).drop == ()
     assert all(one.why for one in decided.keep)
     if not rules.deletes:
         assert not dropped
@@ -77,15 +78,15 @@ def test_what_is_not_verified_changes_nothing_for_what_is(
 ) -> None:
     """R3: taking the unverified ones away leaves the same ones to drop."""
     good = [one for one in found if one.is_good]
-    assert plan(found, rules, NOW, holds).drop == plan(good, rules, NOW, holds).drop
+    assert plan(found, rules, Given(now=NOW, holds=holds)).drop == plan(good, rules, Given(now=NOW, holds=holds)).drop
 
 
 @given(found=saves(), rules=RULES, more=BEST_RULES)
 def test_a_further_rule_never_drops_more(found: list[Checkpoint], rules: Rules, more: BestRule) -> None:
     """Rules are a union of keeps."""
     wider = rules.model_copy(update={"keep_best": (*rules.keep_best, more)})
-    before = {one.checkpoint.id for one in plan(found, rules, NOW, {}).drop}
-    after = {one.checkpoint.id for one in plan(found, wider, NOW, {}).drop}
+    before = {one.checkpoint.id for one in plan(found, rules, Given(now=NOW)).drop}
+    after = {one.checkpoint.id for one in plan(found, wider, Given(now=NOW)).drop}
     assert after <= before or not rules.deletes
 
 
@@ -103,11 +104,7 @@ def test_the_best_is_what_a_naive_search_says(found: list[Checkpoint], rule: Bes
         for one in left[1:]:
             new, old = one.metrics[rule.metric], champion.metrics[rule.metric]
             better = new < old if rule.mode == "min" else new > old
-            earlier = (-1 if one.step is None else one.step, one.revision, one.sequence) < (
-                -1 if champion.step is None else champion.step,
-                champion.revision,
-                champion.sequence,
-            )
+            earlier = newness(one) < newness(champion)
             if better or (new == old and earlier):
                 champion = one
         expected.append(champion.id)

@@ -131,6 +131,8 @@ async def daemon(
             await services.start(parts.workers.run)
             services.start_soon(parts.followers.run)
             services.start_soon(parts.metrics.run)
+            services.start_soon(parts.extensions.run)
+            services.start_soon(parts.observers.run)
             await composition._start_up(parts, keeper.passed())
             await services.start(parts.listener.run, listening)
             services.start_soon(composition._reap, parts)

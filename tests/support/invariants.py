@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from ckptd_client import control, spool
+from ckptd_client.find import stripped_files
 from tests.support.node import Node, NotAnswering, arenas_of
+from tests.support.taken_out import named, recorded
 
 RANK = {"none": 0, "staged": 1, "durable": 2, "verified": 3, "tiered": 4}
 GRACE_S = 45.0  # orphan_age_s of the tests' configuration, twice the upkeep's interval, and a slow machine
@@ -54,6 +56,7 @@ class View:
 
     rows: dict[str, dict[str, Any]]
     files: dict[int, list[tuple[str, int, str]]]  # by the checkpoint's sequence: path, size, SHA-256
+    stripped: dict[int, set[str]]  # likewise: files that were taken out, or are on the move
     events: dict[str, list[str]]  # by checkpoint: names in their order
     jobs: dict[str, list[str]]  # by checkpoint: states
     held: dict[int, str]  # by sequence: "pin" or "lease"
@@ -139,7 +142,7 @@ def whole_or_absent(view: View) -> Iterator[str]:
             continue
         try:
             manifest = json.loads((directory / "manifest.json").read_bytes())
-            files = [(file["path"], file["size_bytes"], file["sha256"]) for file in manifest["files"]]
+            files = named(manifest, stripped_files(str(directory), manifest["checkpoint"]))
         except (OSError, ValueError, KeyError) as error:
             if directory.exists():
                 yield f"{directory} has no whole manifest: {error!r}"
@@ -202,7 +205,7 @@ def rebuildable(view: View) -> Iterator[str]:
         for key, column in facts.items():
             if manifest.get(key) != row[column]:
                 yield f"{_name(row)}: the manifest's {key} is {manifest.get(key)!r}, the catalog's {row[column]!r}"
-        files = sorted((file["path"], file["size_bytes"], file["sha256"]) for file in manifest["files"])
+        files = sorted(named(manifest, view.stripped.get(row["sequence"], ())))
         if files != sorted(view.files[row["sequence"]]):
             yield f"{_name(row)}: manifest and catalog list other files"
         if row["manifest_sha256"] not in {"", hashlib.sha256(text).hexdigest()}:
@@ -292,7 +295,7 @@ def of_disk(state: Path, **memory: Any) -> View:
 def _read(raw: sqlite3.Connection) -> dict[str, Any]:
     rows = {row["id"]: dict(row) for row in raw.execute(_ROWS)}
     files: dict[int, list[tuple[str, int, str]]] = defaultdict(list)
-    for number, *of in raw.execute("SELECT checkpoint_no, path, size_bytes, sha256 FROM file"):
+    for number, *of in raw.execute("SELECT checkpoint_no, path, size_bytes, sha256 FROM file WHERE NOT stripped"):
         files[number].append((of[0], of[1], of[2]))
     events: dict[str, list[str]] = defaultdict(list)
     for checkpoint, name in raw.execute(
@@ -307,7 +310,8 @@ def _read(raw: sqlite3.Connection) -> dict[str, Any]:
     held |= {row[0]: "pin" for row in raw.execute("SELECT checkpoint_no FROM pin")}
     best = {row[0] for row in raw.execute("SELECT checkpoint_no FROM best")}
     roots = {row[0]: row[1] for row in raw.execute("SELECT path, kind FROM root")}
-    return {"rows": rows, "files": files, "events": events, "jobs": jobs, "held": held, "best": best, "roots": roots}
+    facts = {"rows": rows, "files": files, "stripped": recorded(raw), "events": events, "jobs": jobs, "held": held}
+    return {**facts, "best": best, "roots": roots}
 
 
 def _sound(raw: sqlite3.Connection) -> Iterator[str]:

@@ -20,6 +20,7 @@ NAMES = (
     "fuzzed frames",
     "bit flips",
     "bit flips found",
+    "retention histories",
     "violations",
 )
 _WORKERS = "ckptd_tally"  # the key under which a worker of xdist sends its counts

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import msgspec
 
-from ckptd.worker import protocol
+from ckptd.worker import protocol, verbs
 from ckptd_client.wire import Splitter
 
 ANSWER_S = 60.0
@@ -87,7 +87,7 @@ class WorkerProcess:
     def ask(self, request: protocol.Request, fd: int | None = None) -> Any:
         """Return the typed reply, or the error object of one that failed."""
         frame = self.reply(self.send(request, fd))
-        return msgspec.convert(frame["result"], protocol.REPLY_OF[type(request)]) if frame["ok"] else frame["error"]
+        return msgspec.convert(frame["result"], verbs.REPLY_OF[type(request)]) if frame["ok"] else frame["error"]
 
     def kill(self) -> None:
         self.process.send_signal(signal.SIGKILL)

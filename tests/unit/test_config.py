@@ -6,7 +6,10 @@ import pytest
 from pydantic import ValidationError
 
 from ckptd import config
-from ckptd.config import Settings, parse_size, parse_span
+from ckptd.bestrule import BestRule
+from ckptd.config import Settings
+from ckptd.rules import Rules
+from ckptd.section import parse_size, parse_span
 
 
 def test_the_examples_in_the_docstrings_hold():
@@ -76,7 +79,7 @@ def test_settings_can_not_be_changed_in_passing():
         ({"nonsense": 1}, "Extra inputs"),
         ({"roots": [{"path": "here"}]}, "must be absolute"),
         ({"roots": [{"path": "/a/../b"}]}, "without '..'"),
-        ({"retention": {"keep_best": {"metric": "loss"}}}, "Field required"),
+        ({"retention": {"keep_best": {"metric": "loss"}}}, "mode of 'loss' is missing"),
     ],
 )
 def test_values_that_can_not_hold_together_are_refused(wrong, message):
@@ -86,13 +89,13 @@ def test_values_that_can_not_hold_together_are_refused(wrong, message):
 
 
 def test_one_best_rule_may_be_written_without_a_list():
-    rules = config.Rules.model_validate({"keep_best": {"metric": "val_loss", "mode": "min", "k": 3}})
-    assert rules.keep_best == (config.BestRule(metric="val_loss", mode="min", k=3),)
+    rules = Rules.model_validate({"keep_best": {"metric": "val_loss", "mode": "min", "k": 3}})
+    assert rules.keep_best == (BestRule(metric="val_loss", mode="min", k=3),)
 
 
 def test_a_metrics_direction_is_never_guessed():
     with pytest.raises(ValidationError):
-        config.BestRule.model_validate({"metric": "val_loss"})
+        BestRule.model_validate({"metric": "val_loss"})
 
 
 @pytest.mark.parametrize(
@@ -100,4 +103,4 @@ def test_a_metrics_direction_is_never_guessed():
     [({}, False), ({"trash_grace_s": 0}, False), ({"keep_last": 1}, True), ({"keep_every": 10}, True)],
 )
 def test_without_any_rule_nothing_is_ever_deleted(rules, deletes):
-    assert config.Rules.model_validate(rules).deletes is deletes
+    assert Rules.model_validate(rules).deletes is deletes

@@ -11,18 +11,30 @@ import anyio
 
 from ckptd import daemon as composition
 from ckptd import pipeline
-from ckptd.catalog import checkpoints
+from ckptd.catalog import checkpoints, eventlog
 from ckptd.errors import Bug, WorkerLost
 from ckptd.events import EVENTS, MISSED
 from ckptd.intake import presence
 from ckptd.model import State, new_id
-from ckptd.pipeline import retain
+from ckptd.pipeline import retain, trash
+from ckptd.rules import Rules
 from tests.support.in_process import Training, a_tensor, daemon, eventually
 from tests.support.watched import a_watched
 
-# Told where a mount really hangs (test_handle.py), and by a queue that really overflows (test_events.py).
-ELSEWHERE = {"root.degraded", "root.recovered", MISSED}
+# Told where a mount really hangs (test_handle.py), by queues that really overflow (test_events.py, test_delivery.py),
+# by limits that are really passed (test_alerts.py), by a database that really refuses (test_faults.py) and one that is really older (test_schema.py).
+ELSEWHERE = {
+    "alert.raised", "alert.cleared", "root.degraded", "root.recovered", MISSED, "hook.missed",
+    "catalog.failed", "catalog.migrated",
+}  # fmt: skip
 RULES = {"keep_last": 9, "keep_best": [{"metric": "loss", "mode": "min"}], "trash_grace_s": 0}
+HOOKS = """
+from ckptd.hooks import Finding, Level, hook
+
+@hook(events=["checkpoint.pinned"])
+def look(context):
+    return Finding(Level.INFO, "it is pinned", {"note": context.data.get("note")})
+"""
 
 
 async def whole_life(node, line) -> str:
@@ -34,8 +46,12 @@ async def whole_life(node, line) -> str:
     await line.ask("pin", selector=first, note="mine")
     await line.ask("unpin", selector=first)
     await line.ask("remove", selector=first)
-    await retain.purge(node.parts.tools)
+    await line.ask("restore", selector=first)
+    await line.ask("unpin", selector=first)
+    await line.ask("remove", selector=first)
+    await trash.purge(node.parts.tools)
     assert await node.read(lambda conn: checkpoints.state_of(conn, first)) is State.DROPPED
+    await line.ask("checkpoint.tag", selector=second, add=["paper"])
     path = node.runs / "demo/run/step_0000000002"
     path.rename(node.directory / "aside")
     await line.ask("verify", selector=second)
@@ -102,12 +118,58 @@ async def troubles(node, line, monkeypatch) -> None:
     await eventually(lambda: all(state.pid != worker.pid for state in node.parts.workers.state()))
 
 
+async def loads_and_limits(node, line, checkpoint: str) -> None:
+    """A load that works and one that does not; a metric beyond its limit; a trainer that stands; a full disk; a plan."""
+    await line.ask("loaded", checkpoint=checkpoint, ms=3.5, hot=True)
+    await line.ask("loaded", checkpoint=checkpoint, ok=False, error="out of memory")
+    stands = await Training(line, str(node.runs), name="stands").open()
+    await line.ask("metrics", experiment=stands.experiment, points=[["grad_norm", 7, 1e9, 1.0]])
+    await line.ask("experiment.beat", experiment=stands.experiment, step=7)
+    retired = await Training(line, str(node.runs), name="retired").open()
+    await retired.saved(1)
+    await retired.saved(2)
+    await node.parts.observers.alerts.look()
+    await anyio.sleep(0.2)
+    await node.parts.observers.alerts.look()
+    await line.ask("experiment.close", experiment=stands.experiment, status="completed")
+    await node.parts.observers.alerts.look()
+
+
+async def slimmed(node, line) -> None:
+    """An optimizer's state taken out of an older one, and put back."""
+    files = {"model.safetensors": a_tensor(), "optimizer.safetensors": a_tensor(), "state.json": b"{}"}
+    slim = await Training(line, str(node.runs), name="slim").open()
+    first = await slim.saved(1, files=files)
+    await slim.saved(2, files=files)
+    await retain.apply(node.parts.tools, slim.experiment, Rules(strip_after=1))
+    await line.ask("restore", selector=first)
+
+
+async def all_logged(node) -> dict[str, set[str]]:
+    """What was told before anybody could listen stands in the log."""
+    found: defaultdict[str, set[str]] = defaultdict(set)
+    for entry in await node.read(lambda conn: eventlog.page(conn, limit=10_000)):
+        found[entry.event.name] |= entry.event.data.keys()
+    return found
+
+
 async def test_every_declared_event_and_every_key_of_it_is_told_by_a_real_flow(short_dir, monkeypatch):
-    """A name that nothing fires, or a key that nothing fills, is a promise to whoever hooks on it."""
+    """M047, M049: a name that nothing fires, or a key that nothing fills, is a promise to whoever hooks on it."""
     monkeypatch.setattr(presence, "LOOK_S", 0.05)
     tree, settings = a_watched(short_dir)
     found = tree / "run7/found_5.safetensors"
     found.write_bytes(a_tensor(5))
+    (short_dir / "pinned.py").write_text(HOOKS)
+    settings |= {
+        "hooks_defaults": {"failures_max": 1, "entry_points": False},
+        "hooks": [
+            {"name": "pinned", "python": "pinned:look", "import_path": [str(short_dir)]},
+            {"name": "broken", "exec": ["/bin/false"], "events": ["experiment.opened"]},
+        ],
+        "thresholds": [{"metric": "grad_norm", "above": 100.0}],
+        "alerts": {"look_s": 3600, "disk_free_share_min": 1.0, "stalled_s": 0.1},
+        "experiments": [{"name": "retired", "keep_last": 1}],
+    }
     told: defaultdict[str, set[str]] = defaultdict(set)
     async with (
         daemon(short_dir, retention=RULES, **settings) as node,
@@ -121,7 +183,10 @@ async def test_every_declared_event_and_every_key_of_it_is_told_by_a_real_flow(s
 
         async with anyio.create_task_group() as group:
             group.start_soon(listen)
-            await whole_life(node, line)
+            await eventually(lambda: not node.parts.extensions.hooked.registry.undeclared)
+            second = await whole_life(node, line)
+            await loads_and_limits(node, line, second)
+            await slimmed(node, line)
             await three_ends(node, line)
             await troubles(node, line, monkeypatch)
             await line.ask("submit", path=str(found), checkpoint=new_id(), note="mine")
@@ -130,10 +195,13 @@ async def test_every_declared_event_and_every_key_of_it_is_told_by_a_real_flow(s
             (short_dir / "more").mkdir()
             await line.ask("root.add", path=str(short_dir / "more"), kind="watched")
             await line.ask("status")
+            composition._say_goodbye(node.parts, anyio.CancelScope())
             wanted = {name: set(declared.keys) for name, declared in EVENTS.items() if name not in ELSEWHERE}
             with anyio.move_on_after(10):
                 while any(told[name] != keys for name, keys in wanted.items()):
                     await anyio.sleep(0.05)
+                    for name, keys in (await all_logged(node)).items():
+                        told[name] |= keys
             group.cancel_scope.cancel()
     wrong = {name: (keys - told[name], told[name] - keys) for name, keys in wanted.items() if told[name] != keys}
     assert not wrong, f"(never told, not declared): {wrong}"

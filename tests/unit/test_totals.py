@@ -1,13 +1,14 @@
 """Counting over the whole catalog. M155"""
 
-from ckptd.catalog import bests, checkpoints
+from ckptd.catalog import checkpoints
 from ckptd.model import Level
 from ckptd.query.totals import totals
+from tests.support.boards import put_places
 from tests.support.catalog import UID, a_checkpoint, climb, experiment, opened, saved
 
 
 async def _best(catalog, experiment_id, decided):
-    await catalog.write(lambda tx: bests.replace(tx, experiment_id, decided))
+    await catalog.write(lambda tx: put_places(tx, experiment_id, decided))
 
 
 async def test_an_empty_catalog_has_nothing_of_anything(tmp_path):

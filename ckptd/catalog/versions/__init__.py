@@ -11,7 +11,7 @@ from sqlalchemy import Connection, Engine, event, inspect, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ckptd import failpoint
-from ckptd.catalog import schema, sqlite
+from ckptd.catalog import hooktables, sqlite, striptable
 from ckptd.catalog.tx import Tx
 from ckptd.errors import CatalogFault
 
@@ -41,19 +41,19 @@ async def require_current(conn: AsyncConnection, where: str) -> None:
         raise _unknown(revision, where) if revision not in (None, *_known()) else _outdated(revision, where)
 
 
-async def bring_up_to_date(conn: AsyncConnection, path: Path | None, where: str) -> None:
-    """Make a fresh schema, or migrate an older one after a snapshot; does nothing when it is current.
+async def bring_up_to_date(conn: AsyncConnection, path: Path | None, where: str) -> str | None:
+    """Make a fresh schema, or migrate an older one after a snapshot and return its version; nothing when it is current.
 
     CatalogFault  the catalog is newer than this code
     """
     revision = await revision_of(conn)
     await conn.rollback()
     if revision == HEAD:
-        return
+        return None
     if revision is None:
         async with conn.begin():
             await conn.run_sync(create)
-        return
+        return None
     if revision not in _known():
         raise _unknown(revision, where)
     if path is not None:
@@ -62,11 +62,14 @@ async def bring_up_to_date(conn: AsyncConnection, path: Path | None, where: str)
     async with conn.begin():
         await conn.run_sync(migrate)
     failpoint.hit("catalog.migrated")
+    return revision
 
 
 def create(connection: Connection) -> None:
     """Make every table in the connection's transaction and stamp HEAD."""
-    schema.metadata.create_all(connection, checkfirst=False)
+    # There is one MetaData; to name a table of each module makes sure that all have put theirs into it.
+    (tables,) = {hooktables.hook.metadata, striptable.strip.metadata}
+    tables.create_all(connection, checkfirst=False)
     connection.execute(text(f"CREATE TABLE {TABLE} (version_num VARCHAR(32) NOT NULL PRIMARY KEY)"))
     connection.execute(text(f"INSERT INTO {TABLE} VALUES (:head)"), {"head": HEAD})  # noqa: S608  TABLE is ours
 

@@ -40,7 +40,7 @@ _SHARD = re.compile(r".+-\d{5}-of-\d{5}\.(?:safetensors|bin)")
 _TRAINER_NAME = re.compile(r"checkpoint-\d+")
 _OUR_NAME = re.compile(r"step_\d{10,}(?:_r\d+)?|ckpt_[0-9a-f]{12}(?:_r\d+)?")
 
-_TELLING = frozenset({marker for marker, _ in _MARKERS} | {"manifest.json", "late.json", "state.json"})
+_TELLING = frozenset({marker for marker, _ in _MARKERS} | {"manifest.json", "late.json", "stripped.json", "state.json"})
 _TELLING_ENDINGS = (*_INDEX_ENDINGS, ".distcp")
 
 _FOLDER_READERS = {

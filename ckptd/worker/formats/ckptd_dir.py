@@ -15,6 +15,8 @@ from ckptd.worker.protocol import FileRecord, Inspected
 MANIFEST = "manifest.json"
 LATE = "late.json"  # what became known after the manifest was written
 LATE_BYTES_MAX = 8 << 20
+STRIPPED = "stripped.json"  # which files of the manifest were taken out (worker/strip.py)
+STRIPPED_BYTES_MAX = 1 << 20
 MANIFEST_BYTES_MAX = 32 << 20  # 19 bytes for each MiB of a checkpoint: room for 1.6 TB
 _BRACKETS_MAX = 400_000  # lists and objects: two for each file of a checkpoint, and what a config holds
 _DEPTH_MAX = 24  # levels: a frame holds a few more around them
@@ -74,6 +76,21 @@ def parse_late(raw: bytes) -> dict[str, Any] | None:
     return msgspec.to_builtins(found) if found.v == 1 else None
 
 
+class _Stripped(msgspec.Struct):
+    v: int
+    checkpoint: str
+    files: list[str]
+
+
+def parse_stripped(raw: bytes, checkpoint: str) -> list[str]:
+    """Return the files that stripped.json names; none when it is none of ours, or another checkpoint's."""
+    try:
+        found = msgspec.json.decode(raw, type=_Stripped)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return []
+    return found.files if found.v == 1 and found.checkpoint == checkpoint else []
+
+
 def _shallow(value: object, depth: int) -> bool:
     if isinstance(value, dict):
         return depth > 0 and all(_shallow(item, depth - 1) for item in value.values())
@@ -87,8 +104,12 @@ def read(folder: Folder, ask: Ask) -> Inspected:
     if MANIFEST not in folder.sizes:
         raise broken("missing", f"{MANIFEST} is not there")
     manifest = parse_manifest(folder.read_whole(MANIFEST, MANIFEST_BYTES_MAX))
+    away = folder.read_whole(STRIPPED, STRIPPED_BYTES_MAX) if STRIPPED in folder.sizes else b""
+    stripped = parse_stripped(away, manifest["checkpoint"])
     for record in manifest["files"]:
         size_bytes = folder.sizes.get(record["path"])
+        if size_bytes is None and record["path"] in stripped:
+            continue
         if size_bytes is None:
             raise broken("missing", f"{record['path']!r}, which {MANIFEST} names")
         if size_bytes != record["size_bytes"]:

@@ -7,12 +7,13 @@ from sqlalchemy import delete, update
 from sqlalchemy.exc import IntegrityError
 
 from ckptd.best import best
-from ckptd.catalog import Catalog, audits, bests, checkpoints, holds, roots, schema
+from ckptd.bestrule import BestRule
+from ckptd.catalog import Catalog, audits, bests, checkpoints, contenders, holds, roots, schema
 from ckptd.catalog.audits import Deed
 from ckptd.catalog.roots import NewRoot
-from ckptd.config import BestRule
 from ckptd.errors import NotFound
 from ckptd.model import RootKind, new_id
+from tests.support.boards import put_places
 from tests.support.catalog import UID, StillClock, Told, experiment, saved
 
 
@@ -83,12 +84,16 @@ async def test_best_candidates_are_enough_for_the_pure_rule(catalog: Catalog) ->
     made += [await saved(catalog, known, 5, revision=number, metrics={"loss": 1.0}) for number in (3, 1, 2)]
     await catalog.write(lambda tx: checkpoints.mark_corrupt(tx, made[5].id, []))
     everything = [await catalog.read(lambda conn, of=one.id: checkpoints.get(conn, of)) for one in made]
+    where = await catalog.read(lambda conn: bests.whereabouts(conn, known))
+    among = contenders.Among(experiment_nos=[where.experiment_no], is_one_experiment=True)
     for mode in ("min", "max"):
         for k in (1, 2, 3, 20):
             rule = BestRule(metric="loss", mode=mode, k=k)
-            found = await catalog.read(lambda conn, r=rule: bests.candidates(conn, known, r.metric, r.mode, r.k))
-            assert best(found, rule) == best(everything, rule)
-            assert best(found, rule)
+            found = await catalog.read(lambda conn, m=mode, n=k: contenders.leaders(conn, among, "loss", m, n))
+            winners = [winner.checkpoint.id for winner in best(everything, rule)]
+            named = {row.id for row in found}
+            assert [winner.checkpoint.id for winner in best([o for o in everything if o.id in named], rule)] == winners
+            assert winners
 
 
 async def test_best_changed_is_told_only_for_a_new_first_place(catalog: Catalog, told: Told) -> None:
@@ -99,7 +104,7 @@ async def test_best_changed_is_told_only_for_a_new_first_place(catalog: Catalog,
     rule = ("loss", "min")
 
     async def decide(*winners: tuple[str, float]) -> bool:
-        return await catalog.write(lambda tx: bests.replace(tx, known, {rule: winners} if winners else {}))
+        return await catalog.write(lambda tx: put_places(tx, known, {rule: winners} if winners else {}))
 
     assert await decide((two.id, 2.0))
     assert not await decide((two.id, 2.0))

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
-from ckptd.catalog import Catalog, bests, checkpoints, listing, roots
+from ckptd.catalog import Catalog, checkpoints, listing, roots
 from ckptd.catalog.listing import Filter, Scope
 from ckptd.catalog.roots import NewRoot
 from ckptd.catalog.tx import Tx
 from ckptd.errors import Ambiguous, BadRequest, NotFound
 from ckptd.model import Checkpoint, Level, Origin, RootKind, State
+from tests.support.boards import put_places
 from tests.support.catalog import UID, StillClock, a_checkpoint, climb, experiment, saved
 
 
@@ -213,7 +214,7 @@ async def test_best_is_by_its_rule_and_says_when_it_cannot_tell(catalog: Catalog
         await resolve(catalog, "best:val/loss")
 
     async def decide(tx: Tx) -> None:
-        await bests.replace(
+        await put_places(
             tx, known, {("val/loss", "min"): [(one.id, 1.0), (two.id, 2.0)], ("acc", "max"): [(two.id, 2.0)]}
         )
 
@@ -221,7 +222,7 @@ async def test_best_is_by_its_rule_and_says_when_it_cannot_tell(catalog: Catalog
     assert (await resolve(catalog, "best:val/loss")).id == one.id
     assert (await resolve(catalog, "best_val/loss")).id == one.id
     assert (await resolve(catalog, "demo/run@best:acc")).id == two.id
-    assert (await resolve(catalog, "best", best_metric="val/loss", best_mode="min")).id == one.id
+    assert (await resolve(catalog, "best", best_rule="val/loss")).id == one.id
     with pytest.raises(Ambiguous):
         await resolve(catalog, "best")
 

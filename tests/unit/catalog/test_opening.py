@@ -189,18 +189,24 @@ def downgrade():
 
 
 async def test_an_older_catalog_is_migrated_after_a_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """M038, M039: on a populated file; the snapshot is the whole catalog as it was."""
+    """M038, M039: on a populated file; the snapshot is the whole catalog as it was. M049: it is an event, once."""
+    told = Told()
     path = tmp_path / "c.sqlite"
     async with opened(path) as catalog:
         await catalog.write(lambda tx: roots.ensure(tx, NewRoot(path="/data", kind=RootKind.WATCHED, uid=UID)))
         known = await experiment(catalog)
         await saved(catalog, known, 5)
     NextVersion(tmp_path / "next", monkeypatch)
-    async with opened(path) as catalog:
+    async with opened(path, told):
+        pass
+    async with opened(path, told) as catalog:
         color = await catalog.read(lambda conn: conn.execute(text("SELECT color FROM root")))
         assert color.scalar_one() == "blue"
         newest = await catalog.read(lambda conn: checkpoints.newest_good(conn, known))
         assert newest is not None
+    assert [(event.name, event.data) for event in told.events] == [
+        ("catalog.migrated", {"before": "0001", "after": "0002"})
+    ]
     snapshot = tmp_path / "c.sqlite.before-0002"
     assert snapshot.stat().st_mode & 0o777 == 0o600
     raw = sqlite3.connect(snapshot)

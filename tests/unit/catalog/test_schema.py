@@ -24,9 +24,11 @@ from ckptd.catalog import (
     bests,
     checkpoint_rows,
     checkpoints,
+    contenders,
     eventlog,
     experiments,
     holds,
+    hookruns,
     listing,
     metrics,
     queue,
@@ -34,6 +36,7 @@ from ckptd.catalog import (
     schema,
     versions,
 )
+from ckptd.catalog.contenders import Among
 from ckptd.catalog.listing import Filter, Scope
 from ckptd.errors import CatalogFault, CkptdError
 from ckptd.model import Level, State, new_id
@@ -73,8 +76,19 @@ SHIPPED: dict[str, Callable[..., Awaitable[Any]]] = {
     "summary": lambda c, x: experiments.summary(c, x.known),
     "holds": lambda c, x: holds.of_experiment(c, x.known, StillClock().now()),
     "hold": lambda c, x: holds.of_checkpoint(c, x.one, StillClock().now()),
-    "best candidates": lambda c, x: bests.candidates(c, x.known, "loss", "min", 1),
+    "best leaders": lambda c, x: contenders.leaders(
+        c, Among(experiment_nos=[1], is_one_experiment=True), "loss", "min", 1
+    ),
+    "best leaders of project": lambda c, x: contenders.leaders(c, Among(project_no=1), "loss", "min", 1),
+    "best among all": lambda c, x: contenders.everyone(c, Among(experiment_nos=[1]), retired=True),
+    "best of one": lambda c, x: contenders.one(c, x.one),
     "best": lambda c, x: bests.current(c, x.known),
+    "best held": lambda c, x: bests.held(c, x.known),
+    "best firsts": lambda c, x: bests.firsts(c, [x.known]),
+    "best of checkpoints": lambda c, x: bests.of_checkpoints(c, [x.one]),
+    "best places": lambda c, x: bests.places(c, [1, 2]),
+    "best boards holding": lambda c, x: bests.boards_holding(c, [x.one]),
+    "best descent": lambda c, x: bests.descent(c, 1),
     "series": lambda c, x: metrics.series(c, x.known, "loss"),
     "tail": lambda c, x: metrics.tail(c, x.known, 5),
     "summaries": lambda c, x: metrics.summaries(c, x.known),
@@ -82,6 +96,10 @@ SHIPPED: dict[str, Callable[..., Awaitable[Any]]] = {
     "audit of": lambda c, x: audits.page(c, subject="x"),
     "events": lambda c, x: eventlog.page(c, since=5),
     "events of": lambda c, x: eventlog.page(c, checkpoint_id=x.one),
+    "events named": lambda c, x: eventlog.named(c, ["root.added"], 5, 10),
+    "event reach": lambda c, x: eventlog.reach(c),
+    "hook runs": lambda c, x: hookruns.runs(c, after=50),
+    "findings": lambda c, x: hookruns.findings(c, x.one),
     "due jobs": lambda c, x: queue.due(c, StillClock().now(), 1),
     "next job": lambda c, x: queue.next_time(c),
     "jobs": lambda c, x: queue.unfinished(c, 10),

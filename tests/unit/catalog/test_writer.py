@@ -291,18 +291,20 @@ async def test_on_a_full_disk_the_ballast_is_released_and_the_write_tried_again(
 
 
 async def test_a_disk_that_stays_full_is_no_space_and_what_was_committed_stays(tmp_path: Path, told: Told) -> None:
-    """M022: and the catalog works again as soon as there is room."""
+    """M022, M049: and the catalog works again as soon as there is room. It is told at once, and once."""
     async with opened(tmp_path / "c.sqlite", told) as catalog:
         kept = await experiment(catalog, name="kept")
         await fill_up(catalog)
-        with pytest.raises(NoSpace):
-            await experiment(catalog, name="big", config={"big": "x" * 100_000})
+        for _ in range(2):
+            with pytest.raises(NoSpace):
+                await experiment(catalog, name="big", config={"big": "x" * 100_000})
         assert (await catalog.read(lambda conn: experiments.get(conn, kept))).name == "kept"
         await catalog._writer.exclusive(  # type: ignore[union-attr]
             lambda conn: sqlite.pragma(conn, "max_page_count=100000")
         )
         await experiment(catalog, name="big", config={"big": "x" * 100_000})
-    assert told.names == ["experiment.opened", "experiment.opened"]
+    assert told.names == ["experiment.opened", "catalog.failed", "experiment.opened"]
+    assert (told.events[1].data["error"]["code"], told.events[1].seq) == ("no_space", None)
 
 
 async def test_one_write_that_fills_the_disk_does_not_confuse_those_beside_it(tmp_path: Path) -> None:

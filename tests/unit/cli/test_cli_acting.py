@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from ckptd.cli import acting
+from ckptd.cli import retaining
 from ckptd.errors import Busy, Held, NotFound
 from ckptd_client import spool
 
@@ -136,7 +136,7 @@ def test_retention_apply_with_nothing_to_drop_asks_nothing(run, daemon, monkeypa
 
 
 def test_a_plan_of_very_many_drops_is_applied_in_frames_that_fit(run, daemon, monkeypatch):
-    monkeypatch.setattr(acting, "DROPS_PER_REQUEST_MAX", 2)
+    monkeypatch.setattr(retaining, "DROPS_PER_REQUEST_MAX", 2)
     drops = [{"checkpoint": f"{n:032x}", "step": n, "size_bytes": 1, "why": []} for n in range(5)]
     daemon.replies["retention"]["plans"][0]["drop"] = drops
     run("retention", "apply", "--yes")

@@ -65,7 +65,7 @@ def test_the_overview_says_of_each_verb_what_the_verb_says_itself():
 
 @pytest.mark.parametrize(
     ("typed", "meant"),
-    [("lss", "ls"), ("stauts", "status"), ("delete", "rm"), ("prune", "retention plan"), ("describe", "show")],
+    [("lss", "ls"), ("satus", "status"), ("delete", "rm"), ("prune", "retention plan"), ("describe", "show")],
 )
 def test_a_wrong_verb_is_answered_with_the_right_one(run, typed, meant):
     ran = run(typed)

@@ -23,7 +23,7 @@ def _offers(line):
 
 
 def test_verbs_are_offered_without_a_daemon():
-    assert _offers("ckpt sta") == ["status"]
+    assert _offers("ckpt sta") == ["status", "stats"]
     assert _offers("ckpt retention ") == ["apply", "plan"]
 
 

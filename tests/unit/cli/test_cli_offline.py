@@ -7,8 +7,9 @@ import sys
 import anyio
 import pytest
 
-from ckptd.catalog import bests, checkpoints, holds
+from ckptd.catalog import checkpoints, holds
 from ckptd.model import Level, new_id
+from tests.support.boards import put_places
 from tests.support.catalog import a_checkpoint, climb, experiment, opened, saved
 
 ENTRY = [sys.executable, "-c", "import sys; from ckptd.cli import main; sys.exit(main())"]
@@ -27,7 +28,7 @@ async def _fill(path):
 
         async def decide(tx):
             await holds.pin(tx, rows[1].id, 1000, "table 3")
-            await bests.replace(tx, resnet, {("val_loss", "min"): [(rows[1].id, 0.3), (rows[0].id, 0.5)]})
+            await put_places(tx, resnet, {("val_loss", "min"): [(rows[1].id, 0.3), (rows[0].id, 0.5)]})
 
         await catalog.write(decide)
         return [row.id for row in rows], staged.id

@@ -44,7 +44,7 @@ def test_every_request_the_command_line_sends_is_one_that_the_daemon_decodes(run
         ["wait", "latest"], ["verify", "latest"], ["pin", "latest", "--note", "x"], ["unpin", "latest"],
         ["rm", "latest", "--yes"], ["retention", "plan", "p/n"], ["retention", "apply", "--yes"], ["doctor"],
         ["roots"], ["roots", "add", "/x", "-p", "p"], ["watch-root", "/x"], ["rebuild", "/x"], ["reload"],
-        ["ls", "--summary"], ["stop"],
+        ["ls", "--summary"], ["grid", "--tag", "t"], ["recovery", "p/n"], ["stop"],
     ]  # fmt: skip
     for words in lines:
         run(*words)

@@ -9,6 +9,7 @@ import pytest
 from ckptd.catalog import checkpoints, experiments
 from ckptd.errors import BadPath, CkptdError, Held, NotAuthorized, NotFound, TimedOut
 from ckptd.intake import requests as ask
+from ckptd.intake import retentionrequests as keeping
 from ckptd.intake.commands import Commands
 from ckptd.model import State, new_id
 from tests.support import catalog as store
@@ -276,7 +277,8 @@ async def test_another_users_checkpoints_can_not_be_planned_removed_or_waited_fo
         ]
         commands = node.parts.service._handlers[ask.Stop].__self__
         other = Stranger(os.getuid() + 4242)
-        assert (await commands.retention(other, ask.Retention(id=1, apply=True)))["plans"] == []
+        retain = node.parts.service._handlers[keeping.Retention]
+        assert (await retain(other, keeping.Retention(id=1, apply=True)))["plans"] == []
         assert (await node.read(lambda conn: checkpoints.state_of(conn, saved[0].id))) is State.LIVE
         with pytest.raises(TimedOut):
             await commands.wait(other, ask.Wait(id=1, checkpoint=saved[0].id, timeout_s=0.1))

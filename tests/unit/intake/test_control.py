@@ -7,7 +7,8 @@ from typing import Any
 import anyio
 import pytest
 
-from ckptd.catalog import checkpoints, experiments
+from ckptd.catalog import checkpoints, experiments, hookruns
+from ckptd.catalog.tx import Tx
 from ckptd.errors import BadRequest, CkptdError, NotFound
 from ckptd.intake import control as controlling
 from ckptd.intake import requests as ask
@@ -28,6 +29,7 @@ READING = (
     "experiments",
     "show",
     "resolve",
+    "recovery",
     "events",
     "audit",
     "status",
@@ -40,7 +42,7 @@ READING = (
 
 def lacking(meant: Any, found: Any, where: str = "") -> list[str]:
     """Name what the documented answer has and the real one has not, down to every field."""
-    if where.endswith((".by_state", ".by_level", ".data", ".metrics")):
+    if where.endswith((".by_state", ".by_level", ".data", ".metrics", ".facts")):
         return []  # whatever there is to count or to tell
     if isinstance(meant, dict) and isinstance(found, dict):
         missing = [f"{where}.{key}" for key in meant if key not in found]
@@ -48,6 +50,14 @@ def lacking(meant: Any, found: Any, where: str = "") -> list[str]:
     if isinstance(meant, list) and isinstance(found, list) and meant and found:
         return lacking(meant[0], found[0], f"{where}[0]")
     return []
+
+
+async def found_about(tx: Tx, checkpoint: str) -> None:
+    """Write down that a hook found something about a checkpoint."""
+    found = hookruns.Found(at=tx.clock.now(), level="info", text="sound", facts={}, checkpoint_id=checkpoint)
+    no = (await hookruns.enter(tx, ["numeric-health"]))["numeric-health"].no
+    progress = hookruns.Progress(no=no, name="numeric-health", cursor=None, counts={}, findings=[found])
+    await hookruns.record(tx, [progress])
 
 
 @pytest.mark.parametrize("op", READING)
@@ -60,6 +70,7 @@ async def test_every_reading_op_answers_with_the_documented_fields(short_dir, op
         await line.ask("pin", selector=one, note="for the paper")
         await line.ask("metrics", experiment=training.experiment, points=[["loss", 1, 0.5, 1.7e9]])
         await node.parts.metrics.flush()
+        await node.write(lambda tx: found_about(tx, one))
         wanted = {k: v for k, v in REQUESTS[op].items() if k not in {"op", "after", "since_seq", "follow", "tag"}}
         answer = await line.ask(op, **wanted)
         only_in_show = [] if op == "show" else [".checkpoints[0].meta"]

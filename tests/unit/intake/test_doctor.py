@@ -43,7 +43,7 @@ async def test_a_daemon_that_is_well_has_a_line_for_each_check(short_dir):
         found = await examined(line)
         lines = {named(check) for check in found.values()}
         of_the_command = {"configuration", "state directory", "socket", "daemon", "versions"}
-        only_when_wrong = {"stop", "mount *", "worker *", "watching *"}
+        only_when_wrong = {"stop", "mount *", "worker *", "watching *", "alert *"}
         assert lines == set(CHECKS) - of_the_command - only_when_wrong
         assert found["checkpoints"]["status"] == "ok"
 

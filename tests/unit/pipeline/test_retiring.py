@@ -13,7 +13,7 @@ from ckptd.catalog import checkpoints, schema
 from ckptd.catalog.tombstones import tombstones_before
 from ckptd.errors import RootDegraded
 from ckptd.model import State
-from ckptd.pipeline import retain, verify
+from ckptd.pipeline import retain, trash, verify
 from ckptd.worker.protocol import DamageRecord, Purge, Trash
 from tests.support.in_process import Training, daemon, eventually
 
@@ -62,13 +62,13 @@ async def test_a_trash_that_fails_half_way_is_carried_on_and_holds_up_nothing(sh
         await retain.apply(node.parts.tools, experiment, node.parts.admission.settings().retention)
         assert [await state(node, one) for one in ids] == [State.TRASHED] * 4
         assert len(os.listdir(node.runs / ".ckptd-trash")) == 2
-        assert await retain.resume(node.parts.tools) == 2, "only what was not moved yet"
+        assert await trash.resume(node.parts.tools) == 2, "only what was not moved yet"
         assert sorted(os.listdir(node.runs / ".ckptd-trash")) == sorted(ids)
-        assert await retain.resume(node.parts.tools) == 0
+        assert await trash.resume(node.parts.tools) == 0
 
 
 async def test_a_restart_looks_at_every_tombstone_once_however_many_there_are(short_dir, monkeypatch):
-    monkeypatch.setattr(retain, "MOVES_MAX", 2)
+    monkeypatch.setattr(trash, "MOVES_MAX", 2)
     async with daemon(short_dir) as node, node.connect() as line:
         ids = await trashed(node, line, 5)
         experiment = (await node.read(lambda conn: checkpoints.get(conn, ids[0]))).experiment_id
@@ -80,7 +80,7 @@ async def test_a_restart_looks_at_every_tombstone_once_however_many_there_are(sh
         await node.write(tombstones)  # and the daemon dies before it moves anything
         assert experiment
     async with daemon(short_dir, front=False) as node:
-        looked = [await retain.resume(node.parts.tools) for _ in range(4)]
+        looked = [await trash.resume(node.parts.tools) for _ in range(4)]
         assert looked == [2, 2, 1, 0]
         assert sorted(os.listdir(node.runs / ".ckptd-trash")) == sorted(ids)
 
@@ -100,9 +100,9 @@ async def test_a_purge_that_fails_for_one_goes_on_with_the_others(short_dir, mon
 
         with monkeypatch.context() as patch:
             patch.setattr(node.parts.workers, "call", flaky)
-            assert await retain.purge(node.parts.tools) == 2
+            assert await trash.purge(node.parts.tools) == 2
         assert [await state(node, one) for one in ids] == [State.TRASHED, State.DROPPED, State.DROPPED]
-        assert await retain.purge(node.parts.tools) == 1
+        assert await trash.purge(node.parts.tools) == 1
         assert os.listdir(node.runs / ".ckptd-trash") == []
 
 
@@ -112,7 +112,7 @@ async def test_long_graces_at_the_head_do_not_keep_short_ones_from_being_purged(
         only_last(node)
         experiment = (await node.read(lambda conn: checkpoints.get(conn, ids[0]))).experiment_id
         await retain.apply(node.parts.tools, experiment, node.parts.admission.settings().retention)
-        monkeypatch.setattr(retain, "PURGES_MAX", 1)
+        monkeypatch.setattr(trash, "PURGES_MAX", 1)
         horizon = node.parts.clock.now() + timedelta(seconds=5)
         found = await node.read(lambda conn: tombstones_before(conn, horizon))
         assert sorted(one.id for one in found) == sorted(ids)
@@ -120,7 +120,7 @@ async def test_long_graces_at_the_head_do_not_keep_short_ones_from_being_purged(
         fast = node.parts.admission.settings()
         rules = iter([slow, slow, fast.retention])
         monkeypatch.setattr(type(fast), "rules_for", lambda *_: next(rules))
-        assert await retain.purge(node.parts.tools) == 1
+        assert await trash.purge(node.parts.tools) == 1
         assert await state(node, found[2].id) is State.DROPPED
 
 
@@ -134,7 +134,7 @@ async def test_what_is_not_ours_any_more_is_never_moved_or_unlinked(short_dir):
         (path / "theirs").write_text("precious")
         await node.write(lambda tx: checkpoints.mark_trashed(tx, one, one, "test"))
         only_last(node)
-        await retain.purge(node.parts.tools)
+        await trash.purge(node.parts.tools)
         assert (path / "theirs").read_text() == "precious"
         assert await state(node, one) is State.MISSING, "it was not dropped by us: it was not there"
 
@@ -155,7 +155,7 @@ async def test_a_disk_with_another_number_after_a_restart_is_emptied_as_before(s
         assert sorted(os.listdir(node.runs / ".ckptd-trash")) == sorted(ids)
         assert _steps(node) == ["step_0000000003"]
         node.parts.tools.moved.clear()  # and once more, between the move and the unlink
-        assert await retain.purge(node.parts.tools) == 2
+        assert await trash.purge(node.parts.tools) == 2
         assert os.listdir(node.runs / ".ckptd-trash") == []
         assert [await state(node, one) for one in ids] == [State.DROPPED] * 2
 
@@ -167,7 +167,7 @@ async def test_what_was_lost_before_it_could_be_retired_is_missing_and_never_dro
         path.rename(short_dir / "kept")
         await node.write(lambda tx: checkpoints.mark_trashed(tx, one, one, "test"))
         only_last(node)
-        assert await retain.purge(node.parts.tools) == 0
+        assert await trash.purge(node.parts.tools) == 0
         row = await node.read(lambda conn: checkpoints.get(conn, one))
         assert (row.state, row.trashed_at) == (State.MISSING, None)
         assert "when it was to be retired" in row.error["message"]
@@ -193,10 +193,10 @@ async def test_a_crash_between_the_unlink_and_its_note_ends_as_dropped(short_dir
 
         with monkeypatch.context() as patch:
             patch.setattr(checkpoints, "mark_dropped", dies)
-            assert await retain.purge(node.parts.tools) == 0
+            assert await trash.purge(node.parts.tools) == 0
         assert os.listdir(node.runs / ".ckptd-trash") == []
         node.parts.tools.moved.clear()
-        assert await retain.purge(node.parts.tools) == 1
+        assert await trash.purge(node.parts.tools) == 1
         assert await state(node, one) is State.DROPPED
 
 

@@ -8,11 +8,10 @@ import anyio
 import pytest
 
 from ckptd import daemon as composition
-from ckptd import pipeline
 from ckptd.catalog import bests, checkpoints
 from ckptd.errors import WorkerLost
 from ckptd.model import State
-from ckptd.pipeline import retain, winners
+from ckptd.pipeline import trash, upkeep, winners
 from ckptd.worker.protocol import Purge
 from tests.support.in_process import Training, daemon, eventually
 
@@ -121,17 +120,17 @@ async def test_a_purge_that_met_a_dead_worker_is_repeated_soon_and_ever_less_oft
             await real_sleep(0 if len(pauses) < 9 else 60)
 
         monkeypatch.setattr(node.parts.workers, "call", dies)
-        monkeypatch.setattr(pipeline.anyio, "sleep", sleep)
+        monkeypatch.setattr(upkeep.anyio, "sleep", sleep)
         with anyio.CancelScope() as scope:
             async with anyio.create_task_group() as group:
-                group.start_soon(node.parts.pipeline._purge)
+                group.start_soon(upkeep._purge, node.parts.tools)
                 with anyio.fail_after(20):
                     while len(pauses) < 9:
                         await real_sleep(0.01)
                 scope.cancel()
         monkeypatch.undo()
         assert await node.read(lambda conn: checkpoints.state_of(conn, ids[0])) is State.DROPPED
-    assert pauses == [1.0, 2.0, 4.0, 8.0, 16.0, pipeline.PURGE_S, pipeline.PURGE_S, pipeline.PURGE_S, pipeline.PURGE_S]
+    assert pauses == [1.0, 2.0, 4.0, 8.0, 16.0, upkeep.PURGE_S, upkeep.PURGE_S, upkeep.PURGE_S, upkeep.PURGE_S]
 
 
 @pytest.mark.parametrize("healed", [False, True])
@@ -147,10 +146,10 @@ async def test_a_tombstone_that_could_not_be_carried_out_is_tried_soon_too(short
 
         with monkeypatch.context() as patch:
             patch.setattr(node.parts.workers, "call", dies)
-            assert await retain.purge(node.parts.tools) == 0
+            assert await trash.purge(node.parts.tools) == 0
         assert node.parts.tools.delayed == {ids[0]}
         path = Path((await node.read(lambda conn: checkpoints.get(conn, ids[0]))).path)
         assert path.exists()
         if healed:
-            assert await retain.purge(node.parts.tools) == 1
+            assert await trash.purge(node.parts.tools) == 1
             assert node.parts.tools.delayed == set()

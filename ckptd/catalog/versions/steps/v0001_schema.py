@@ -3,6 +3,8 @@
 import sqlalchemy as sa
 from alembic import op
 
+from ckptd.catalog.versions import cachetables_1, hooktables_1, striptable_1
+
 revision = "0001"
 down_revision = None
 branch_labels = None
@@ -19,6 +21,9 @@ def upgrade() -> None:
     _checkpoints()
     _parts()
     _holds()
+    cachetables_1.make()
+    hooktables_1.make()
+    striptable_1.make()
     if op.get_bind().dialect.name == "sqlite":
         for verb in ("update", "delete"):
             op.execute(
@@ -30,25 +35,10 @@ def upgrade() -> None:
 def downgrade() -> None:
     """Drop every table; its indexes and triggers go with it."""
     for table in (
-        "lease",
-        "pin",
-        "best",
-        "checkpoint_tag",
-        "checkpoint_metric",
-        "copy",
-        "file",
-        "checkpoint",
-        "metric",
-        "metric_summary",
-        "segment",
-        "experiment_tag",
-        "experiment",
-        "project",
-        "root",
-        "audit",
-        "event",
-        "job",
-    ):
+        *cachetables_1.TABLES, "lease", "pin", "best", "board", "checkpoint_tag", "checkpoint_metric", "copy",
+        "file", *striptable_1.TABLES, "checkpoint", "metric", "metric_summary", "segment", "experiment_tag",
+        "experiment", "project", "root", "audit", "event", "job", *hooktables_1.TABLES,
+    ):  # fmt: skip
         op.drop_table(table)
 
 
@@ -257,6 +247,7 @@ def _checkpoints() -> None:
         sa.Column("tags", sa.JSON(), nullable=False),
         sa.Column("parent_id", sa.String(length=32)),
         sa.Column("update_best", sa.Boolean(), nullable=False),
+        sa.Column("veto", sa.Text()),
         sa.Column("error", sa.JSON()),
         sa.Column("arena", sa.String(length=32)),
         sa.Column("trash", sa.String(length=255)),
@@ -300,6 +291,7 @@ def _parts() -> None:
         sa.Column("size_bytes", sa.BigInteger(), nullable=False),
         sa.Column("sha256", sa.String(length=64), nullable=False),
         sa.Column("xxh3", sa.LargeBinary(), nullable=False),
+        sa.Column("stripped", sa.Boolean(), nullable=False),
         sa.ForeignKeyConstraint(["checkpoint_no"], ["checkpoint.sequence"], name="fk_file_checkpoint_no"),
         sa.PrimaryKeyConstraint("checkpoint_no", "position", name="pk_file"),
     )
@@ -351,19 +343,36 @@ def _parts() -> None:
 
 def _holds() -> None:
     op.create_table(
-        "best",
-        sa.Column("experiment_no", NUMBER, autoincrement=False, nullable=False),
+        "board",
+        sa.Column("no", NUMBER, nullable=False),
+        sa.Column("scope", sa.String(length=16), nullable=False),
+        sa.Column("owner_no", sa.BigInteger(), nullable=False),
+        sa.Column("name", sa.String(length=256), nullable=False),
+        sa.Column("digest", sa.String(length=32), nullable=False),
         sa.Column("metric", sa.String(length=256), nullable=False),
         sa.Column("mode", sa.String(length=3), nullable=False),
-        sa.Column("rank", sa.Integer(), autoincrement=False, nullable=False),
-        sa.Column("checkpoint_no", NUMBER, nullable=False),
+        sa.Column("rule", sa.JSON(), nullable=False),
+        sa.PrimaryKeyConstraint("no", name="pk_board"),
+        sa.UniqueConstraint("scope", "owner_no", "name", "digest", name="uq_board_scope_owner_no_name_digest"),
+        sqlite_autoincrement=True,
+    )
+    op.create_table(
+        "best",
+        sa.Column("board_no", NUMBER, autoincrement=False, nullable=False),
+        sa.Column("checkpoint_no", NUMBER, autoincrement=False, nullable=False),
+        sa.Column("rank", sa.Integer(), nullable=False),
+        sa.Column("experiment_no", NUMBER, nullable=False),
         sa.Column("value", sa.Double(), nullable=False),
+        sa.Column("standing", sa.JSON(), nullable=False),
         sa.Column("decided_at", sa.BigInteger(), nullable=False),
+        sa.ForeignKeyConstraint(["board_no"], ["board.no"], name="fk_best_board_no"),
         sa.ForeignKeyConstraint(["checkpoint_no"], ["checkpoint.sequence"], name="fk_best_checkpoint_no"),
         sa.ForeignKeyConstraint(["experiment_no"], ["experiment.no"], name="fk_best_experiment_no"),
-        sa.PrimaryKeyConstraint("experiment_no", "metric", "mode", "rank", name="pk_best"),
+        sa.PrimaryKeyConstraint("board_no", "checkpoint_no", name="pk_best"),
     )
+    op.create_index("ix_best_board_no_rank", "best", ["board_no", "rank"])
     op.create_index("ix_best_checkpoint_no", "best", ["checkpoint_no"])
+    op.create_index("ix_best_experiment_no_rank", "best", ["experiment_no", "rank"])
     op.create_table(
         "pin",
         sa.Column("checkpoint_no", NUMBER, autoincrement=False, nullable=False),

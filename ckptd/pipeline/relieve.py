@@ -1,0 +1,169 @@
+"""Budgets of roots and projects, and the free-space floor: what is spare goes, and nothing else ever does.
+
+Below the floor the alarm comes first, as an event in the log, before anything is touched. Then, in this
+order and only until there is room again: what lies in the trash already, the oldest first, whatever is
+left of its grace; then checkpoints that no rule and no promise holds (retention/shed.py has the order),
+which are unlinked at once. Over a budget they go to the trash as usual. When only protected ones are
+left nothing more is deleted, and the alarm says so.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import anyio.to_thread
+import structlog
+
+from ckptd import failpoint, retention
+from ckptd.catalog import figures, roots
+from ckptd.catalog.roots import Root
+from ckptd.catalog.tombstones import under_root
+from ckptd.catalog.tx import Tx
+from ckptd.config import Settings
+from ckptd.errors import CkptdError
+from ckptd.model import ExperimentStatus, RootKind
+from ckptd.pipeline import retain, trash
+from ckptd.pipeline.tools import Tools
+from ckptd.retention import Spare
+from ckptd.rules import Rules
+from ckptd.worker import mounts
+from ckptd.worker.protocol import Usage, Used
+
+log = structlog.get_logger()
+
+TOLD_AGAIN_S = 3600.0  # an alarm that lasts is told once an hour
+
+
+@dataclass(frozen=True, slots=True)
+class Relief:
+    """What one look has done about one root or project: bytes that were asked for, and those that went."""
+
+    what: str
+    wanted_bytes: int
+    freed_bytes: int
+
+
+async def run(tools: Tools) -> list[Relief]:
+    """Look at every root and project that has a limit, and make room where one is passed."""
+    settings = tools.settings()
+    found = []
+    known = await tools.catalog.read(roots.all_roots)
+    for root in known:
+        if root.kind is not RootKind.SUBMITTED:
+            found += await _root(tools, settings, root)
+    if settings.retention.project_bytes_max or any(one.project_bytes_max for one in settings.experiments):
+        found += await _projects(tools, settings)
+    return found
+
+
+async def _root(tools: Tools, settings: Settings, root: Root) -> list[Relief]:
+    floor_bytes, bytes_max = settings.disk_limits(root.path)
+    done = []
+    if floor_bytes:
+        try:
+            used: Used = await tools.workers.call(Usage(root=root.path))
+        except CkptdError as error:
+            log.debug("space.unknown", root=root.path, **error.to_wire())
+        else:
+            if used.free_bytes < floor_bytes:
+                done.append(await _below_floor(tools, root, used, floor_bytes))
+            else:
+                tools.low.told_s.pop(root.path, None)
+    if bytes_max:
+        _, on_disk = await tools.catalog.read(lambda conn: figures.on_disk(conn, root_id=root.id))
+        if on_disk > bytes_max:
+            spare = await _spare(tools, await tools.catalog.read(lambda conn: figures.under(conn, root.id)), root.path)
+            why = f"over the budget of {root.path}, {bytes_max} bytes, and nothing holds it"
+            done.append(await _shed(tools, spare, on_disk - bytes_max, why))
+    return done
+
+
+async def _projects(tools: Tools, settings: Settings) -> list[Relief]:
+    done = []
+    for project, experiments, on_disk in await tools.catalog.read(figures.by_project):
+        limits = [settings.rules_for(project, name).project_bytes_max for _, name in experiments]
+        limit = min((each for each in limits if each), default=0)
+        if limit and on_disk > limit:
+            rows = [(experiment_id, project, name) for experiment_id, name in experiments]
+            why = f"over the budget of project {project}, {limit} bytes, and nothing holds it"
+            done.append(await _shed(tools, await _spare(tools, rows), on_disk - limit, why))
+    return done
+
+
+async def _below_floor(tools: Tools, root: Root, used: Used, floor_bytes: int) -> Relief:
+    wanted = floor_bytes - used.free_bytes
+    await _alarm(tools, root, used, floor_bytes)
+    failpoint.hit("space.alarmed")
+    freed = 0
+    for one, size_bytes in await tools.catalog.read(lambda conn: under_root(conn, root.id)):
+        if freed >= wanted:
+            break
+        if await trash.unlink(tools, [one], 1):
+            freed += size_bytes
+    if freed < wanted:
+        spare = await _spare(tools, await tools.catalog.read(lambda conn: figures.under(conn, root.id)), root.path)
+        why = f"{root.path} has {used.free_bytes} bytes free, below its floor of {floor_bytes}, and nothing holds it"
+        done = await _shed(tools, spare, wanted - freed, why)
+        freed += done.freed_bytes
+        gone = [one for one, _ in await tools.catalog.read(lambda conn: under_root(conn, root.id))]
+        if done.freed_bytes:
+            await trash.unlink(tools, gone, len(gone))
+    if freed < wanted:
+        log.error("disk.low", root=root.path, free_bytes=used.free_bytes, floor_bytes=floor_bytes, freed_bytes=freed,
+                  why="what is left is protected: nothing more is deleted")  # fmt: skip
+    return Relief(root.path, wanted, freed)
+
+
+async def _alarm(tools: Tools, root: Root, used: Used, floor_bytes: int) -> None:
+    now_s = tools.clock.monotonic_s()
+    told_s = tools.low.told_s.get(root.path)
+    if told_s is not None and now_s - told_s < TOLD_AGAIN_S:
+        return
+    data = {
+        "mount": mounts.find(root.path, await anyio.to_thread.run_sync(mounts.read)).point,
+        "filesystem": used.filesystem,
+        "roots": [root.path],
+        "free_bytes": used.free_bytes,
+        "floor_bytes": floor_bytes,
+    }
+    log.warning("disk.low", root=root.path, free_bytes=used.free_bytes, floor_bytes=floor_bytes)
+
+    async def tell(tx: Tx) -> None:
+        tx.tell("disk.low", data)
+
+    await tools.catalog.write(tell)
+    tools.low.told_s[root.path] = now_s
+
+
+async def _spare(
+    tools: Tools, experiments: Sequence[tuple[str, str, str]], root: str | None = None
+) -> list[tuple[Spare, str, Rules]]:
+    """Find what no rule and no promise holds, with the experiment and the rules that say so."""
+    running = await tools.catalog.read(
+        lambda conn: figures.in_status(conn, [one for one, _, _ in experiments], ExperimentStatus.RUNNING)
+    )
+    found = []
+    for experiment_id, project, name in experiments:
+        rules = tools.settings().rules_for(project, name)
+        decided = await retain.plan(tools, experiment_id, rules)
+        found += [
+            (Spare(each.checkpoint, is_running=experiment_id in running), experiment_id, rules)
+            for each in decided.keep
+            if each.spare and root in {None, each.checkpoint.root}
+        ]
+    return found
+
+
+async def _shed(tools: Tools, spare: Sequence[tuple[Spare, str, Rules]], excess_bytes: int, why: str) -> Relief:
+    """Retire the least of what is spare, experiment by experiment, each under its own plan."""
+    of = {one.checkpoint.id: (experiment_id, rules) for one, experiment_id, rules in spare}
+    taken = retention.shed([one for one, _, _ in spare], excess_bytes)
+    by_experiment: defaultdict[str, list[str]] = defaultdict(list)
+    for one in taken:
+        by_experiment[of[one.checkpoint.id][0]].append(one.checkpoint.id)
+    freed = 0
+    for experiment_id, ids in by_experiment.items():
+        gone = await retain.retire_spare(tools, experiment_id, of[ids[0]][1], ids, why)
+        freed += sum(row.size_bytes for row in gone)
+    log.info("space.shed", wanted_bytes=excess_bytes, freed_bytes=freed, checkpoints=len(taken), why=why)
+    return Relief(why, excess_bytes, freed)

@@ -1,0 +1,220 @@
+"""What is retired: into the trash by rename, back out of it, or unlinked when its grace has passed.
+
+DROPPED is only what was in the trash: files that are neither there nor, unchanged, under their name
+were not retired by us, and their row says MISSING. The note before the unlink tells the two apart
+for whoever comes after a crash: it is written while the files are known to lie in the trash.
+"""
+
+from collections.abc import Sequence
+from datetime import timedelta
+
+import structlog
+
+from ckptd import failpoint
+from ckptd.catalog import audits, checkpoints, holds
+from ckptd.catalog.checkpoint_rows import identity_and_state
+from ckptd.catalog.tombstones import Tombstone, give_up_inodes, tombstones_before
+from ckptd.catalog.tx import Tx
+from ckptd.errors import CkptdError, Missing, NotFound
+from ckptd.model import Checkpoint, Identity, State
+from ckptd.pipeline import strip
+from ckptd.pipeline.tools import Tools
+from ckptd.pipeline.winners import refresh_best
+from ckptd.worker.protocol import IdentityRecord, Purge, Restore, Settle, Settlement, Trash
+
+log = structlog.get_logger()
+
+MOVES_MAX = 100  # renames per call of resume()
+PURGES_MAX = 100  # unlinked per round, so that deleting never delays saving
+NOTED_MAX = 20  # unlinked before that is written down, all of them in one transaction
+
+
+async def move(tools: Tools, checkpoint: Checkpoint) -> None:
+    """Carry a tombstone out; safe to repeat. What is not the recorded bytes stays untouched, and the row is MISSING."""
+    async with tools.emptying[checkpoint.root]:
+        found, state = await tools.catalog.read(lambda conn: identity_and_state(conn, checkpoint.id))
+        if state is not State.TRASHED:  # restored meanwhile
+            return
+        if found is None:  # its unlinking has begun
+            tools.moved.add(checkpoint.id)
+            return
+        try:
+            await tools.workers.call(
+                Trash(
+                    root=checkpoint.root,
+                    path=checkpoint.path,
+                    identity=IdentityRecord(found.dev, found.ino, found.size_bytes, found.mtime_ns, found.ctime_ns),
+                    trash=checkpoint.id,
+                    checkpoint=checkpoint.id,
+                )
+            )
+        except CkptdError as error:
+            if error.code not in {"missing", "not_found", "source_changed", "bad_path"}:
+                raise
+            await _not_ours(tools, checkpoint, error)
+        else:
+            tools.moved.add(checkpoint.id)
+    failpoint.hit("retain.moved")
+    await tools.sources.drop(checkpoint.id)
+
+
+async def _not_ours(tools: Tools, checkpoint: Checkpoint, error: CkptdError) -> None:
+    """Nothing of ours is there any more: there is nothing to move, nothing may be touched, and that is what is said."""
+    log.warning("trash.not_ours", checkpoint=checkpoint.id, path=checkpoint.path, error=error.message)
+
+    async def gone(tx: Tx) -> None:
+        if await checkpoints.state_of(tx.conn, checkpoint.id) is State.TRASHED:
+            why = f"when it was to be retired, its files were not there any more: {error.message}"
+            await checkpoints.mark_missing(tx, checkpoint.id, why)
+
+    await tools.catalog.write(gone)
+
+
+async def try_to_move(tools: Tools, checkpoint: Checkpoint) -> None:
+    """Move, or say in the log that it has to wait."""
+    try:
+        await move(tools, checkpoint)
+    except CkptdError as error:
+        log.warning("trash.delayed", checkpoint=checkpoint.id, path=checkpoint.path, **error.to_wire())
+
+
+async def resume(tools: Tools) -> int:
+    """Carry out tombstones whose files may still stand under their final name; return how many were looked at.
+
+    After a start that is all of them, MOVES_MAX per call; later what a large plan left over, and those that failed.
+    """
+    horizon = tools.clock.now()
+    wanted = await tools.catalog.read(lambda conn: tombstones_before(conn, horizon))
+    here = {one.id for one in wanted}
+    tools.moved.intersection_update(here)
+    waiting = [one for one in wanted if one.id not in tools.moved][:MOVES_MAX]
+    for one in waiting:
+        await try_to_move(tools, await tools.catalog.read(lambda conn, of=one.id: checkpoints.get(conn, of)))  # type: ignore[misc]
+    return len(waiting)
+
+
+async def restore(tools: Tools, checkpoint: Checkpoint, uid: int, pid: int, *, pin: bool) -> Checkpoint:
+    """Move a retired checkpoint back to its place, and pin it so that the rules do not retire it again.
+
+    NotFound  it is not in the trash, or its unlinking has begun
+    Exists    something else has its place; both stay as they are
+    """
+    async with tools.emptying[checkpoint.root]:
+        found, state = await tools.catalog.read(lambda conn: identity_and_state(conn, checkpoint.id))
+        if state is not State.TRASHED or found is None:
+            why = "its unlinking has begun" if state is State.TRASHED else f"it is {state}"
+            raise NotFound(f"checkpoint {checkpoint.id} is not in the trash any more: {why}")
+        await tools.workers.call(Restore(root=checkpoint.root, path=checkpoint.path, trash=checkpoint.id))
+        failpoint.hit("restore.moved")
+        seen = await _look(tools, checkpoint)
+
+        async def record(tx: Tx) -> Checkpoint:
+            after = await checkpoints.mark_restored(tx, checkpoint.id, checkpoint.path, seen)
+            await refresh_best(tx, after, tools.settings().rules_for(after.project, after.experiment))
+            if pin:
+                await holds.pin(tx, checkpoint.id, uid, "restored from the trash")
+            await audits.record(tx, audits.Deed(uid=uid, pid=pid, verb="restore", subject=checkpoint.id))
+            return after
+
+        after = await tools.catalog.write(record)
+        tools.moved.discard(checkpoint.id)
+        return after
+
+
+async def _look(tools: Tools, checkpoint: Checkpoint) -> Identity:
+    answer: Settlement = await tools.workers.call(
+        Settle(root=checkpoint.root, path=checkpoint.path, quiet_s=0.0, told=True)
+    )
+    seen = answer.identity
+    if seen is None:
+        raise Missing(f"{checkpoint.path} is not there", path=checkpoint.path)
+    return Identity(seen.dev, seen.ino, seen.size_bytes, seen.mtime_ns, seen.ctime_ns)
+
+
+async def purge(tools: Tools) -> int:
+    """Unlink what has lain in the trash for its grace; at most PURGES_MAX per call. Returns how many.
+
+    One that can't be unlinked now is left for the next round and holds up no other.
+    """
+    await tools.catalog.follow_clock()
+    now = tools.clock.now()
+    due = []
+    horizon = now - timedelta(seconds=_shortest_grace_s(tools))
+    for one in await tools.catalog.read(lambda conn: tombstones_before(conn, horizon)):
+        rules = tools.settings().rules_for(one.project, one.experiment)
+        if (now - one.trashed_at).total_seconds() >= rules.trash_grace_s:
+            due.append(one)
+    tools.delayed.clear()
+    purged = 0
+    for start in range(0, len(due), PURGES_MAX):
+        purged += await unlink(tools, due[start : start + PURGES_MAX], PURGES_MAX - purged)
+        if purged >= PURGES_MAX:
+            break
+    return purged + await strip.purge(tools)
+
+
+def _shortest_grace_s(tools: Tools) -> float:
+    settings = tools.settings()
+    return min(rules.trash_grace_s for rules in (settings.retention, *settings.experiments))
+
+
+async def unlink(tools: Tools, due: Sequence[Tombstone], at_most: int) -> int:
+    """Unlink these for good, whatever their grace; return how many."""
+    purged = 0
+    begun = (await _begun(tools, due))[:at_most]
+    for start in range(0, len(begun), NOTED_MAX):
+        gone = []
+        for one in begun[start : start + NOTED_MAX]:
+            try:
+                await _unlink_one(tools, one)
+            except CkptdError as error:
+                log.warning("purge.delayed", checkpoint=one.id, **error.to_wire())
+                tools.delayed.add(one.id)
+                continue
+            gone.append(one)
+        purged += await _note(tools, gone)
+    return purged
+
+
+async def _begun(tools: Tools, due: Sequence[Tombstone]) -> list[Tombstone]:
+    """Return those that lie in the trash, once it is noted that their unlinking has begun."""
+    for one in due:
+        if one.id not in tools.moved:  # never carried out, or by an earlier daemon
+            await try_to_move(tools, await tools.catalog.read(lambda conn, of=one.id: checkpoints.get(conn, of)))  # type: ignore[misc]
+    there = [one for one in due if one.id in tools.moved]
+    tools.delayed.update(one.id for one in due if one.id not in tools.moved)
+    if not there:
+        return []
+    begun = await tools.catalog.write(lambda tx: give_up_inodes(tx, [one.id for one in there]))
+    failpoint.hit("retain.purging")
+    return [one for one in there if one.id in begun]
+
+
+async def _unlink_one(tools: Tools, one: Tombstone) -> None:
+    checkpoint = await tools.catalog.read(lambda conn: checkpoints.get(conn, one.id))
+    async with tools.emptying[checkpoint.root]:
+        # What was taken out of it before goes first: nobody would look for it once its checkpoint is gone.
+        await strip.unlink_with(tools, checkpoint)
+        await tools.workers.call(Purge(root=checkpoint.root, trash=one.trash))
+    failpoint.hit("retain.purged")
+
+
+async def _note(tools: Tools, gone: Sequence[Tombstone]) -> int:
+    """Write down that these are unlinked. A crash before it repeats an unlink that finds nothing."""
+
+    async def drop(tx: Tx) -> None:
+        for one in gone:
+            if await checkpoints.state_of(tx.conn, one.id) is State.TRASHED:
+                await checkpoints.mark_dropped(tx, one.id)
+
+    if not gone:
+        return 0
+    try:
+        await tools.catalog.write(drop)
+    except CkptdError as error:
+        log.warning("purge.not_noted", checkpoints=len(gone), **error.to_wire())
+        tools.delayed.update(one.id for one in gone)
+        return 0
+    failpoint.hit("retain.recorded")
+    tools.moved.difference_update(one.id for one in gone)
+    return len(gone)

@@ -1,0 +1,64 @@
+"""Retiring ten thousand checkpoints while sixteen trainers save: does a save notice?"""
+
+import threading
+import time
+from collections.abc import Iterator
+
+from tests.bench_load.outcome import Limit, Outcome, bounded, percentile, told
+from tests.bench_load.plant import Plant, planted
+from tests.bench_load.scale import Scale
+from tests.bench_load.swarm import Pace, Swarm
+from tests.support.node import eventually
+
+TRAINERS = 16
+PERIOD_S = 0.25  # between two saves of one trainer
+PATIENCE_S = 600.0
+RATIO_MAX = 1.5
+LATER_MS_MAX = 50.0  # M097: no save is later by more than this
+KEEP_ALL = '[[experiments]]\nproject = "*"\n'
+KEEP_ONE = '[[experiments]]\nproject = "load"\nkeep_last = 1\n'
+
+
+def measure(scale: Scale) -> Iterator[Outcome]:
+    """Return the rows of this file."""
+    with planted(scale.folder, more=KEEP_ALL) as plant:
+        plant.start()
+        with Swarm(plant.socket, plant.runs, TRAINERS) as swarm:
+            while _live(plant) < scale.jobs:
+                swarm.run(Pace(0.0, min(scale.seconds, 5.0), saves=True))
+            eventually(lambda: _idle(plant), "every save to be verified", PATIENCE_S)
+            before = swarm.run(Pace(PERIOD_S, scale.seconds, saves=True, seed=1))
+            eventually(lambda: _idle(plant), "those as well", PATIENCE_S)
+            count = _live(plant)
+            plant.configure(KEEP_ONE)
+            reloaded = plant.ask("reload")
+            assert reloaded["ok"], reloaded
+            yield from _compared(plant, swarm, scale, (before, count))
+
+
+def _compared(plant: Plant, swarm: Swarm, scale: Scale, known: tuple[dict[str, list[float]], int]) -> Iterator[Outcome]:
+    before, count = known
+    begun_s = time.monotonic()
+    retiring = threading.Thread(target=lambda: plant.ask("retention", project="load", apply=True))
+    retiring.start()
+    during = swarm.run(Pace(PERIOD_S, scale.seconds, saves=True, seed=1))
+    retiring.join()
+    planned_s = time.monotonic() - begun_s
+    eventually(lambda: _live(plant) <= TRAINERS, "all but the newest to be retired", PATIENCE_S)
+    for op in ("lease", "commit"):
+        ratio = percentile(during[op], 0.5) / percentile(before[op], 0.5)
+        later_ms = (percentile(during[op], 0.99) - percentile(before[op], 0.99)) * 1e3
+        pairs = [(Limit("ratio of p50", RATIO_MAX, ""), ratio), (Limit("p99 later by", LATER_MS_MAX, "ms"), later_ms)]
+        note = f"{len(before[op])} before, {len(during[op])} while {count:,} were retired"
+        yield bounded(f"{op} of a save while {count:,} are retired", pairs, len(during[op]), note)
+    yield told(f"{count:,} tombstones written", f"{planned_s:.1f} s", count)
+    yield told("all of them out of the way", f"{time.monotonic() - begun_s:.1f} s", count)
+
+
+def _live(plant: Plant) -> int:
+    return int(plant.ask("summary", project="load").get("by_state", {}).get("live", 0))
+
+
+def _idle(plant: Plant) -> bool:
+    jobs = plant.status()["jobs"]
+    return int(jobs["queued"] + jobs["running"]) == 0
