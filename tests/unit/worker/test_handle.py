@@ -140,6 +140,14 @@ async def test_a_slow_worker_that_tells_of_progress_is_left_alone(tmp_path, monk
         assert node.names() == ["worker.started"]
 
 
+@pytest.mark.parametrize("request_s", [0.8, 2.0, 120.0])
+def test_a_worker_is_told_to_speak_well_within_the_time_it_may_be_silent(request_s):
+    """With a short `workers.request_s` a digest of some seconds was taken for a hang, again and again."""
+    command = worker_command(config.Workers(request_s=request_s))
+    every_s = float(command[command.index("--alive-every-s") + 1])
+    assert 0 < every_s <= min(request_s / 4, 10.0)
+
+
 async def test_a_silent_worker_is_killed_and_only_its_own_mount_notices(tmp_path):
     """F17: one hung disk hangs one disk."""
     async with running(tmp_path) as node:
