@@ -93,7 +93,7 @@ class Catalog:
                 try:
                     async with self._readers.connect() as conn:
                         result = await fn(conn)
-                except (DBAPIError, PoolTimeout) as error:
+                except (DBAPIError, PoolTimeout, OSError) as error:
                     known = faults.explain(error, self._where)
                     if known is None:
                         raise
@@ -109,7 +109,7 @@ class Catalog:
             raise Unreachable("the catalog is open for reading only, because no daemon runs")
         try:
             await self._writer.exclusive(_touch)
-        except DBAPIError as error:
+        except (DBAPIError, OSError) as error:
             known = faults.explain(error, self._where)
             if known is None:
                 raise
