@@ -37,7 +37,7 @@ from ckptd import log as logging
 from ckptd.catalog import Catalog, holds, open_catalog, roots
 from ckptd.catalog.roots import NewRoot
 from ckptd.catalog.tx import Tx
-from ckptd.clock import Clock, SystemClock
+from ckptd.clock import Clock, SystemClock, tick
 from ckptd.config import Settings
 from ckptd.errors import BadConfig, CkptdError
 from ckptd.events import Bus, Event
@@ -67,8 +67,9 @@ from ckptd.worker import Workers
 
 log = structlog.get_logger()
 
-REAP_S = 0.5
+REAP_S = 1.0  # as often as the spool and departed trainers are looked at: one wake-up for the three
 TEND_S = 10.0
+RESUME_S = 30.0  # how often failed removals are looked for while there are none
 STARTING_S = 600.0  # a large catalog is checked, and perhaps migrated, before anything else can be said
 CLOSING_S = 20.0  # workers are ended, the WAL is written back
 SPILL_BYTES_PER_S = 20 << 20  # what the slowest disk of a node is trusted to take
@@ -321,18 +322,20 @@ def _changed(old: BaseModel, new: BaseModel, head: str = "") -> list[str]:
 async def _reap(parts: Parts) -> None:
     """Look after leases whose holder vanished without a word."""
     while True:
-        await anyio.sleep(REAP_S)
+        await tick(REAP_S)
         await parts.service.reap()
 
 
 async def _tend(parts: Parts) -> None:
     """Upkeep: memory of unused arenas, tombstones of an earlier run, temporary directories of dead publishes."""
     swept_s = -parts.settings.orphan_age_s
+    resumed_s = -RESUME_S
     while True:
         parts.pool.trim()
         try:
             await parts.catalog.recover()
-            await retain.resume(parts.tools)
+            if parts.clock.monotonic_s() - resumed_s >= RESUME_S and not await retain.resume(parts.tools):
+                resumed_s = parts.clock.monotonic_s()
             if parts.clock.monotonic_s() - swept_s > parts.settings.orphan_age_s:
                 swept_s = parts.clock.monotonic_s()
                 await parts.catalog.write(lambda tx: holds.expire(tx, parts.clock.now()))

@@ -201,7 +201,8 @@ class Catalog:
 
 async def _touch(conn: AsyncConnection) -> None:
     async with conn.begin():
-        await conn.exec_driver_sql("SELECT 1")
+        if conn.dialect.name != "sqlite":  # there BEGIN IMMEDIATE has the lock; elsewhere a BEGIN asks nobody
+            await conn.exec_driver_sql("SELECT 1")
 
 
 @asynccontextmanager

@@ -4,12 +4,14 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import anyio
+import anyio.to_thread
 import pytest
 
 from ckptd import config, errors
@@ -118,6 +120,28 @@ async def test_a_worker_that_dies_is_replaced_and_the_request_says_so(tmp_path):
         second = await node.workers.call(Usage(root="/a"))
         assert first.filesystem != second.filesystem
         assert node.state().restarts == 1
+
+
+async def test_a_worker_outlives_the_thread_that_asked_for_it(tmp_path, monkeypatch):
+    """It ends with the thread that started it, which a pool would have retired after ten idle seconds."""
+    monkeypatch.setattr("anyio._backends._asyncio.WorkerThread.MAX_IDLE_TIME", 0)
+    table = tmp_path / "mountinfo"
+    table.write_text(MOUNTS)
+    rig = Rig(mountinfo=table)  # the real program: it is the one that asks to end with its parent
+    workers = Workers(config.Workers(), SystemClock(), lambda _: None, rig=rig)
+    async with anyio.create_task_group() as group:
+        await group.start(workers.run)
+        await workers.call(Usage(root="/"))
+        (pid,) = (state.pid for state in workers.state())
+        for _ in range(3):  # each retires the threads that idle, whichever they are
+            async with anyio.create_task_group() as threads:
+                for _ in range(3):
+                    threads.start_soon(anyio.to_thread.run_sync, time.sleep, 0.05)
+        await anyio.sleep(0.3)
+        assert is_alive(pid)
+        assert (await workers.call(Usage(root="/"))).filesystem
+        assert [state.pid for state in workers.state()] == [pid]
+        group.cancel_scope.cancel()
 
 
 async def test_a_worker_that_cannot_start_is_not_started_in_a_tight_loop(tmp_path):
