@@ -102,8 +102,8 @@ def train(node: Node, nursery: Nursery, saves: int, patience_s: float) -> None:
 @pytest.mark.timeout(180)
 @pytest.mark.xdist_group("alone-many")
 def test_thirty_two_trainers_lose_double_and_misorder_nothing(node: Node, plain_nursery: Nursery) -> None:
-    """M017, with a fifth of its saves: what fits into every commit's minutes."""
-    train(node, plain_nursery, saves=20, patience_s=100.0)
+    """M017, with a tenth of its saves: what fits into every commit's minutes."""
+    train(node, plain_nursery, saves=10, patience_s=100.0)
 
 
 @pytest.mark.faults
