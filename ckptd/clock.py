@@ -4,8 +4,6 @@ import time
 from datetime import UTC, datetime
 from typing import Protocol
 
-import anyio
-
 
 class Clock(Protocol):
     """Wall time for people and ordering hints; monotonic time for every duration."""
@@ -31,6 +29,8 @@ class SystemClock:
 
 async def tick(period_s: float) -> None:
     """Sleep until the loop's next whole multiple of `period_s`, so that all who look as often share one wake-up."""
+    import anyio  # noqa: PLC0415 - the CLI reads clocks too, and starts without an event loop
+
     left_s = period_s - anyio.current_time() % period_s
     # Timers may end a little early: that was this tick, not the one before it.
     await anyio.sleep(left_s if left_s > period_s / 10 else left_s + period_s)
