@@ -25,3 +25,12 @@ class SystemClock:
     def monotonic_s(self) -> float:
         """Seconds since an arbitrary point, never going backwards."""
         return time.monotonic()
+
+
+async def tick(period_s: float) -> None:
+    """Sleep until the loop's next whole multiple of `period_s`, so that all who look as often share one wake-up."""
+    import anyio  # noqa: PLC0415 - the CLI reads clocks too, and starts without an event loop
+
+    left_s = period_s - anyio.current_time() % period_s
+    # Timers may end a little early: that was this tick, not the one before it.
+    await anyio.sleep(left_s if left_s > period_s / 10 else left_s + period_s)

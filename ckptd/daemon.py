@@ -34,7 +34,7 @@ import structlog
 from ckptd import __version__, failpoint, origins
 from ckptd import log as logging
 from ckptd.catalog import Catalog, holds, open_catalog
-from ckptd.clock import Clock, SystemClock
+from ckptd.clock import Clock, SystemClock, tick
 from ckptd.config import Settings
 from ckptd.errors import BadConfig, CkptdError
 from ckptd.events import Bus, Event
@@ -69,7 +69,7 @@ from ckptd.worker import Workers
 
 log = structlog.get_logger()
 
-REAP_S = 0.5
+REAP_S = 1.0  # as often as the spool and departed trainers are looked at: one wake-up for the three
 TEND_S = 10.0
 STARTING_S = 600.0  # a large catalog is checked, and perhaps migrated, before anything else can be said
 CLOSING_S = 20.0  # workers are ended, the WAL is written back
@@ -326,7 +326,7 @@ async def _reload(parts: Parts, options: argparse.Namespace) -> dict[str, Any]:
 async def _reap(parts: Parts) -> None:
     """Look after leases whose holder vanished without a word."""
     while True:
-        await anyio.sleep(REAP_S)
+        await tick(REAP_S)
         await parts.service.reap()
 
 

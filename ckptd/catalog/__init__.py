@@ -95,7 +95,7 @@ class Catalog:
                 try:
                     async with self._readers.connect() as conn:
                         result = await fn(conn)
-                except (DBAPIError, PoolTimeout) as error:
+                except (DBAPIError, PoolTimeout, OSError) as error:
                     known = faults.explain(error, self._where)
                     if known is None:
                         raise
@@ -111,7 +111,7 @@ class Catalog:
             raise Unreachable("the catalog is open for reading only, because no daemon runs")
         try:
             await self._writer.exclusive(_touch)
-        except DBAPIError as error:
+        except (DBAPIError, OSError) as error:
             known = faults.explain(error, self._where)
             if known is None:
                 raise
@@ -211,7 +211,8 @@ class Catalog:
 
 async def _touch(conn: AsyncConnection) -> None:
     async with conn.begin():
-        await conn.exec_driver_sql("SELECT 1")
+        if conn.dialect.name != "sqlite":  # there BEGIN IMMEDIATE has the lock; elsewhere a BEGIN asks nobody
+            await conn.exec_driver_sql("SELECT 1")
 
 
 @asynccontextmanager

@@ -1,5 +1,6 @@
 """What a database error means, and who must act: the driver's words become the error tree's."""
 
+import errno
 import sqlite3
 from pathlib import Path
 
@@ -8,6 +9,8 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from ckptd.errors import Busy, CatalogFault, CkptdError, NoSpace
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_SCARCE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR)
 _PRIMARY = 0xFF  # the low byte of an extended SQLite code is the error's class
 _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _UNUSABLE = (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM)
@@ -48,7 +51,7 @@ def ends_transaction(error: BaseException) -> bool:
 
     After these SQLite may have rolled everything back by itself, so that a savepoint no longer exists.
     """
-    if isinstance(error, DBAPIError) and error.connection_invalidated:
+    if isinstance(error, OSError) or (isinstance(error, DBAPIError) and error.connection_invalidated):
         return True
     return sqlite_code(error) in _ENDS_TRANSACTION
 
@@ -65,6 +68,8 @@ def explain(error: Exception, where: Path | str) -> CkptdError | None:
     """Translate a database error; None when it is not one that somebody outside the code can mend."""
     if isinstance(error, PoolTimeout):
         return Busy("every reading connection of the catalog is in use", retry_after_s=LOCKED_RETRY_S)
+    if isinstance(error, OSError):  # from a driver, on the way to its file or its server
+        return _unreached(error, where)
     code = sqlite_code(error)
     if code in _LOCKED:
         return Busy(
@@ -85,3 +90,12 @@ def explain(error: Exception, where: Path | str) -> CkptdError | None:
             path=str(where),
         )
     return None
+
+
+def _unreached(error: OSError, where: Path | str) -> CkptdError:
+    if error.errno in _FULL:
+        return NoSpace(f"no space for the catalog {where}", path=str(where))
+    if error.errno in _SCARCE:
+        return Busy(f"the catalog {where} has to wait: {error.strerror}", retry_after_s=SHORT_RETRY_S)
+    hint = "look at the disk or the server under it; what waits for the catalog is tried again"
+    return CatalogFault(f"the catalog {where} can't be read or written: {error}", hint=hint, path=str(where))

@@ -85,6 +85,10 @@ def check(file: str | None, out: Output) -> int:
     if not out.json({"valid": True, "errors": [], "problems": problems, "files": files}):
         for problem in problems:
             render.say(f"odd: {render.escape(problem)}")
+        if not files:
+            from ckptd.origins.files import own
+
+            render.say(f"no configuration file is there; yours would be {render.escape(str(own(os.environ)))}")
         sys.stdout.write(f"valid: {render.escape(', '.join(files) or 'defaults only')}\n")
     return 0
 

@@ -16,6 +16,7 @@ from ckptd.errors import BadRequest, NotFound
 
 PAGE_MAX = 500
 LIMIT = 50
+_SPOILED = ("corrupt", "missing")  # whatever rung it had reached: a script must not read "verified" there
 
 Row = dict[str, Any]
 
@@ -58,7 +59,7 @@ CHECKPOINTS = Sheet(
         label,
         lambda row: row.get("step"),
         lambda row: row.get("state"),
-        lambda row: row.get("level"),
+        lambda row: "none" if row.get("state") in _SPOILED else row.get("level"),
         lambda row: row.get("size_bytes"),
         lambda row: row.get("created_at"),
         lambda row: ",".join(row.get("holds") or ()),
@@ -172,7 +173,7 @@ def _print_rows(out: Output, found: Iterator[tuple[Row, str | None]], key: str, 
 def ls(scope: str | None, out: Output, *, everything: bool, summary: bool, **wanted: Any) -> None:
     """List checkpoints, newest first; those that were dropped or replaced only when asked for.
 
-    In a pipe: id, PROJECT/EXPERIMENT, step, state, level, bytes, time, holds and path, separated by tabs.
+    In a pipe, by tabs: id, PROJECT/EXPERIMENT, step, state, level (none if damaged), bytes, time, holds, path.
     """
     limit = wanted.pop("limit")
     narrowing = {word for word in ("state", "level", "tag") if wanted[word] is not None}

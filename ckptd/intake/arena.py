@@ -14,6 +14,7 @@ from ckptd_client import control
 _F_ADD_SEALS, _F_GET_SEALS = 1033, 1034
 _SEAL_SEAL, _SEAL_SHRINK, _SEAL_GROW = 0x1, 0x2, 0x4
 FD_PREFIX = "arena-"
+RECLAIM_AGAIN_S = 1.0  # who is asked for an arena may not have it mapped yet, and is asked again
 # The trainer writes the descriptor's length; it is read and hashed on the event loop.
 DESCRIPTOR_BYTES_MAX = 4 << 20
 
@@ -94,6 +95,10 @@ class Arena:
         """Whether it is lent and its holder has not begun to write."""
         page = control.read(self.page)
         return self.use is Use.LEASED and page is not None and page.state == control.LEASED
+
+    def may_be_asked_back(self, now_s: float) -> bool:
+        """Whether its holder has not begun to write, and was not asked for it a moment ago."""
+        return self.holder is not None and now_s - self.asked_back_s >= RECLAIM_AGAIN_S and self.is_unwritten()
 
     def fits(self, size_bytes: int) -> bool:
         """Whether `size_bytes` go in without wasting more than as much again."""

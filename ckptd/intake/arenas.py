@@ -16,7 +16,6 @@ import os
 import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 
 import anyio
 import anyio.to_thread
@@ -26,22 +25,10 @@ from ckptd.clock import Clock
 from ckptd.config import Arenas
 from ckptd.errors import BadRequest, NoArena, OverQuota
 from ckptd.intake.arena import FD_PREFIX, Arena, Holder, Store, Use, is_sealed, make, owner_of
+from ckptd.intake.waiting import Line, Waiter
 from ckptd_client import control
 
 __all__ = ["FD_PREFIX", "Arena", "ArenaPool", "Holder", "Use"]
-
-WAITERS_MAX, WAITERS_PER_UID_MAX = 4096, 1024
-RECLAIM_AGAIN_S = 1.0  # who is asked for an arena may not have it mapped yet, and is asked again
-LOOK_S = 0.25  # a waiter looks again this often: a reader that died frees memory without a word
-
-
-@dataclass(eq=False)
-class _Waiter:
-    experiment_id: str
-    size_bytes: int
-    holder: Holder
-    freed: anyio.Event = field(default_factory=anyio.Event)
-    wants_room: bool = False  # the budget stands in its way: who came later makes no new arena before it
 
 
 class ArenaPool:
@@ -55,7 +42,8 @@ class ArenaPool:
         self._arenas: dict[bytes, Arena] = {}
         self._making_bytes: Counter[int] = Counter()  # by owner
         self._making: Counter[str] = Counter()
-        self._waiters: list[_Waiter] = []
+        self._line = Line(self._look)
+        self._looked: tuple[object, ...] = ()
         self.denied_s = -math.inf  # when a save last waited in vain
         self.on_hot: Callable[[], None] = lambda: None  # another copy is there: keeps them within their budget
         # One at a time: two threads that fill pages side by side take twice as long each.
@@ -71,7 +59,7 @@ class ArenaPool:
     @property
     def waiting(self) -> int:
         """How many saves wait for an arena."""
-        return len(self._waiters)
+        return len(self._line)
 
     def all(self) -> Iterable[Arena]:
         """Every arena there is."""
@@ -134,36 +122,45 @@ class ArenaPool:
             )
         if size_bytes > self._share(owner_of(holder.uid)):
             raise OverQuota(f"{size_bytes} bytes are over one user's share", hint="see arenas.bytes_per_uid_max")
-        same = sum(waiter.holder.uid == holder.uid for waiter in self._waiters)
-        if len(self._waiters) >= WAITERS_MAX or same >= WAITERS_PER_UID_MAX:
-            raise NoArena(f"{len(self._waiters)} requests wait for an arena already, {same} of them yours")
-        waiter = _Waiter(experiment_id, size_bytes, holder)
-        self._waiters.append(waiter)
+        waiter = Waiter(experiment_id, size_bytes, holder)
+        self._line.enter(waiter)
         try:
             with anyio.move_on_after(min(wait_s, self._settings.lease_wait_s)):
                 while True:
-                    # Taken before looking: what is freed while an arena is being made sets this one.
-                    freed = waiter.freed = anyio.Event()
+                    waiter.turn = anyio.Event()
                     waiter.wants_room = False
                     arena = self._reusable(waiter) or await self._make_for(waiter)
                     if arena is not None:
                         return self._lend(arena, waiter)
                     self._ask_back(waiter)
-                    with anyio.move_on_after(LOOK_S):
-                        await freed.wait()
+                    # Before it nobody behind makes an arena, and there is none to be had as it is.
+                    hopeless = waiter.wants_room and not any(arena.is_idle() for arena in self._arenas.values())
+                    self._line.pass_on(waiter, hopeless=hopeless)
+                    await self._line.wait(waiter)
         finally:
-            self._waiters.remove(waiter)
-            self.wake()  # those behind it may have waited for its turn only
+            self._line.leave(waiter)
         if wait_s > 0:  # who asks without patience has another way
             self.denied_s = self._clock.monotonic_s()
         raise NoArena(f"no arena of {size_bytes} bytes came free within {wait_s:g} s")
 
     def wake(self) -> None:
         """Something was freed: let the waiters look again, in their order."""
-        for waiter in self._waiters:
-            waiter.freed.set()
+        self._line.wake()
 
-    def _lend(self, arena: Arena, waiter: _Waiter) -> Arena:
+    def _look(self) -> None:
+        """Look on behalf of all that wait: has anything changed that nobody told? Else ask for arenas again."""
+        looked = self._looked
+        self._looked = tuple((a.id, a.use, a.readers, a.experiment_id) for a in self._arenas.values())
+        if self._looked != looked:
+            self.wake()
+            return
+        now_s = self._clock.monotonic_s()
+        if not any(arena.may_be_asked_back(now_s) for arena in self._arenas.values()):
+            return
+        for waiter in self._line.some():
+            self._ask_back(waiter)
+
+    def _lend(self, arena: Arena, waiter: Waiter) -> Arena:
         arena.generation += 1
         arena.use = Use.LEASED
         arena.experiment_id, arena.checkpoint_id = waiter.experiment_id, ""
@@ -173,7 +170,7 @@ class ArenaPool:
         arena.holder_ticks = control.write_lease(arena.page, arena.id, arena.generation, arena.holder_pid)
         return arena
 
-    def _reusable(self, waiter: _Waiter) -> Arena | None:
+    def _reusable(self, waiter: Waiter) -> Arena | None:
         """An arena whose pages are there and that fits: free ones first, then the oldest copy of its own, then,
         when there is no room for another arena, the oldest copy of anybody's (of the same user).
         """
@@ -213,13 +210,13 @@ class ArenaPool:
         held = sum(arena.size_bytes for arena in self._arenas.values() if arena.owner_uid == owner)
         return held + self._making_bytes[owner] + size_bytes - self._share(owner)
 
-    async def _make_for(self, waiter: _Waiter) -> Arena | None:
+    async def _make_for(self, waiter: Waiter) -> Arena | None:
         if self._held(waiter.experiment_id) >= self._settings.per_experiment_max:
             # A size that no longer fits (the model grew) must not lock the experiment out.
             self._drop_unfitting(waiter)
             if self._held(waiter.experiment_id) >= self._settings.per_experiment_max:
                 return None
-        if any(earlier.wants_room for earlier in self._waiters[: self._waiters.index(waiter)]):
+        if self._line.wants_room_before(waiter):
             return None
         owner = owner_of(waiter.holder.uid)
         # A user's own older copies make room in its share first; who is over it holds up nobody else.
@@ -234,6 +231,7 @@ class ArenaPool:
             return None
         self._making_bytes[owner] += waiter.size_bytes
         self._making[waiter.experiment_id] += 1
+        self._line.served(waiter)
         try:
             # Shielded: making is no waiting, and who asks without patience gets what there is room for.
             with anyio.CancelScope(shield=True):
@@ -257,7 +255,7 @@ class ArenaPool:
         failpoint.hit("fdstore.pushed")
         return arena
 
-    def _drop_unfitting(self, waiter: _Waiter) -> None:
+    def _drop_unfitting(self, waiter: Waiter) -> None:
         """Give up one arena of the experiment that the waiter can't use, the least recently used first."""
         useless = [
             arena
@@ -282,7 +280,7 @@ class ArenaPool:
                 return
             self.destroy(arena)
 
-    def _ask_back(self, waiter: _Waiter) -> None:
+    def _ask_back(self, waiter: Waiter) -> None:
         """Ask for a leased but unwritten arena back, the one that has waited longest for its first byte.
 
         One at a time: who is asked and begins to write instead gives no answer, and the next look
@@ -297,11 +295,9 @@ class ArenaPool:
         lent = [
             arena
             for arena in self._arenas.values()
-            if arena.holder is not None
-            and arena.holder is not waiter.holder
-            and now_s - arena.asked_back_s >= RECLAIM_AGAIN_S
+            if arena.holder is not waiter.holder
             and not (mine and arena.experiment_id == waiter.experiment_id)
-            and arena.is_unwritten()
+            and arena.may_be_asked_back(now_s)
         ]
         if lent:
             oldest = min(lent, key=lambda arena: arena.used_s)

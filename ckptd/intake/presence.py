@@ -16,7 +16,7 @@ import structlog
 from ckptd.catalog import Catalog, experiments, metrics
 from ckptd.catalog.metrics import Point
 from ckptd.catalog.tx import Tx
-from ckptd.clock import Clock
+from ckptd.clock import Clock, tick
 from ckptd.errors import CkptdError, NotFound
 from ckptd.model import ExperimentStatus
 from ckptd_client import control
@@ -77,7 +77,7 @@ class Presence:
         """Look after those that left, every LOOK_S; and for silent ones, every lost_after_s."""
         looked_s = self._clock.monotonic_s()
         while True:
-            await anyio.sleep(LOOK_S)
+            await tick(LOOK_S)
             for experiment_id, (pid, ticks) in tuple(self._gone.items()):
                 if not control.is_alive(pid, ticks):
                     await self._lost(experiment_id)

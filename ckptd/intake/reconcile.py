@@ -7,8 +7,10 @@ its own root only.
 """
 
 import os
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import anyio
 import anyio.abc
@@ -23,11 +25,13 @@ from ckptd.errors import CkptdError, RootDegraded
 from ckptd.intake.files import Files
 from ckptd.model import RootKind, State
 from ckptd.worker import Workers, mounts
+from ckptd.worker.mark import KNOWN_MAX, mark
 from ckptd.worker.protocol import Hints, Scan, Scanned, Sweep, Watch
 
 log = structlog.get_logger()
 
 RETRY_S, RETRY_S_MAX = 1.0, 60.0
+RESTS = 300  # lengths of a scan between two scans of a root whose events are all seen: a third of a per cent of a core
 REST_S_MAX = 2.0  # between two scans of a root, so that hints cost at most half of a worker's time
 DIRECTORIES_MAX = 256  # more hinted directories than this: one scan of the whole root is cheaper
 BATCH_MAX = 250
@@ -42,6 +46,30 @@ class _Watched:
     scanning: bool = False
     problem: str = ""
     unseen: str = ""  # why its changes make no events
+    seen: bool = False  # all its changes make events now, as far as its watcher knows
+    took_s: float = 0.0  # the last scan of all of it
+
+
+@dataclass
+class _Standing:
+    """What should lie under a root. `marked` are the rows of `marks`, in their order; `others` can't be marked."""
+
+    under: str = ""
+    marks: bytearray = field(default_factory=bytearray)
+    marked: "array[int]" = field(default_factory=partial(array, "q"))
+    others: "array[int]" = field(default_factory=partial(array, "q"))
+
+    def __bool__(self) -> bool:
+        return bool(self.marked or self.others)
+
+    def add(self, page: Sequence[arrivals.Standing], *, marked: bool) -> None:
+        """Take in one page of rows."""
+        for sequence, path, ino, size_bytes, mtime_ns in page:
+            if marked and ino is not None and size_bytes is not None and mtime_ns is not None:
+                self.marks += mark(path, ino, size_bytes, mtime_ns)
+                self.marked.append(sequence)
+            else:
+                self.others.append(sequence)
 
 
 @dataclass
@@ -136,17 +164,22 @@ class Reconciler:
                     continue
                 # A tree that never rests is scanned for half of the time at most.
                 await anyio.sleep(min(anyio.current_time() - begun_s, REST_S_MAX))
-                with anyio.move_on_after(await self._interval_s(watched.root)) as timer:
+                with anyio.move_on_after(await self._interval_s(watched)) as timer:
                     await watched.hinted.wait()
                 watched.everything = watched.everything or timer.cancelled_caught
                 watched.hinted = anyio.Event()
 
-    async def _interval_s(self, root: Root) -> float:
+    async def _interval_s(self, watched: _Watched) -> float:
+        """How long a root may rest without a hint: longer than `reconcile_s` only while its events are all seen."""
         try:
-            remote = mounts.find(root.path, await anyio.to_thread.run_sync(mounts.read)).remote
+            remote = mounts.find(watched.root.path, await anyio.to_thread.run_sync(mounts.read)).remote
         except CkptdError:
             remote = True  # not known now: look as often as any root may need it
-        return self._settings.reconcile_remote_s if remote else self._settings.reconcile_s
+        settings = self._settings
+        if remote:
+            return settings.reconcile_remote_s
+        rest_s = min(watched.took_s * RESTS, settings.reconcile_max_s) if watched.seen else 0.0
+        return max(settings.reconcile_s, rest_s)
 
     async def _listen(self, watched: _Watched) -> None:
         """Collect hints; a watcher that ends is started again and everything is scanned once more."""
@@ -159,6 +192,7 @@ class Reconciler:
                         self._hint(watched, part)
             except CkptdError as error:
                 log.warning("watch.failed", root=watched.root.path, **error.to_wire())
+            watched.seen = False
             watched.everything = True
             watched.hinted.set()
             await anyio.sleep(pause_s)
@@ -169,6 +203,7 @@ class Reconciler:
         if unseen and not watched.unseen:
             log.warning("watch.blind", root=watched.root.path, why=unseen)
         watched.unseen = unseen
+        watched.seen = not hints.problem
         watched.directories.update(hints.directories)
         if hints.lost or len(watched.directories) > DIRECTORIES_MAX:
             watched.everything = True
@@ -181,7 +216,9 @@ class Reconciler:
         watched.scanning = True
         try:
             if everything:
+                begun_s = anyio.current_time()
                 await self.scan(watched.root)
+                watched.took_s = anyio.current_time() - begun_s
                 return
             for directory in sorted(directories):
                 if not any(directory != above and directory.startswith(above + "/") for above in directories):
@@ -192,11 +229,12 @@ class Reconciler:
     async def scan(self, root: Root) -> Reconciled:
         """Compare everything under one root with the catalog."""
         result = Reconciled()
-        unseen = await self._standing(root)
+        standing = await self._standing(root)
+        unseen = set(standing.others)
         try:
-            scanned = await self._take(root, "", result, unseen)
+            scanned = await self._take(root, standing, result, unseen)
         except CkptdError as error:
-            if error.code in {"not_found", "missing"} and not unseen:
+            if error.code in {"not_found", "missing"} and not standing:
                 return result  # a root nobody has written to yet
             raise  # never "all its checkpoints are missing": a disk that is not mounted looks just like this
         if scanned.complete:
@@ -212,26 +250,34 @@ class Reconciler:
         )
         return result
 
-    async def _standing(self, root: Root) -> set[int]:
-        """Numbers of the rows whose files should lie under the root now: 60 bytes a checkpoint, for a scan's time."""
-        found: set[int] = set()
+    async def _standing(self, root: Root) -> _Standing:
+        """Which files should lie under the root now, as far as their rows say: 24 bytes each, for a scan's time."""
+        found = _Standing()
         after = 0
         while True:
             page = await self._catalog.read(lambda conn, at=after: arrivals.standing(conn, root.id, at))  # type: ignore[misc]
             if not page:
                 return found
-            found.update(page)
-            after = page[-1]
+            # A managed root is told with its manifests, always: they are what the catalog is made from again.
+            found.add(page, marked=root.kind is RootKind.WATCHED and len(found.marked) < KNOWN_MAX)
+            after = page[-1][0]
 
     async def _scan_under(self, root: Root, directory: str) -> None:
         below = os.path.relpath(directory, root.path)  # noqa: ASYNC240 - text only
-        await self._take(root, "" if below == "." else below, Reconciled(), set())
+        await self._take(root, _Standing(under="" if below == "." else below), Reconciled(), set())
 
-    async def _take(self, root: Root, under: str, result: Reconciled, unseen: set[int]) -> Scanned:
-        """Scan and take in what is new; strike what was seen from `unseen`."""
+    async def _take(self, root: Root, standing: _Standing, result: Reconciled, unseen: set[int]) -> Scanned:
+        """Scan and take in what is new. Rows in `standing` that were not met go to `unseen`, less what was told."""
         managed = root.kind is RootKind.MANAGED
-        request = Scan(root=root.path, managed=managed, under=under, entries_max=self._settings.entries_max)
+        request = Scan(
+            root=root.path,
+            managed=managed,
+            under=standing.under,
+            entries_max=self._settings.entries_max,
+            known=bytes(standing.marks),
+        )
         others = [path for path, w in self._roots.items() if path != root.path and w.root.kind is RootKind.MANAGED]
+        told: set[int] = set()
         async with self._workers.parts(request) as parts:
             async for part in parts:
                 found = [c for c in part.found if managed or not _inside(c.path, others)]
@@ -242,8 +288,12 @@ class Reconciler:
                     result.added += taken.added
                     result.known += taken.known
                     result.damaged += taken.damaged
-                    unseen.difference_update(taken.sequences)
+                    told.update(taken.sequences)
             scanned: Scanned = parts.reply
+        unseen.update(standing.marked[at] for at in scanned.unmet)
+        unseen.difference_update(told)
+        result.found += scanned.same
+        result.known += scanned.same
         result.problem = scanned.problem
         return scanned
 

@@ -11,12 +11,12 @@ import os
 import stat
 from typing import Any
 
-import anyio
 import anyio.to_thread
 import msgspec
 import structlog
 
 from ckptd import failpoint
+from ckptd.clock import tick
 from ckptd.errors import BadRequest, Busy, CkptdError, Refused
 from ckptd.intake import descriptor as descriptors
 from ckptd.intake.admit import Admission
@@ -30,7 +30,7 @@ from ckptd_client.wire import from_number
 
 log = structlog.get_logger()
 
-POLL_S = 1.0
+POLL_S = 2.0
 ENTRIES_MAX = 1000
 
 
@@ -50,7 +50,7 @@ class Spool:
         """Look into the spool every POLL_S seconds; a listing of an empty directory costs microseconds."""
         while True:
             await self.take_in()
-            await anyio.sleep(POLL_S)
+            await tick(POLL_S)
 
     async def take_in(self) -> int:
         """Take in everything there is now; return how many entries were new.

@@ -49,11 +49,16 @@ def chain(config_file: Path | None, environ: Mapping[str, str], *, user: bool) -
     if config_file is not None:
         return [config_file]
     found = [ETC / "config.toml", *sorted((ETC / "conf.d").glob("*.toml"))]
+    if user:
+        found.append(own(environ))
+    return [path for path in found if path.exists()]
+
+
+def own(environ: Mapping[str, str]) -> Path:
+    """Return the user's own file, whether it exists or not."""
     home = environ.get("XDG_CONFIG_HOME", "")
     base = Path(home) if Path(home).is_absolute() else Path(environ.get("HOME", "/nonexistent"), ".config")
-    if user:
-        found.append(base / "ckptd" / "config.toml")
-    return [path for path in found if path.exists()]
+    return base / "ckptd" / "config.toml"
 
 
 def read(path: Path) -> File:

@@ -269,6 +269,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--idle-io", action="store_true")
     parser.add_argument("--parser-bytes-max", type=int, default=Limits().parser_bytes_max)
     parser.add_argument("--parser-cpu-s", type=float, default=Limits().parser_cpu_s)
+    parser.add_argument("--alive-every-s", type=float, default=Limits().alive_every_s)
     return parser.parse_args()
 
 
@@ -306,7 +307,7 @@ def main() -> NoReturn:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     if failpoint.armed():
         _log("worker.failpoints", points=list(failpoint.armed()))
-    limits = Limits(arguments.parser_bytes_max, arguments.parser_cpu_s)
+    limits = Limits(arguments.parser_bytes_max, arguments.parser_cpu_s, arguments.alive_every_s)
     sock = socket.socket(fileno=arguments.fd)
     sock.setblocking(True)
     sock.set_inheritable(False)

@@ -12,6 +12,7 @@ import subprocess
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ import msgspec
 from anyio.abc import TaskStatus
 
 from ckptd.errors import Busy, CkptdError, WorkerLost, from_wire
-from ckptd.worker import protocol
+from ckptd.worker import protocol, starter
 from ckptd_client.wire import FrameError, Splitter
 
 OUTBOX_MAX = 64  # requests that wait for the socket; more wait in their callers
@@ -326,8 +327,9 @@ async def spawn(command: Sequence[str]) -> Child:
             ours.setblocking(False)
             # In a thread: fork and exec of a big daemon take milliseconds. Shielded, so that a process once started
             # always gets an owner.
+            whole = [*command, "--fd", str(theirs.fileno())]
             with anyio.CancelScope(shield=True):
-                process = await anyio.to_thread.run_sync(_start, [*command, "--fd", str(theirs.fileno())], theirs)
+                process = await anyio.to_thread.run_sync(starter.start, partial(_start, whole, theirs))
     except BaseException:
         ours.close()
         raise

@@ -14,7 +14,8 @@ import msgspec
 
 from ckptd.errors import TimedOut
 
-ALIVE_EVERY_S = 5.0  # far below workers.request_s (120 s by default): a few lost beats are no verdict
+ALIVE_EVERY_S = 5.0  # at most
+BEATS = 8  # in the time a worker may be silent: a few that come late are no verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,10 +24,12 @@ class Limits:
 
     parser_bytes_max  address space of the child that parses foreign headers
     parser_cpu_s      CPU time of that child
+    alive_every_s     how often a request that goes on says so
     """
 
     parser_bytes_max: int = 512 << 20
     parser_cpu_s: float = 10.0
+    alive_every_s: float = ALIVE_EVERY_S
 
 
 class Cancelled(TimedOut):
@@ -71,7 +74,7 @@ class Context:
         if self.cancelled.is_set():
             raise Cancelled("the request was cancelled")
         now_s = time.monotonic()
-        if now_s - self._beat_s >= ALIVE_EVERY_S:
+        if now_s - self._beat_s >= self.limits.alive_every_s:
             self._beat_s = now_s
             self.send({"alive": True})
 

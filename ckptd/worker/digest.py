@@ -8,10 +8,12 @@ from typing import NamedTuple
 from ckptd.errors import BadPath, Refused, SourceChanged
 from ckptd.worker import beneath
 from ckptd.worker.context import Context
-from ckptd.worker.fsync import fsync_directory, fsync_file
+from ckptd.worker.fsync import await_writeback, fsync_directory, fsync_file
 from ckptd.worker.hashing import FileDigest, HashThread, read_into
 from ckptd.worker.members import Member, identity, members
 from ckptd.worker.protocol import Digest, Digested, FileRecord, IdentityRecord
+
+SLICE_BYTES = 64 << 20  # some seconds' work for the slowest disk of a node
 
 
 def run(request: Digest, context: Context) -> Digested:
@@ -91,10 +93,17 @@ def _digest_member(directory_fd: int, path: str, hasher: HashThread, alive: Call
 
 
 def _digest_file(fd: int, hasher: HashThread, alive: Callable[[], None]) -> FileDigest:
-    """Fsync first: what is read afterwards is what went to the disk, or the identity changes."""
+    """Fsync first: what is read afterwards is what went to the disk, or the identity changes.
+
+    Its writer may have left gigabytes in the page cache, and one fsync of them says nothing for minutes:
+    they go to the disk slice by slice, each with a sign of life, and the fsync finds little to do.
+    """
+    size_bytes = os.fstat(fd).st_size
+    for offset in range(0, size_bytes, SLICE_BYTES) if size_bytes > SLICE_BYTES else ():
+        await_writeback(fd, offset, SLICE_BYTES)
+        alive()
     fsync_file(fd, "digest.fsynced")
     digest = FileDigest()
-    size_bytes = os.fstat(fd).st_size
     for _ in read_into(lambda buffer, offset: os.preadv(fd, [buffer], offset), size_bytes, hasher, digest):
         alive()
     return digest

@@ -103,8 +103,10 @@ def await_writeback(fd: int, offset: int, size_bytes: int) -> None:
 
 
 def _writeback(fd: int, span: tuple[int, int], flags: int) -> None:
+    key = _never_failed(fd, "an earlier fsync of this file failed; its bytes may be lost")
     try:
         kernel.sync_file_range(fd, *span, flags)
     except OSError as error:
-        # A failed writeback is told to a descriptor once: fsync might not say it again.
+        # A failed writeback is told to a descriptor once: fsync might not say it again, so we remember.
+        _remember(key)
         raise _fsync_error(error) from error

@@ -21,6 +21,7 @@ from ckptd.errors import Bug
 from ckptd.events import Event
 from ckptd.worker import mounts, protocol
 from ckptd.worker.child import Child, Pending
+from ckptd.worker.context import ALIVE_EVERY_S, BEATS
 from ckptd.worker.station import Pace, Setup, Station, WorkerState
 
 __all__ = ["Pace", "Parts", "Rig", "WorkerState", "Workers", "worker_command"]
@@ -43,6 +44,7 @@ def worker_command(settings: config.Workers) -> tuple[str, ...]:
         *(("--idle-io",) if settings.idle_io else ()),
         *("--parser-bytes-max", str(settings.parser_bytes_max)),
         *("--parser-cpu-s", str(settings.parser_cpu_s)),
+        *("--alive-every-s", str(min(ALIVE_EVERY_S, settings.request_s / BEATS))),
     )
 
 

@@ -205,11 +205,13 @@ class Scan(Request, frozen=True, tag="scan"):
 
     managed  the root's layout is ours: manifests are read, nothing else is a checkpoint
     under    scan only this sub-directory ("" for all)
+    known    marks (worker/mark.py) of what is not to be told again, MARK_BYTES each, one after the other
     """
 
     managed: bool
     under: str = ""
     entries_max: int = 2_000_000
+    known: bytes = b""
 
 
 class Candidate(msgspec.Struct, frozen=True):
@@ -235,6 +237,8 @@ class Scanned(msgspec.Struct, frozen=True):
     """The scan's end. `complete` is false when a limit cut it short (`problem` says which).
 
     device  number of the file system that the root is on now; 0 when a worker does not say
+    same    how many of the request's marks were met: told by this number alone
+    unmet   positions of the others among the request's marks, ascending
     """
 
     seen: int
@@ -242,6 +246,8 @@ class Scanned(msgspec.Struct, frozen=True):
     problem: str = ""
     skipped: dict[str, int] = {}
     device: int = 0
+    same: int = 0
+    unmet: list[int] = []
 
 
 class Watch(Request, frozen=True, tag="watch"):
@@ -253,7 +259,7 @@ class Watch(Request, frozen=True, tag="watch"):
 class Hints(msgspec.Struct, frozen=True):
     """Directories to rescan; `lost` when events may have been dropped: rescan everything.
 
-    problem  why events are not to be had here ("" when they are); a person may want to know
+    problem  why not all events are to be had here, as of now ("" when they are)
     blind    and it is this machine's doing: a limit or a failure, not a root that comes and goes
     """
 

@@ -26,8 +26,9 @@ from ckptd.worker.formats.ckptd_dir import (
 )
 from ckptd.worker.formats.names import MARKER, is_unfinished, markers_of, step_of
 from ckptd.worker.formats.source import Source
+from ckptd.worker.mark import MARK_BYTES, mark
 from ckptd.worker.members import identity, is_utf8, members
-from ckptd.worker.protocol import Candidate, Candidates, Scan, Scanned
+from ckptd.worker.protocol import Candidate, Candidates, IdentityRecord, Scan, Scanned
 
 PART_CANDIDATES_MAX = 500
 PART_BYTES_MAX = 4 << 20  # of manifests, as read; a larger one travels alone
@@ -39,6 +40,7 @@ _FOREIGN = frozenset({"lost+found"})
 def run(request: Scan, context: Context) -> Scanned:
     """Walk `root`, or what lies below `under` (relative or absolute); send Candidates, answer with the count.
 
+    Every file is looked at; what lies there as a mark of `known` says is counted instead of told.
     What is no checkpoint for us (a link, a FIFO, a name that is no text) is skipped and counted.
     What may hide a known checkpoint (a limit, no permission) makes `complete` false as well, so that
     nobody takes "not found" for "gone". NotFound when the root is not there, BadPath when `under` leaves it.
@@ -57,7 +59,8 @@ def run(request: Scan, context: Context) -> Scanned:
     finally:
         os.close(root_fd)
     walk.flush()
-    return Scanned(walk.seen, not walk.problem, walk.problem, dict(walk.skipped), walk.device)
+    unmet = sorted(walk.known.values())
+    return Scanned(walk.seen, not walk.problem, walk.problem, dict(walk.skipped), walk.device, walk.same, unmet)
 
 
 class _FullError(Exception):
@@ -93,6 +96,12 @@ class _Walk:
         self._request = request
         self._context = context
         self.device = 0
+        self.same = 0
+        # A later row of the same file takes the place of an earlier one, as in every look-up by path.
+        known = request.known
+        self.known = {
+            known[start : start + MARK_BYTES]: start // MARK_BYTES for start in range(0, len(known), MARK_BYTES)
+        }
         self._found: list[Candidate] = []
         self._found_bytes = 0
 
@@ -224,6 +233,8 @@ class _Walk:
             late = parse_late(self._whole(fd, LATE, LATE_BYTES_MAX) or b"") if LATE in listing.files else None
             stripped = self._stripped(fd, manifest) if STRIPPED in listing.files else []
         seen = identity(os.fstat(fd), files)
+        if self._is_known(path, seen):
+            return True
         self._add(Candidate(path, "directory", found, seen, step_of(name), manifest, late, stripped))
         return True
 
@@ -272,7 +283,16 @@ class _Walk:
             if facts.st_nlink > 1 and facts.st_uid not in {os.geteuid(), os.fstat(fd).st_uid}:
                 self.skipped["foreign link"] += 1  # somebody put another user's file here: it is not his to hand over
             elif stat.S_ISREG(facts.st_mode) and facts.st_dev == self.device:
-                self._add(Candidate(f"{path}/{name}", "file", found, identity(facts), step_of(name)))
+                seen = identity(facts)
+                if not self._is_known(f"{path}/{name}", seen):
+                    self._add(Candidate(f"{path}/{name}", "file", found, seen, step_of(name)))
+
+    def _is_known(self, path: str, seen: IdentityRecord) -> bool:
+        """Say whether the daemon knows just this at `path`; then there is nothing to tell."""
+        if not self.known or self.known.pop(mark(path, seen.ino, seen.size_bytes, seen.mtime_ns), None) is None:
+            return False
+        self.same += 1
+        return True
 
     def _add(self, candidate: Candidate) -> None:
         self._found.append(candidate)

@@ -17,12 +17,21 @@ TRASH = ".ckptd-trash"
 
 
 def trash(request: Trash, _context: Context) -> Done:
-    """Move `path` into the trash, durably. `count` is 0 when an earlier request had done so.
+    """Move `path` into the trash, durably. `count` is 0 when another request had done so, a moment ago or long ago.
 
     SourceChanged  it is not what `identity` says any more: it stays
     Missing        it is neither at its path nor in the trash
     BadPath        it lies on another file system than the root, or is the root
     """
+    try:
+        return _trash(request)
+    except FileNotFoundError:
+        # It went between our look and our move: another request for the same thing took it there, or somebody
+        # took it away. A second look tells, for it can't go twice.
+        return _trash(request)
+
+
+def _trash(request: Trash) -> Done:
     with _opened(request.root) as root_fd, _trash_at(root_fd, request.trash) as bin_fd:
         parts = _below(request.root, request.path)
         with _directory(root_fd, parts[:-1]) as parent_fd:
@@ -40,11 +49,18 @@ def trash(request: Trash, _context: Context) -> Done:
 
 
 def restore(request: Restore, _context: Context) -> Done:
-    """Move it back, durably. `count` is 0 when the trash has nothing and the path something: done before.
+    """Move it back, durably. `count` is 0 when the trash has nothing and the path something: done by another.
 
     Exists   the path is taken; nothing moves
     Missing  neither the trash nor the path holds anything
     """
+    try:
+        return _restore(request)
+    except FileNotFoundError:  # as above
+        return _restore(request)
+
+
+def _restore(request: Restore) -> Done:
     with _opened(request.root) as root_fd, _trash_at(root_fd, request.trash) as bin_fd:
         parts = _below(request.root, request.path)
         parent_fd = durable.make_dir_chain(root_fd, parts[:-1])

@@ -13,6 +13,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from msgspec import structs
+from watchfiles import Change
 from watchfiles._rust_notify import RustNotify, WatchfilesRustInternalError
 
 from ckptd.worker import mounts
@@ -21,12 +23,13 @@ from ckptd.worker.formats.names import is_ours
 from ckptd.worker.members import is_utf8
 from ckptd.worker.protocol import Done, Hints, Watch
 
-STEP_MS = 250  # how often the native queue is looked at: 4 wake-ups a second, below 0.1 % of a core
+STEP_MS = 500  # how often the native queue is looked at: 2 wake-ups a second
 ROOT_CHECK_MS = 2000  # how often a quiet root is looked at: is it still the same directory?
 DIRECTORIES_MAX = 256  # hints of one batch; more than that costs as much as scanning everything
 BURST_SHARE = 8  # a batch over 1/8 of the kernel's queue: several events make one path, so it may have overflowed
 POLL_REMOTE_S = 20.0  # the same on network file systems
 RESTART_S = (0.5, 30.0)  # first and longest pause before a failed watcher is tried again; `lost` comes each time
+_CROWDED = "so many events came that some may be lost, and new directories not be watched"
 _GONE, _REPLACED = "the root does not exist", "the root was replaced"
 _QUEUE = Path("/proc/sys/fs/inotify/max_queued_events")
 _QUEUE_DEFAULT = 16384
@@ -80,7 +83,7 @@ class _Watcher:
                 return
             if time.monotonic() - started_s > longest_s:
                 pause_s = self._pace.restart_s[0]
-            blind = problem not in {"", _GONE, _REPLACED}
+            blind = problem not in {"", _GONE, _REPLACED, _CROWDED}
             self._context.send_part(Hints([], lost=True, problem=problem, blind=blind))
             self._cancelled.wait(pause_s)
             pause_s = min(pause_s * 2, longest_s)
@@ -103,27 +106,36 @@ class _Watcher:
         try:
             # After the watch is in place: what was made before it is found by this scan.
             self._context.send_part(Hints([], lost=True, problem=problem, blind=bool(problem)))
-            return self._follow(watcher, before, partial=bool(problem))
+            return self._follow(watcher, before, problem)
         except (WatchfilesRustInternalError, UnicodeError, RuntimeError) as error:
             return _explained(error)
         finally:
             watcher.close()
 
-    def _follow(self, watcher: RustNotify, before: tuple[int, int], *, partial: bool) -> str:
+    def _follow(self, watcher: RustNotify, before: tuple[int, int], problem: str) -> str:
+        """Send hints until the watcher must be another one; say why. `problem` is why it does not see everything."""
         scanned_s = time.monotonic()
+        partial = bool(problem)
         while True:
             changes = watcher.watch(self._debounce_ms, self._pace.step_ms, self._pace.root_check_ms, self._cancelled)
             if changes == "stop":
                 return ""
             if isinstance(changes, set) and changes:
-                found = hints(self._root, {path for _, path in changes}, burst=self._burst)
+                paths = {path for _, path in changes}
+                if len(paths) >= self._burst:
+                    problem = problem or _CROWDED
+                found = hints(self._root, paths, burst=self._burst)
+                if (Change.deleted, self._root.rstrip("/")) in changes:
+                    return _REPLACED  # what is there now may have the very inode of what was
                 if found is not None:
-                    self._context.send_part(found)
+                    self._context.send_part(structs.replace(found, problem=problem, blind=partial))
+            elif problem == _CROWDED:
+                return _CROWDED  # it is quiet again: a new watcher watches what this one may have missed
             if _identity(self._root) != before:
                 return _REPLACED
             if partial and time.monotonic() - scanned_s >= self._pace.restart_s[1]:
                 scanned_s = time.monotonic()
-                self._context.send_part(Hints([], lost=True))
+                self._context.send_part(Hints([], lost=True, problem=problem, blind=True))
 
 
 def _native(root: str, *, ignore_denied: bool) -> RustNotify:

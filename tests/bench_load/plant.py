@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,9 +133,13 @@ def _used(pids: list[int]) -> tuple[float, int]:
     return cpu_s, wakeups
 
 
-def spent(pids: list[int], over_s: float) -> Spent:
-    """What the processes use in the next `over_s` seconds, in which nobody asks them anything."""
+def spent(pids: list[int], over_s: float, over: Callable[[], bool] | None = None) -> Spent:
+    """What the processes use in the next `over_s` seconds, or until `over` says so; nobody asks them anything meanwhile."""
     before, begun_s = _used(pids), time.monotonic()
-    time.sleep(over_s)
+    if over is None:
+        time.sleep(over_s)
+    else:
+        while time.monotonic() - begun_s < over_s and not over():
+            time.sleep(SAMPLE_S)
     after, wall_s = _used(pids), time.monotonic() - begun_s
     return Spent(wall_s, after[0] - before[0], after[1] - before[1])

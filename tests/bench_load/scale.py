@@ -19,7 +19,7 @@ class Scale:
     known: int = 100_000  # files
     burst: int = 20_000  # files
     verify_bytes: int = 1 << 30
-    interval_s: float = 65.0  # one interval of the scan that finds what events missed, and a little
+    interval_s: float = 660.0  # the longest interval of the scan that finds what events missed, and a little
 
 
 SMALL = Scale(

@@ -26,16 +26,15 @@ def measure(scale: Scale) -> Iterator[Outcome]:
     """Return the rows of this file."""
     with planted(scale.folder) as plant:
         yield from _nothing_to_do(plant, scale)
-    with planted(scale.folder, more=f"[watching]\nreconcile_s = {QUICK_S}\n") as plant:
+    with planted(scale.folder, more=f"[watching]\nreconcile_s = {QUICK_S}\nreconcile_max_s = {QUICK_S}\n") as plant:
         root = plant.dir / "w"
         begun_s = time.monotonic()
         grow(root, scale.known)
         assert know(plant.state / "catalog.sqlite", root, os.getuid()) == scale.known
         made_s = time.monotonic() - begun_s
         yield from _looks(plant, scale, made_s)
-        plant.configure("")  # as often as in production, from here on
+        plant.configure("")  # as often as in production, from the next look on
         plant.ask("reload")
-        time.sleep(QUICK_S)
         yield _standing_by(plant, scale)
         yield _burst(plant, root, scale)
 
@@ -85,13 +84,17 @@ def _durations(ends: list[datetime]) -> list[float]:
 
 
 def _standing_by(plant: Plant, scale: Scale) -> Outcome:
-    """Over a whole interval of the scan that finds what events missed."""
-    used = spent(plant.carriers(), scale.interval_s)
+    """From the end of one scan that finds what events missed to the end of the next."""
+    looks = len(_done(plant))
+    eventually(lambda: len(_done(plant)) > looks, "a look after which it rests", FOUND_S)
+    looks = len(_done(plant))
+    used = spent(plant.carriers(), scale.interval_s, lambda: len(_done(plant)) > looks)
     pairs = [
         (Limit("CPU", IDLE_CPU, "% of a core"), 100 * used.cpu_s / used.wall_s),
         (Limit("wake-ups", WAKEUPS, "/s"), used.wakeups / used.wall_s),
     ]
-    note = f"over {used.wall_s:.0f} s, the scan that comes once a minute included"
+    scans = len(_done(plant)) - looks
+    note = f"over {used.wall_s:.0f} s, {scans} scan that finds what events missed included"
     return bounded(f"idle beside {scale.known:,} known files", pairs, 1, note)
 
 

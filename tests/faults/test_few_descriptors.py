@@ -126,6 +126,9 @@ def test_descriptors_that_run_out_at_any_moment_end_nothing_and_lose_nothing(
         assert [node.daemon_pid, *node.workers()] == pids
         assert not [line for name in ("request.bug", "stage.bug", "peer.bug") for line in node.said(name)]
         print(f"{squeeze.times} squeezes, {len(acknowledged)} hand-offs acknowledged, all verified")
+    except BaseException:
+        print(node.tail())
+        raise
     finally:
         end(node)
 

@@ -244,11 +244,11 @@ async def test_an_older_copy_makes_room_in_its_own_users_share_first():
 
 async def test_requests_that_wait_for_memory_are_counted_for_each_user(monkeypatch):
     """S7, S8: one user's crowd leaves the queue open to others."""
-    from ckptd.intake import arenas
+    from ckptd.intake import waiting
 
     if os.getuid() != 0:
         pytest.skip("only root can serve several users")
-    monkeypatch.setattr(arenas, "WAITERS_PER_UID_MAX", 3)
+    monkeypatch.setattr(waiting, "WAITERS_PER_UID_MAX", 3)
     keeper = Keeper()
     pool = ArenaPool(Arenas(bytes_max=2 * MIB), keeper, StillClock())
     try:

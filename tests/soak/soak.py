@@ -20,6 +20,7 @@ from pathlib import Path
 from traceback import format_exception
 from typing import Self
 
+from ckptd.worker.parser import IDLE_S
 from tests.soak.audit import audit
 from tests.soak.crew import LEGACY, Legacy, Member, Part, Training
 from tests.soak.faults import Stage, act, faults, schedule
@@ -32,6 +33,7 @@ from tests.support.trainer import Nursery
 REST_S = 180.0  # how long a member may take to come to rest: its saves have to arrive
 PROGRESS_S = 10.0
 SHOWN_MAX = 10  # violations of one rest
+QUIET_S = IDLE_S + 15.0
 DEADLY_SHARE = 0.5  # of a long run; then no process of ckptd is ended any more
 STEADY_SHARE = 0.25  # of what comes then: caches fill
 
@@ -167,7 +169,7 @@ class Soak:
             self._leave_all()
             self.ground.stir()
             self.ground.idle(plan.phase_s)
-            out.end = self.meter.now()
+            out.end = self._quiet(out.base)
         return self._sum_up()
 
     def _harmless(self, known: list, *, late: bool) -> list:
@@ -208,6 +210,13 @@ class Soak:
         yield
         for member in () if for_good else self._members():
             member.go_on()
+
+    def _quiet(self, base: Sample) -> Sample:
+        """Look once what is kept for a next question has ended: a parser holds three descriptors of its worker's."""
+        until_s = time.monotonic() + QUIET_S
+        while (now := self.meter.now()).descriptors > base.descriptors and time.monotonic() < until_s:
+            time.sleep(1.0)
+        return now
 
     def _leave_all(self) -> None:
         for trainer in self.trainers:

@@ -35,7 +35,7 @@ def test_a_node_under_load_and_faults_keeps_every_promise() -> None:
         if report.verdict(outcome):
             print(soak.ground.tail())
         assert report.verdict(outcome) == []
-        assert outcome.saves > 20
+        assert outcome.saves > 3
         assert outcome.restores > 0
         assert outcome.files > 5
         assert sum(outcome.faults.values()) > 2

@@ -6,6 +6,7 @@ kernel lives on and writes what it holds.
 """
 
 import ctypes
+import errno
 import fcntl
 import gc
 import os
@@ -96,9 +97,27 @@ class Disk:
         self.cuts += 1
 
     def replay(self) -> None:
-        """Come up again after a cut."""
-        self.unmount()
-        self.mount()
+        """Come up again after a cut.
+
+        Another process may have a mount namespace of its own, with a copy of ours: what is mounted then is
+        the dead file system once more, until that process has ended.
+        """
+        for _ in range(BUSY_TRIES):
+            self.unmount()
+            self.mount()
+            if self._lives():
+                return
+            time.sleep(BUSY_S * 10)
+        raise OSError(errno.EBUSY, "another mount namespace keeps the file system that was cut off", str(self.path))
+
+    def _lives(self) -> bool:
+        try:
+            os.listdir(self.path)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            return False
+        return True
 
     def cut_power(self) -> None:
         """Lose all that is not on the disk, and come up again."""

@@ -42,7 +42,7 @@ PATIENCE_S = 20.0
 QUICK: dict[str, Any] = {
     "workers": {"idle_io": False, "nice": 0},
     "catalog": {"ballast_bytes": 0},
-    "watching": {"reconcile_s": 1.0, "quiet_s": 0.1},
+    "watching": {"reconcile_s": 1.0, "reconcile_max_s": 1.0, "quiet_s": 0.1},
     "jobs": {"backoff_s": 0.05, "backoff_s_max": 1.0},
     "arenas": {"bytes_max": 256 << 20},
     "drain_s": 5.0,

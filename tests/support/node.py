@@ -50,6 +50,7 @@ lost_after_s = 3
 ballast_bytes = {ballast_bytes}
 [watching]
 reconcile_s = {reconcile_s}
+reconcile_max_s = {reconcile_s}
 quiet_s = 0.2
 {more}
 """

@@ -28,6 +28,7 @@ bytes_max = 536870912
 ballast_bytes = 1048576
 [watching]
 reconcile_s = {reconcile_s}
+reconcile_max_s = {reconcile_s}
 quiet_s = {quiet_s}
 {more}
 """

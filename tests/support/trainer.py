@@ -49,9 +49,11 @@ class Trainer:
         """Give an order; `answer()` returns what came of it."""
         self._tell({"do": order, **given})
 
-    def answer(self) -> dict[str, Any]:
+    def answer(self, patience_s: float = ANSWER_S) -> dict[str, Any]:
         """Return the answer to the order that was begun."""
+        self._socket.settimeout(patience_s)
         found = self._hear()
+        self._socket.settimeout(ANSWER_S)
         assert "raised" not in found, found["raised"]
         return found
 

@@ -14,7 +14,7 @@ from ckptd import config
 from ckptd.catalog import Catalog, experiments, open_catalog, roots, schema, sqlite, writer
 from ckptd.catalog.roots import NewRoot
 from ckptd.catalog.tx import Tx
-from ckptd.errors import Bug, Busy, NoSpace
+from ckptd.errors import Bug, Busy, CatalogFault, CkptdError, NoSpace
 from ckptd.events import Event
 from ckptd.model import RootKind
 from tests.support.catalog import SETTINGS, UID, StillClock, Told, an_experiment, experiment, opened
@@ -40,6 +40,28 @@ async def test_nothing_is_told_and_nothing_stays_of_a_transaction_that_fails(cat
         await catalog.write(fails)
     assert await paths(catalog) == set()
     assert (told.names, called) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("number", "told_as"),
+    [(errno.EIO, CatalogFault), (errno.ECONNRESET, CatalogFault), (errno.ENOSPC, NoSpace), (errno.EMFILE, Busy)],
+)
+async def test_an_error_of_the_kernel_under_a_commit_is_the_catalogs_trouble_and_no_defect(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch, number: int, told_as: type[CkptdError]
+) -> None:
+    """It ends the transaction, everybody in it is told who must act, and the next write finds the catalog as it was."""
+
+    def breaks(point: str) -> None:
+        if point == "catalog.commit":
+            raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as broken:
+        broken.setattr(writer.failpoint, "hit", breaks)
+        with pytest.raises(told_as):
+            await catalog.write(lambda tx: roots.ensure(tx, a_root("/lost")))
+    assert await paths(catalog) == set()
+    await catalog.write(lambda tx: roots.ensure(tx, a_root("/kept")))
+    assert await paths(catalog) == {"/kept"}
 
 
 async def test_events_and_callbacks_come_after_the_commit_that_makes_them_true(

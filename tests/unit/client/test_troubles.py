@@ -290,6 +290,6 @@ def test_a_refused_experiment_is_tried_again(home: Path, daemon: FakeDaemon, mon
     daemon.wait_for("experiment.open")
     daemon.refuse.clear()
     daemon.wait_for("experiment.open", 2)
-    assert run.prepare(state(1), wait_s=5)
+    assert run.prepare(state(1), wait_s=20)
     assert len(daemon.of("experiment.open")) < 50, "it asks without a pause"
     run.close(timeout_s=5)

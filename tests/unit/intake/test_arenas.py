@@ -10,7 +10,7 @@ import pytest
 from ckptd.config import Arenas
 from ckptd.errors import BadRequest, NoArena, OverQuota
 from ckptd.intake import arena as one_arena
-from ckptd.intake import arenas
+from ckptd.intake import arenas, waiting
 from ckptd.intake.arenas import ArenaPool, Use
 from ckptd_client import control
 from tests.support.catalog import StillClock
@@ -297,7 +297,7 @@ async def test_who_came_later_makes_no_arena_before_the_one_that_waits_for_room(
 async def test_what_is_freed_while_an_arena_is_being_made_wakes_the_waiter(keeper, monkeypatch):
     """A wake-up between looking and waiting must not be lost."""
     pool = a_pool(keeper, bytes_max=2 * MIB, per_experiment_max=2)
-    monkeypatch.setattr(arenas, "LOOK_S", 60.0)
+    monkeypatch.setattr(waiting, "LOOK_S", 60.0)
     client = Client(pool, obliging=False)
     held = [await pool.lease("a", MIB, client, 0) for _ in range(2)]
     async with anyio.create_task_group() as group:
@@ -313,7 +313,7 @@ async def test_a_cancelled_wait_leaves_nothing_behind(keeper):
     control.set_state((await pool.lease("a", MIB, Client(pool), 0)).page, control.WRITING)
     with anyio.move_on_after(0.05):
         await pool.lease("b", MIB, Client(pool), 5)
-    assert pool._waiters == []
+    assert pool.waiting == 0
     assert pool.bytes_used == MIB
 
 

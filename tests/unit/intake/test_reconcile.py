@@ -6,10 +6,11 @@ import shutil
 import anyio
 import pytest
 
-from ckptd.catalog import checkpoints, roots
+from ckptd.catalog import arrivals, checkpoints, roots
 from ckptd.errors import CkptdError, RootDegraded
+from ckptd.intake import reconcile
 from ckptd.model import State
-from ckptd.worker.protocol import Scanned
+from ckptd.worker.protocol import Hints, Scanned
 from tests.support.in_process import Training, a_tensor, daemon, eventually
 from tests.support.watched import a_watched, live_at, rows_at
 
@@ -103,7 +104,7 @@ async def test_an_empty_mount_point_is_no_proof_that_everything_was_deleted(shor
         one = await live_at(node, path)
         root = await root_of(node, tree)
         shutil.rmtree(tree / "run7")
-        unseen = await node.parts.reconciler._standing(root)
+        unseen = set((await node.parts.reconciler._standing(root)).marked)
         from ckptd.intake.reconcile import Reconciled
 
         elsewhere = Scanned(seen=0, complete=True, device=999_999)
@@ -187,6 +188,67 @@ async def test_known_files_cost_no_transaction_of_their_own(short_dir):
         second = await node.parts.reconciler.scan(root)
         assert (first.added, second.added, second.known) == (300, 0, 300)
         assert node.parts.catalog._writer.commits - commits == 1
+
+
+async def test_a_scan_finds_what_became_of_known_files_whatever_was_heard(short_dir):
+    """M006, promise 5: changed in place, replaced and deleted files are found by the scan alone."""
+    tree, settings = a_watched(short_dir)
+    paths = {name: tree / "run7" / f"{name}.safetensors" for name in ("same", "changed", "replaced", "gone")}
+    for path in paths.values():
+        path.write_bytes(a_tensor(1, 64))
+    async with daemon(short_dir, **settings) as node:
+        ids = {name: await live_at(node, path) for name, path in paths.items()}
+    async with daemon(short_dir, **settings, front=False) as node:
+        root = await root_of(node, tree)
+        quiet = await node.parts.reconciler.scan(root)
+        assert (quiet.found, quiet.known, quiet.added, quiet.missing) == (4, 4, 0, 0)
+        before = paths["replaced"].stat()
+        with paths["changed"].open("r+b") as file:
+            file.write(a_tensor(2, 64))
+        (short_dir / "other").write_bytes(a_tensor(3, 64))
+        (short_dir / "other").replace(paths["replaced"])
+        os.utime(paths["replaced"], ns=(before.st_atime_ns, before.st_mtime_ns))
+        paths["gone"].unlink()
+        told = await node.parts.reconciler.scan(root)
+        assert (told.found, told.known, told.added, told.missing) == (3, 1, 2, 1)
+        assert await rows_at(node, paths["same"]) == [(ids["same"], "live")]
+        for name in ("changed", "replaced"):
+            assert [state for _, state in await rows_at(node, paths[name])] == ["missing", "pending"]
+        assert await rows_at(node, paths["gone"]) == [(ids["gone"], "missing")]
+
+
+async def test_more_files_than_one_request_has_marks_for_are_looked_up(short_dir, monkeypatch):
+    tree, settings = a_watched(short_dir)
+    for number in range(6):
+        (tree / "run7" / f"c_{number}.safetensors").write_bytes(a_tensor(number, 64))
+    async with daemon(short_dir, **settings) as node:
+        for number in range(6):
+            await live_at(node, tree / "run7" / f"c_{number}.safetensors")
+    monkeypatch.setattr(reconcile, "KNOWN_MAX", 2)
+    monkeypatch.setattr(arrivals, "_STANDING", arrivals._STANDING.limit(2))
+    async with daemon(short_dir, **settings, front=False) as node:
+        root = await root_of(node, tree)
+        standing = await node.parts.reconciler._standing(root)
+        assert (len(standing.marked), len(standing.others)) == (2, 4)
+        (tree / "run7/c_5.safetensors").unlink()
+        result = await node.parts.reconciler.scan(root)
+        assert (result.found, result.known, result.missing) == (5, 5, 1)
+
+
+@pytest.mark.parametrize(
+    ("seen", "took_s", "interval_s"),
+    [(True, 0.1, 60.0), (True, 1.0, 300.0), (True, 30.0, 600.0), (False, 30.0, 60.0)],
+)
+async def test_a_large_tree_rests_longer_only_while_its_events_are_all_seen(short_dir, seen, took_s, interval_s):
+    """Promise 5: `reconcile_max_s` bounds it in every case."""
+    tree, settings = a_watched(short_dir)
+    settings["watching"] = {"reconcile_s": 60, "reconcile_max_s": 600}
+    async with daemon(short_dir, **settings, front=False) as node:
+        watched = node.parts.reconciler._roots[str(tree)]
+        assert not watched.seen, "no watcher has said so yet"
+        node.parts.reconciler._hint(watched, Hints([], lost=True, problem="" if seen else "some may be lost"))
+        watched.took_s = took_s
+        assert await node.parts.reconciler._interval_s(watched) == interval_s
 
 
 async def test_a_watcher_that_ends_is_started_again_and_everything_is_scanned(short_dir):

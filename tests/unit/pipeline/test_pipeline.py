@@ -219,6 +219,9 @@ async def test_descriptors_of_images_are_closed_whatever_a_stage_does(short_dir,
 
         monkeypatch.setattr(node.parts.workers, "call", flaky)
         await training.saved(2)
-        assert open_fds() <= before + 3  # one more arena: its memfd, its control page, the store's copy
+        # One more arena: its memfd, its control page, the store's copy. A thread of the catalog may have one in hand.
+        with anyio.fail_after(10):
+            while open_fds() > before + 3:
+                await anyio.sleep(0.05)
         assert Path(node.runs / "demo/run/step_0000000002").is_dir()
         assert os.path.exists(node.runs / "demo/run/latest")

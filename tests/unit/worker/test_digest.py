@@ -12,8 +12,8 @@ import pytest
 import xxhash
 
 from ckptd.errors import BadPath, NotFound, SourceChanged
-from ckptd.worker import digest
-from ckptd.worker.context import Cancelled, Context
+from ckptd.worker import digest, fsync
+from ckptd.worker.context import Cancelled, Context, Limits
 from ckptd.worker.fsync import FsyncFailed
 from ckptd.worker.hashing import FileDigest
 from ckptd.worker.protocol import Digest, Digested
@@ -142,6 +142,43 @@ def test_a_single_file_renamed_over_while_it_is_read_is_noticed(
     monkeypatch.setattr(FileDigest, "update", lambda self, view: (real(self, view), other.rename(path)))
     with pytest.raises(SourceChanged):
         ask(tmp_path, path)
+
+
+def test_a_large_file_gives_signs_of_life_while_it_goes_to_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One fsync of gigabytes that their writer left in memory could take longer than a worker may be silent."""
+    monkeypatch.setattr(digest, "SLICE_BYTES", MIB)
+    path, order = tmp_path / "model.bin", []
+    path.write_bytes(DATA)
+    monkeypatch.setattr(fsync.kernel, "sync_file_range", lambda _fd, at, size, _flags: order.append((at, size)))
+    monkeypatch.setattr(fsync.os, "fsync", lambda _fd: order.append("fsync"))
+    ask(tmp_path, path, Context(send=lambda _: order.append("alive"), limits=Limits(alive_every_s=0.0)))
+    slices = -(-len(DATA) // MIB)
+    begun = [step for at in range(slices) for step in ((at * MIB, MIB), "alive")]
+    assert order[: 2 * slices] == begun
+    assert order[2 * slices] == "fsync"
+
+
+def test_a_failed_writeback_is_as_final_as_a_failed_fsync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel tells a descriptor of it once: the fsync that follows, or another one, may succeed all the same."""
+    monkeypatch.setattr(digest, "SLICE_BYTES", MIB)
+    path, asked = tmp_path / "model.bin", []
+    path.write_bytes(DATA)
+
+    def failing(*_: object) -> None:
+        asked.append(1)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as broken:
+        broken.setattr(fsync.kernel, "sync_file_range", failing)
+        with pytest.raises(FsyncFailed):
+            ask(tmp_path, path)
+    with pytest.raises(FsyncFailed):
+        ask(tmp_path, path)
+    path.write_bytes(DATA)  # its writer wrote it again
+    assert ask(tmp_path, path).size_bytes == len(DATA)
+    assert len(asked) == 1
 
 
 def test_a_file_whose_fsync_failed_is_never_called_durable(

@@ -4,12 +4,14 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import anyio
+import anyio.to_thread
 import pytest
 
 from ckptd import config, errors
@@ -120,6 +122,28 @@ async def test_a_worker_that_dies_is_replaced_and_the_request_says_so(tmp_path):
         assert node.state().restarts == 1
 
 
+async def test_a_worker_outlives_the_thread_that_asked_for_it(tmp_path, monkeypatch):
+    """It ends with the thread that started it, which a pool would have retired after ten idle seconds."""
+    monkeypatch.setattr("anyio._backends._asyncio.WorkerThread.MAX_IDLE_TIME", 0)
+    table = tmp_path / "mountinfo"
+    table.write_text(MOUNTS)
+    rig = Rig(mountinfo=table)  # the real program: it is the one that asks to end with its parent
+    workers = Workers(config.Workers(), SystemClock(), lambda _: None, rig=rig)
+    async with anyio.create_task_group() as group:
+        await group.start(workers.run)
+        await workers.call(Usage(root="/"))
+        (pid,) = (state.pid for state in workers.state())
+        for _ in range(3):  # each retires the threads that idle, whichever they are
+            async with anyio.create_task_group() as threads:
+                for _ in range(3):
+                    threads.start_soon(anyio.to_thread.run_sync, time.sleep, 0.05)
+        await anyio.sleep(0.3)
+        assert is_alive(pid)
+        assert (await workers.call(Usage(root="/"))).filesystem
+        assert [state.pid for state in workers.state()] == [pid]
+        group.cancel_scope.cancel()
+
+
 async def test_a_worker_that_cannot_start_is_not_started_in_a_tight_loop(tmp_path):
     slow = Pace(restart_s=0.3, restart_s_max=0.6)
     async with running(tmp_path, flags=("--die-at-start",), pace=slow) as node:
@@ -138,6 +162,14 @@ async def test_a_slow_worker_that_tells_of_progress_is_left_alone(tmp_path, monk
     async with running(tmp_path) as node:
         await node.workers.call(Usage(root="/slow"))
         assert node.names() == ["worker.started"]
+
+
+@pytest.mark.parametrize("request_s", [0.8, 2.0, 120.0])
+def test_a_worker_is_told_to_speak_well_within_the_time_it_may_be_silent(request_s):
+    """With a short `workers.request_s` a digest of some seconds was taken for a hang, again and again."""
+    command = worker_command(config.Workers(request_s=request_s))
+    every_s = float(command[command.index("--alive-every-s") + 1])
+    assert 0 < every_s <= min(request_s / 4, 10.0)
 
 
 async def test_a_silent_worker_is_killed_and_only_its_own_mount_notices(tmp_path):

@@ -11,7 +11,6 @@ import zipfile
 import pytest
 
 from ckptd.errors import BadPath, Bug, TimedOut
-from ckptd.worker import context as surroundings
 from ckptd.worker import examine, inspect
 from ckptd.worker.context import Cancelled, Context, Limits
 from ckptd.worker.parser import Question
@@ -241,9 +240,9 @@ def test_checksums_beat_while_they_are_read(tmp_path, small, monkeypatch):
         archive.writestr("m/data.pkl", b"\x80\x02}.")
         archive.writestr("m/data/0", b"\1" * (5 << 20))
     other_parser(monkeypatch, "parser.BEAT_S = 0.0; parser.main()")
-    monkeypatch.setattr(surroundings, "ALIVE_EVERY_S", 0.0)
     sent = []
-    answer = small.ask(Question(str(tmp_path), str(path), crc=True), Context(send=sent.append))
+    context = Context(send=sent.append, limits=Limits(alive_every_s=0.0))
+    answer = small.ask(Question(str(tmp_path), str(path), crc=True), context)
     assert answer.found.complete is True
     assert sent == [{"alive": True}] * 6
 

@@ -231,17 +231,14 @@ def test_a_request_that_finds_no_room_is_refused_and_its_arena_closed(loop: tupl
         os.fstat(fd)
 
 
-def test_a_request_that_lives_speaks_for_those_that_wait_behind_it(
-    loop: tuple[Loop, WorkerProcess], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_request_that_lives_speaks_for_those_that_wait_behind_it(loop: tuple[Loop, WorkerProcess]) -> None:
     """The daemon abandons a worker that is silent for too long; waiting is no silence."""
     serving, heard = loop
-    monkeypatch.setattr("ckptd.worker.context.ALIVE_EVERY_S", 0.0)
     lane, gate, begun = Lane("test", threads_max=1, waiting_max=9), Event(), Event()
     lane.submit(1, lambda: (begun.set(), gate.wait(10)))
     assert begun.wait(10)
     lane.submit(2, lambda: None)
-    Context(send=partial(serving._speak, 1, lane)).alive()
+    Context(send=partial(serving._speak, 1, lane), limits=Limits(alive_every_s=0.0)).alive()
     assert [heard.frame() for _ in range(2)] == [{"id": 1, "alive": True}, {"id": 2, "alive": True}]
     gate.set()
 

@@ -15,7 +15,7 @@ import xxhash
 from ckptd.errors import BadPath, BadRequest, Corrupt, Exists, SourceChanged
 from ckptd.model import new_id
 from ckptd.worker import beneath, digest, imagewriter, publish, verify
-from ckptd.worker.context import Cancelled, Context
+from ckptd.worker.context import Cancelled, Context, Limits
 from ckptd.worker.image import Image
 from ckptd.worker.protocol import Digest, FileImage, Publish, Verify
 from tests.support.arena import MIB, publish_request, sealed, spooled
@@ -299,14 +299,12 @@ def test_more_files_than_one_batch_are_all_written(root: Path, monkeypatch: pyte
     os.close(fd)
 
 
-def test_a_publish_says_that_it_lives_while_it_writes_and_while_it_digests(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_publish_says_that_it_lives_while_it_writes_and_while_it_digests(root: Path) -> None:
     """Either may go on for minutes after the other is done."""
     fd, images = sealed(FILES)
-    monkeypatch.setattr("ckptd.worker.context.ALIVE_EVERY_S", 0.0)
     said: list[tuple[str, dict[str, object]]] = []
-    context = Context(fd=fd, send=lambda body: said.append((threading.current_thread().name, body)))
+    limits = Limits(alive_every_s=0.0)
+    context = Context(fd=fd, limits=limits, send=lambda body: said.append((threading.current_thread().name, body)))
     publish.run(publish_request(root, images), context)
     assert {name for name, _ in said} == {threading.current_thread().name, "hash"}
     assert all(body == {"alive": True} for _, body in said)

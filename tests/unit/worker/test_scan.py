@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from functools import partial
 
 import pytest
@@ -13,6 +12,7 @@ import pytest
 from ckptd.errors import BadPath, NotFound
 from ckptd.worker import digest, scan
 from ckptd.worker.context import Cancelled, Context
+from ckptd.worker.mark import mark
 from ckptd.worker.protocol import Digest, Scan
 
 
@@ -299,15 +299,39 @@ def test_large_manifests_travel_in_parts_of_their_own(tmp_path, monkeypatch):
     assert (len(found), parts) == (4, [2, 2])
 
 
-@pytest.mark.slow
-def test_a_hundred_thousand_known_files_are_scanned_in_two_seconds(tmp_path):
-    """Reconcile target, warm, on this machine."""
-    for directory in range(500):
-        write(tmp_path, *(f"run{directory}/model_step_{n}.pt" for n in range(200)))
-    times = []
-    for _ in range(2):
-        started_s = time.monotonic()
-        _, answer, _ = scanned(tmp_path)
-        times.append(time.monotonic() - started_s)
-        assert answer.seen == 100_500
-    assert min(times) <= 2.0
+def marks_of(root, found):
+    """Return the marks of candidates, as the daemon would make them of its rows, and their paths in that order."""
+    seen = [(path, candidate.identity) for path, candidate in sorted(found.items())]
+    marks = [mark(f"{root}/{path}", one.ino, one.size_bytes, one.mtime_ns) for path, one in seen]
+    return b"".join(marks), [path for path, _ in seen]
+
+
+def test_what_is_known_is_counted_and_what_is_not_as_known_is_told(tmp_path):
+    """M006: every known file is looked at: changed in place, replaced, grown or gone, none is taken for the same."""
+    names = ("same.pt", "same/checkpoint-5/trainer_state.json", "touched.pt", "grown.pt", "replaced.pt", "gone.pt")
+    write(tmp_path, *names, "parts/step_1/__0_0.distcp", "parts/step_1/.metadata")
+    known, paths = marks_of(tmp_path, scanned(tmp_path)[0])
+    directories = {path: os.stat(tmp_path / path).st_mtime_ns for path in (".", "parts/step_1")}
+    os.utime(tmp_path / "touched.pt", ns=(0, (tmp_path / "touched.pt").stat().st_mtime_ns + 1))
+    (tmp_path / "grown.pt").write_bytes(b"x" * 11)
+    (tmp_path / "parts/step_1/__0_0.distcp").write_bytes(b"y" * 10)
+    before = (tmp_path / "replaced.pt").stat()
+    (tmp_path / "other").write_bytes(b"z" * 10)
+    (tmp_path / "other").replace(tmp_path / "replaced.pt")
+    os.utime(tmp_path / "replaced.pt", ns=(before.st_atime_ns, before.st_mtime_ns))
+    (tmp_path / "gone.pt").unlink()
+    write(tmp_path, "new.pt")
+    for path, mtime_ns in directories.items():
+        os.utime(tmp_path / path, ns=(0, mtime_ns))  # a directory's time tells nothing of the files in it
+    found, answer, _ = scanned(tmp_path, known=known)
+    assert set(found) == {"touched.pt", "grown.pt", "replaced.pt", "parts/step_1", "new.pt"}
+    assert answer.same == 2
+    assert {paths[at] for at in answer.unmet} == {*("touched.pt", "grown.pt", "replaced.pt", "parts/step_1", "gone.pt")}
+
+
+def test_of_two_marks_of_one_file_the_later_is_met(tmp_path):
+    """Two rows of the same bytes at one path: the newest counts, as in a look-up by path."""
+    write(tmp_path, "a.pt")
+    known, _ = marks_of(tmp_path, scanned(tmp_path)[0])
+    answer = scanned(tmp_path, known=known * 2)[1]
+    assert (answer.same, answer.unmet) == (1, [])

@@ -84,6 +84,49 @@ def test_asking_twice_is_asking_once(root: Path, checkpoint: Path) -> None:
     assert [purge(root).count for _ in range(2)] == [4, 0]
 
 
+@pytest.mark.parametrize("place", ["trash._check", "durable.move"])
+@pytest.mark.parametrize("kind", ["file", "directory"])
+def test_two_that_retire_it_at_the_same_time_both_find_it_in_the_trash(
+    root: Path, monkeypatch: pytest.MonkeyPatch, kind: str, place: str
+) -> None:
+    """Upkeep may look at a tombstone just while its retirement carries it out: the loser must not call it missing."""
+    path = make(root / "runs/step_7", managed=True) if kind == "directory" else root / "m.pt"
+    if kind == "file":
+        path.write_bytes(b"x")
+    recorded, others = identity(root, path), []
+    module, name = {"trash": trash, "durable": durable}[place.partition(".")[0]], place.partition(".")[2]
+    real = getattr(module, name)
+
+    def late(*arguments: object) -> object:
+        monkeypatch.setattr(module, name, real)
+        others.append(retire(root, path, recorded))
+        return real(*arguments)
+
+    monkeypatch.setattr(module, name, late)
+    assert retire(root, path, recorded) == Done(0)
+    assert others == [Done(1)]
+    assert (root / trash.TRASH / ID).exists()
+    monkeypatch.setattr(module, name, real)
+    assert restore(root, path) == Done(1)
+
+
+def test_two_that_restore_it_at_the_same_time_both_find_it_back(
+    root: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    retire(root, checkpoint, identity(root, checkpoint))
+    real, others = durable.move, []
+
+    def late(*arguments: object) -> object:
+        monkeypatch.setattr(durable, "move", real)
+        others.append(restore(root, checkpoint))
+        return real(*arguments)
+
+    monkeypatch.setattr(durable, "move", late)
+    assert restore(root, checkpoint) == Done(0)
+    assert others == [Done(1)]
+    assert checkpoint.exists()
+
+
 def test_both_directories_are_fsynced_the_new_name_first(
     root: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -245,10 +245,31 @@ def test_a_directory_without_permission_does_not_hide_the_others(tmp_path, monke
     monkeypatch.setattr(watch, "RustNotify", refuse)
     found = Watched(tmp_path)
     assert found.until(lambda _: True).problem.startswith("some directories can't be watched")
-    found.until(lambda part: part == Hints([], lost=True))
+    again = found.until(lambda part: part.lost)
+    assert again.blind, "what is not seen is said for as long as it lasts"
     (tmp_path / "m.pt").write_bytes(b"x")
     found.until(lambda part: part.directories == [str(tmp_path)])
     found.end()
+
+
+def test_a_root_that_is_made_again_with_the_same_inode_is_watched_again(watched):
+    """Inodes are used again at once; the new root has no watch of its own."""
+    shutil.rmtree(watched.root)
+    watched.root.mkdir()
+    watched.until(lambda part: part.problem == "the root was replaced")
+    assert watched.until(lambda part: part.lost).problem == ""
+    (watched.root / "m.pt").write_bytes(b"x")
+    watched.until(lambda part: part.directories == [str(watched.root)])
+
+
+def test_after_a_burst_that_may_have_lost_events_everything_is_watched_anew(watched):
+    """Directories made in an overflow have no watch: hints say so until a new watcher stands."""
+    for number in range(20_000):
+        (watched.root / f"{number}.pt").touch()
+    assert watched.until(lambda part: part.lost).problem == watch._CROWDED
+    assert watched.until(lambda part: not part.problem).lost
+    (watched.root / "late").mkdir()
+    watched.until(lambda part: part.directories == [str(watched.root / "late")])
 
 
 def test_hints_are_the_topmost_directories_only(tmp_path):
