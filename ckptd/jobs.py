@@ -13,6 +13,7 @@ clock that jumps forward takes no job away from who works on it.
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -127,21 +128,18 @@ class Jobs:
         async def take(tx: Tx) -> list[Job]:
             now = self._clock.now()
             await queue.clamp(tx, now, now + timedelta(seconds=self._settings.backoff_s_max))
-            abandoned = [await queue.get(tx.conn, job_id) for job_id in self._abandoned()]
-            found = [job for job in abandoned if job.state is JobState.RUNNING]
+            ended = self._abandoned()
+            found = await queue.running_of(tx.conn, ended)
+            for job_id in ended - {job.id for job in found}:  # it runs no more, and its row may be forgotten by now
+                tx.after(partial(self._let_go, job_id))
             found += await queue.due(tx.conn, now, max(0, limit - len(found)))
             return await self._lease_all(tx, found[:limit], now)
 
-        claimed = await self._catalog.write(take)
-        for job in claimed:
-            self._hold(job.id)
-        return claimed
+        return await self._catalog.write(take)
 
     async def renew(self, job: Job) -> Job:
         """Extend the lease of a claimed job. TimedOut when the claim was lost."""
-        renewed = await self._catalog.write(lambda tx: self._lease(tx, job, claim=job.claim))
-        self._hold(job.id)
-        return renewed
+        return await self._catalog.write(lambda tx: self._lease(tx, job, claim=job.claim))
 
     async def advance(self, tx: Tx, job: Job, stage: str, payload: dict[str, Any] | None = None) -> Job:
         """Go on to `stage` under the same claim, with the lease extended and attempts set to 0.
@@ -268,11 +266,14 @@ class Jobs:
         """Lease what was read in this very transaction, in one statement."""
         until = now + timedelta(seconds=self._settings.lease_s)
         await queue.lease(tx, [job.id for job in found], until)
+        for job in found:
+            tx.after(partial(self._hold, job.id))
         return [replace(job, state=JobState.RUNNING, claim=job.claim + 1, lease_until=until) for job in found]
 
     async def _lease(self, tx: Tx, job: Job, *, claim: int) -> Job:
         until = self._clock.now() + timedelta(seconds=self._settings.lease_s)
         await self._change(tx, job, state=JobState.RUNNING, claim=claim, lease_until=until)
+        tx.after(partial(self._hold, job.id))
         return replace(job, state=JobState.RUNNING, claim=claim, lease_until=until)
 
     async def _change(self, tx: Tx, job: Job, **values: Any) -> None:
@@ -282,11 +283,12 @@ class Jobs:
         if not await queue.change(tx, job, values):
             raise TimedOut(f"the claim of job {job.id} was lost: its lease ran out and it was claimed again")
 
-    def _abandoned(self) -> list[int]:
+    def _abandoned(self) -> set[int]:
         now_s = self._clock.monotonic_s()
-        return [job_id for job_id, end_s in self._leases_s.items() if end_s <= now_s]
+        return {job_id for job_id, end_s in self._leases_s.items() if end_s <= now_s}
 
     def _hold(self, job_id: int) -> None:
+        """Remember a lease. Only from `tx.after`: the order of commits decides between a renewal and an end beside it."""
         self._leases_s[job_id] = self._clock.monotonic_s() + self._settings.lease_s
 
     def _let_go(self, job_id: int) -> None:

@@ -1,7 +1,7 @@
 """Rows of jobs. What the states mean and when they change is decided in ckptd.jobs."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -140,6 +140,14 @@ async def next_time(conn: AsyncConnection) -> datetime | None:
     )
     found: datetime | None = (await conn.execute(wanted)).scalar_one_or_none()
     return found
+
+
+async def running_of(conn: AsyncConnection, numbers: Collection[int]) -> list[Job]:
+    """Return those of some jobs that are running, oldest first; what became of the others is no matter."""
+    if not numbers:
+        return []
+    wanted = select(schema.job).where(_job.no.in_(numbers), _job.state == JobState.RUNNING).order_by(_job.no)
+    return [_from_row(row) for row in await conn.execute(wanted)]
 
 
 async def running(conn: AsyncConnection) -> list[Job]:

@@ -357,3 +357,33 @@ async def test_what_must_run_again_waits_behind_a_job_that_is_past_it(jobs: Queu
 async def test_what_must_run_again_starts_at_once_when_nothing_runs(jobs: Queue) -> None:
     await jobs.do("enqueue_behind", NewJob(checkpoint_id=new_id(), lane="b", stage="verify"))
     assert (await jobs.one()).lane == "b"
+
+
+async def test_a_lease_renewed_in_the_commit_that_ends_its_job_is_not_remembered(jobs: Queue, catalog: Catalog) -> None:
+    """A stage may end just while its lease is renewed. What is remembered of it would be claimed again for ever."""
+    await jobs.put("a")
+    job, gate = await jobs.one(), anyio.Event()
+
+    async def hold_up(_: object) -> None:
+        await gate.wait()
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(catalog.write, hold_up)
+        await anyio.wait_all_tasks_blocked()
+        group.start_soon(jobs.renew, job)  # both wait behind it, and share a commit
+        await anyio.wait_all_tasks_blocked()
+        group.start_soon(jobs.do, "finish", job)
+        await anyio.wait_all_tasks_blocked()
+        gate.set()
+    assert (await jobs.row(job)).state is JobState.DONE
+    assert await jobs.next_due() is None
+
+
+async def test_a_lease_of_a_job_that_is_forgotten_by_now_ends_no_claim(jobs: Queue, clock: StillClock) -> None:
+    """Its row was trimmed: whatever is still remembered of it is let go, and others are claimed."""
+    jobs._hold(4711)
+    clock.pass_s(SETTINGS.lease_s + 1.0)
+    job = await jobs.put("a")
+    assert [one.id for one in await jobs.claim(5)] == [job.id]
+    await jobs.do("finish", await jobs.row(job))
+    assert await jobs.next_due() is None
