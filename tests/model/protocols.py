@@ -43,7 +43,7 @@ LARGE = publishing.published(
 NOT_NEEDED = {
     "durable.remove_tree:{} < durable.discard": "a temporary name that comes back is nobody's promise: a sweep finds it",
     "durable.remove_tree:{} < sweep": "the same",
-    "trash._trash_at:{} < trash.restore": "what it finds in the trash was moved there after the trash's own name was durable",
+    "trash._trash_at:{} < trash._restore": "what it finds in the trash was moved there after the trash's own name was durable",
     "trash._trash_at:{} < trash.purge": "the same",
     "strip._bin:{} < strip.unstrip": "what it takes back was moved there after the trash's own names were durable",
 }
