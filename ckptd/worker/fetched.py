@@ -57,11 +57,10 @@ def keep(request: FetchKeep, context: Context) -> Done:
                 _compare(fd, request.files, context)
                 failpoint.hit("fetch.compared")
                 temporary.publish(request.key)
-            except Exists:
+            except BaseException as error:
                 temporary.discard()
-                return Done(0)
-            except BaseException:
-                temporary.discard()
+                if isinstance(error, Exists):
+                    return Done(0)
                 raise
         finally:
             temporary.close()
@@ -77,8 +76,7 @@ def drop(request: FetchDrop, context: Context) -> Done:
             try:
                 durable.rename_noreplace((shelf_fd, name), (shelf_fd, gone))
             except FileNotFoundError:
-                fsync_directory(shelf_fd)
-                return Done(0)
+                return Done(0)  # should a power cut bring it back, it is whole and has no row: the next start drops it
             failpoint.hit("fetch.dropped")
             fsync_directory(shelf_fd)
             name = gone

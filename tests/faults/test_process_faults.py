@@ -14,7 +14,7 @@ import pytest
 from ckptd.model import new_id
 from ckptd_client import wire
 from ckptd_client.connection import HANG_S, PING_AFTER_S
-from tests.support.node import Node, eventually
+from tests.support.node import Node, NotAnswering, eventually
 from tests.support.onlooker import end, make
 from tests.support.trainer import Nursery, Trainer
 
@@ -85,6 +85,14 @@ def storm(node: Node) -> Iterator[None]:
             peer.close()
 
 
+def is_served(node: Node) -> bool:
+    """Whether a newcomer is answered; the kernel's queue may still be full of those that the storm left."""
+    try:
+        return bool(node.ask_once("status")["ok"])
+    except NotAnswering:
+        return False
+
+
 def test_a_daemon_out_of_descriptors_serves_who_is_there_and_recovers(node: Node, plain_nursery: Nursery) -> None:
     """F15. A thousand connections against a limit of 160: nobody who was there waits, and all comes back."""
     # Without the file of fail points: it could not be opened any more, and that is not what is tested.
@@ -100,7 +108,7 @@ def test_a_daemon_out_of_descriptors_serves_who_is_there_and_recovers(node: Node
         held = trainer.save(seed=2, step=2)
         assert held["error"] is None
     over_s = time.monotonic()
-    eventually(lambda: node.ask_once("status")["ok"], "a newcomer to be served", BACK_S + 3.0)
+    eventually(lambda: is_served(node), "a newcomer to be served", BACK_S + 3.0)
     print(
         f"{CONNECTS} connects at {NOFILE} descriptors: p99 of {len(took)} answers {took[len(took) * 99 // 100] * 1e3:.1f} ms, "
         f"newcomers served {time.monotonic() - over_s:.2f} s after"

@@ -10,7 +10,7 @@ from tests.model.disk import Disk, Profile
 from tests.model.explore import Found, How, Says, Tree, explore
 from tests.model.invariants import MANIFEST, damage
 from tests.model.log import Log
-from tests.model.protocols import LARGE, LIFE, SCENARIOS
+from tests.model.protocols import CACHES, LARGE, LIFE, SCENARIOS
 from tests.model.recover import rebuilt, recovers, shape
 from tests.model.scenario import Scenario, killed_logs, logs, plain_log
 from tests.support import tally
@@ -35,7 +35,7 @@ def explored(scenario: Scenario, how: How) -> Found:
 
 
 @pytest.mark.parametrize("profile", Profile, ids=lambda profile: profile.value)
-@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
+@pytest.mark.parametrize("scenario", [*SCENARIOS, *CACHES], ids=lambda scenario: scenario.name)
 def test_no_power_cut_breaks_a_promise(scenario: Scenario, profile: Profile) -> None:
     """I1, I2, I3, I10, I11: undisturbed, killed before each of its changes, and with each of its fsyncs failing."""
     found = explored(scenario, How(profile))
@@ -44,7 +44,7 @@ def test_no_power_cut_breaks_a_promise(scenario: Scenario, profile: Profile) -> 
     assert found.states >= 4
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
+@pytest.mark.parametrize("scenario", [*SCENARIOS, *CACHES], ids=lambda scenario: scenario.name)
 def test_the_real_code_recovers_from_what_a_power_cut_left(scenario: Scenario) -> None:
     """I2, I11: asked again in such a state, it ends where it would have ended, and leaves nothing else behind."""
     for tree, says in itertools.islice(shapes(scenario), RECOVERIES_MAX):

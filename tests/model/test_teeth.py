@@ -22,7 +22,10 @@ from tests.model.scenario import Scenario, failed_logs, logs, place, plain_log
 from tests.support import tally, tree
 
 # fsyncs whose absence loses no checkpoint and no promise: why each is called.
-NO_PROMISE = {"ckptd/catalog/ballast.py": "frees the blocks of the reserve at once; the reserve's bytes are nobody's"}
+NO_PROMISE = {
+    "ckptd/catalog/ballast.py": "frees the blocks of the reserve at once; the reserve's bytes are nobody's",
+    "ckptd/worker/fetched.py": "a copy of what an archive has; its crash states are explored (protocols.CACHES)",
+}
 CALLS = {"fsync", "fsync_file", "fsync_directory"}
 
 

@@ -24,7 +24,7 @@ def _offers(line):
 
 def test_verbs_are_offered_without_a_daemon():
     assert _offers("ckpt sta") == ["status", "stats"]
-    assert _offers("ckpt retention ") == ["apply", "plan"]
+    assert _offers("ckpt retention ") == ["apply", "explain", "plan"]
 
 
 def test_projects_and_experiments_are_offered(daemon):

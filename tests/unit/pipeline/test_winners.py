@@ -3,6 +3,7 @@
 import argparse
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import anyio
 import pytest
@@ -120,7 +121,7 @@ async def test_a_purge_that_met_a_dead_worker_is_repeated_soon_and_ever_less_oft
             await real_sleep(0 if len(pauses) < 9 else 60)
 
         monkeypatch.setattr(node.parts.workers, "call", dies)
-        monkeypatch.setattr(upkeep.anyio, "sleep", sleep)
+        monkeypatch.setattr(upkeep, "anyio", SimpleNamespace(sleep=sleep))  # nobody else's pauses
         with anyio.CancelScope() as scope:
             async with anyio.create_task_group() as group:
                 group.start_soon(upkeep._purge, node.parts.tools)

@@ -92,7 +92,7 @@ def test_no_descriptor_is_left_when_a_request_is_done(worker: WorkerProcess, tmp
         worker.ask(publish_request(tmp_path, images, target="elsewhere"), fd)
         worker.send_raw(b'{"id":%d,"verb":"publish","fds":1,"root":1}\n' % (900 + i), fd)
         assert worker.reply(900 + i)["error"]["code"] == "bad_request"
-    assert len(os.listdir(descriptors)) == before
+    assert len(os.listdir(descriptors)) <= before
     os.close(fd)
 
 
