@@ -53,15 +53,17 @@ def keep(request: FetchKeep, context: Context) -> Done:
         fd = beneath.open_directory(shelf_fd, (name,), one_mount=True)
         temporary = durable.TemporaryDirectory(shelf_fd, name, fd)
         try:
+            kept = False
             try:
                 _compare(fd, request.files, context)
                 failpoint.hit("fetch.compared")
                 temporary.publish(request.key)
-            except BaseException as error:
-                temporary.discard()
-                if isinstance(error, Exists):
-                    return Done(0)
-                raise
+                kept = True
+            except Exists:
+                return Done(0)
+            finally:
+                if not kept:
+                    temporary.discard()
         finally:
             temporary.close()
     return Done(1)
