@@ -23,8 +23,10 @@ ATTACH_S = 10.0
 VETOED = "vetoed"  # the code of a daemon whose hook forbids a load
 ERROR_CHARS_MAX = 2000  # of an error that the daemon is told of
 OTHERS_MAX = 64  # checkpoints that are tried in the place of a damaged one
-# Selectors that ask for whatever there is: nothing yet is no error.
+NOTHING: Message = {}  # the daemon's word that no checkpoint is the best by this rule
 _ID = re.compile("[0-9a-f]{32}")
+_BEST = re.compile(r"best(?:[:_].*)?")
+# Selectors that ask for whatever there is: nothing yet is no error.
 _ANY = re.compile(r"latest|best(?:[:_].*)?")
 
 
@@ -49,6 +51,8 @@ class Loader:
         """Load; see Experiment.load. The daemon is told how it went, when there is one: that costs one message."""
         began_s = time.monotonic()
         reply = self._attach(wanted.selector)
+        if reply is NOTHING:
+            return None
         checkpoint = None if reply is None else str(reply.get("checkpoint"))
         try:
             state = self._load(reply, wanted)
@@ -105,14 +109,15 @@ class Loader:
         return None if on_disk is None else on_disk.path
 
     def _attach(self, selector: str) -> Optional[Message]:
-        """Ask the daemon; None when it is away or has none, so that the disk is asked."""
+        """Ask the daemon; None when it is away or has none, so that the disk is asked; NOTHING when there is none at all."""
         session = self._session
         if not session.wait_open(OPEN_S):
             return None
         try:
             return session.connection.request("attach", ATTACH_S, **self._scope(selector))
         except NotFound:
-            return None  # a checkpoint that is on the disk and not in its catalog is as good
+            # A checkpoint that is on the disk and not in its catalog is as good; but the disk knows of no best.
+            return NOTHING if _BEST.fullmatch(selector) else None
         except (Unavailable, TimedOut, Refused) as error:
             if isinstance(error, Refused) and error.code == VETOED:
                 raise  # what a hook forbids is not read around it

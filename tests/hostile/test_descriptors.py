@@ -77,7 +77,7 @@ async def bombard(directory, tries: int) -> None:
                 if cut < len(frame):
                     await send(line, frame[cut:], spare[: rng.choice((0, count))])
                 assert (await line.reply(number))["ok"]
-            assert open_fds() <= before
+            await eventually(lambda: open_fds() <= before)  # an earlier test's threads may have some in hand
             assert line.fds == []
 
 
@@ -152,7 +152,7 @@ async def test_no_kind_of_descriptor_is_taken_or_waited_for(short_dir, tmp_path,
                 await send(line, wire.encode({"v": 1, "id": number, "op": "watch", "checkpoints": [], "fds": 1}), [fd])
                 assert (await line.reply(number))["ok"], kind
                 assert time.monotonic() - began_s < LAG_S, kind
-            assert open_fds() <= before
+            await eventually(lambda: open_fds() <= before)  # an earlier test's threads may have some in hand
 
 
 async def test_a_file_whose_close_hangs_holds_up_nobody(short_dir, tmp_path, way):
@@ -191,5 +191,5 @@ def test_what_the_store_hands_back_is_an_arena_or_is_closed(tmp_path):
         before = open_fds()
         for kind, fd in kinds.items():
             assert pool.adopt("arena-" + "01" * 16, os.dup(fd)) is None, kind
-        assert open_fds() <= before
+        await eventually(lambda: open_fds() <= before)  # an earlier test's threads may have some in hand
     assert pool.bytes_used == 0

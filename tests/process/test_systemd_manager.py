@@ -115,7 +115,7 @@ def test_a_stop_that_is_late_is_killed_and_not_started_again(made: Made) -> None
 
 
 def test_a_stop_that_asks_for_time_has_it(made: Made) -> None:
-    manager = made(STOP.format("notifier.extend(20); time.sleep(2.0)"), stop_s=1.5)
+    manager = made(STOP.format("notifier.extend(20); time.sleep(4.0)"), stop_s=3.0)
     manager.start()
     manager.stop()
     assert (manager.state, manager.journal.killed, manager.journal.results) == ("inactive", 0, ["exit-code 0"])

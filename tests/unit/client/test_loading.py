@@ -53,6 +53,17 @@ def test_nothing_yet_is_none_and_a_named_checkpoint_that_is_not_there_is_an_erro
         run.load("deadbeef")
 
 
+def test_a_rule_that_has_no_winner_yet_is_nothing_although_checkpoints_lie_there(
+    run: ckptd.Experiment, daemon: FakeDaemon, home: Path
+):
+    """The daemon knows, and said so: the disk, which knows of no best, must not make an error of it."""
+    saved(run, daemon, home, 1)
+    daemon.refuse["attach"] = "not_found"
+    assert run.load("best:record") is None
+    assert run.load("best_record") is None
+    assert same(run.load(), state(1)), "the newest one is on the disk all the same"
+
+
 def test_a_cold_load_is_what_was_saved(run: ckptd.Experiment, daemon: FakeDaemon, home: Path):
     checkpoint, directory, image = saved(run, daemon, home, 3)
     files = [

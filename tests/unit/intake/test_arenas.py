@@ -351,7 +351,7 @@ async def test_a_restart_finds_every_arena_and_no_descriptor_is_left_open(keeper
     assert [arena.generation for arena in again.all() if arena.id == lent.id] == [1]
     again.close()
     keeper.close()
-    assert open_fds() <= before
+    await eventually(lambda: open_fds() <= before)  # an earlier test's threads may have some in hand
 
 
 async def test_a_descriptor_that_is_none_of_ours_is_closed_and_removed_from_the_store(keeper):
@@ -361,7 +361,7 @@ async def test_a_descriptor_that_is_none_of_ours_is_closed_and_removed_from_the_
         fd = os.memfd_create("foreign")
         os.write(fd, content)
         assert pool.adopt("arena-" + "0" * 32, fd) is None
-    assert open_fds() <= before
+    await eventually(lambda: open_fds() <= before)  # an earlier test's threads may have some in hand
 
 
 async def test_a_descriptor_longer_than_its_limit_is_no_save(keeper):

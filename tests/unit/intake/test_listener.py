@@ -136,7 +136,7 @@ async def test_descriptors_sent_by_a_peer_are_never_kept(short_dir):
             await line.reply(2)
         for fd in extra:
             os.close(fd)
-        assert open_fds() <= before
+        await eventually(lambda: open_fds() <= before)  # an earlier test's threads may have some in hand
         assert refused in {0, 20}
         line.close()
 
@@ -170,7 +170,7 @@ async def test_a_storm_of_connections_leaves_no_descriptor_and_no_task(short_dir
             line.close()
             await anyio.lowlevel.checkpoint()
         await eventually(lambda: len(host.gone) == 300)
-        assert open_fds() <= before
+        await eventually(lambda: open_fds() <= before)  # an earlier test's threads may have some in hand
         assert host.listener.peers == set()
 
 
