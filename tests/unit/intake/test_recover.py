@@ -120,7 +120,7 @@ async def test_restarts_leak_no_descriptor(short_dir):
         async with daemon(short_dir, keeper) as node, node.connect() as line:
             await (await Training(line, str(node.runs)).open()).saved(step)
         counts.append(open_fds() - len(keeper.kept))
-    assert counts[-1] == counts[1]
+    assert counts[-1] <= counts[1]
     assert len(keeper.kept) <= 2
     keeper.close()
 

@@ -295,7 +295,7 @@ def test_more_files_than_one_batch_are_all_written(root: Path, monkeypatch: pyte
     done = publish.run(publish_request(root, images), Context(fd=fd))
     assert_holds(Path(done.path), files)
     assert [record.sha256 for record in done.files] == [hashlib.sha256(data).hexdigest() for data in files.values()]
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
     os.close(fd)
 
 
