@@ -80,7 +80,7 @@ class Notifier:
         self.trouble: OSError | None = None
         self._names: Counter[str] = Counter()
         self._waiting: deque[tuple[bytes, int | None]] = deque()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may speak while the thread it interrupts is speaking
         self._socket: socket.socket | None = None
         if self.enabled:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
