@@ -224,7 +224,7 @@ def test_nothing_of_the_service_is_left_when_it_is_stopped(service: Managed, nur
 
 
 @pytest.mark.faults
-@pytest.mark.skipif(shutil.which("strace") is None or os.getuid() != 0, reason="needs strace and root")
+@pytest.mark.skipif(shutil.which("strace") is None or os.getuid() != 0, reason="needs root and strace")
 def test_a_disk_that_never_ends_a_commit_is_no_progress_though_the_loop_goes_round(
     service: Managed, nursery: Nursery
 ) -> None:

@@ -199,7 +199,7 @@ def system_calls(*filters: str) -> set[str]:
 @needs_systemd
 @pytest.mark.faults
 @pytest.mark.timeout(120)
-@pytest.mark.skipif(shutil.which("strace") is None or os.getuid() != 0, reason="needs strace and root")
+@pytest.mark.skipif(shutil.which("strace") is None or os.getuid() != 0, reason="needs root and strace")
 def test_daemon_and_workers_make_no_system_call_that_their_units_deny(short_dir: Path, nursery: Nursery) -> None:
     """Start, save, publish, verify, watch, retire, restart, stop: whatever EPERM would break is not denied."""
     traced = Path(__file__).parents[1] / "support" / "run_traced.py"

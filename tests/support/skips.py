@@ -24,6 +24,7 @@ FORGIVEN_WITHOUT_TOOLS = (
     "no libfaketime",
     "no systemd-analyze",
     "no systemd-sysusers",
+    "no systemd-tmpfiles",
     "needs root and FUSE",
     "needs root and mkfs",
     "needs root and strace",
