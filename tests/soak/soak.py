@@ -52,6 +52,7 @@ class Plan:
     restore_s: float = 30.0
     pace: float = 1.0  # 0.5: everybody saves twice as often
     lives_on: bool = False  # in the later part no process of ckptd is ended
+    calm: bool = False  # no faults at all: what grows with the number of saves
     old_events: bool = True  # begin with a full event log
 
 
@@ -157,10 +158,11 @@ class Soak:
             out.base = self.meter.now()
         turn = schedule(self._harmless(faults(self.ground), late=False), self._dice)
         late = plan.seconds * DEADLY_SHARE if plan.lives_on else plan.seconds
-        calm = False
+        out.steady_from_s = plan.seconds * STEADY_SHARE if plan.calm else 0.0
+        mild = plan.calm
         while self._passed_s() < plan.seconds:
-            if not calm and self._passed_s() >= late:
-                calm = True
+            if not mild and self._passed_s() >= late:
+                mild = True
                 self.ground.stir()
                 turn = schedule(self._harmless(faults(self.ground), late=True), self._dice)
                 out.steady_from_s = self._passed_s() + (plan.seconds - late) * STEADY_SHARE
@@ -179,7 +181,10 @@ class Soak:
         """A while of load and faults, then a rest in which everything must be right."""
         end_s = self._passed_s() + self.plan.phase_s
         stage = Stage(self.ground, self.trainers, self._dice, self.plan.fault_s)
-        while self._passed_s() < min(end_s, self.plan.seconds):
+        while (left_s := min(end_s, self.plan.seconds) - self._passed_s()) > 0:
+            if self.plan.calm:
+                self._wait(left_s)
+                continue
             self._wait(self._dice.uniform(0.2, 1.8) * self.plan.pause_s)
             fault = next(turn)
             if act(fault, stage):
