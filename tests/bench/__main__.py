@@ -7,14 +7,17 @@ the machine hits all of them; rounds go on until the time is used up.
 """
 
 import argparse
+import json
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tests.bench import plot, report
 from tests.bench.peers import BY_NAME, ENTRIES
 from tests.bench.runner import Bench, Job, adopt_orphans, run
 from tests.bench.venv import REPOSITORY, set_up
+from tests.bench_load import asking
+from tests.bench_load.scale import Scale
 
 
 @dataclass(frozen=True)
@@ -109,13 +112,16 @@ def main() -> None:
         results = options.folder / "results" / time.strftime("%Y%m%d-%H%M%S.jsonl")
         results.parent.mkdir(exist_ok=True)
         _measure(options, Bench(python, options.folder, results), names)
+        with results.open("a") as file:
+            file.writelines(json.dumps({"kind": "hook", **asdict(row)}) + "\n" for row in asking.measure(Scale()))
     rows = report.read(results)
     text = report.render(rows, {entry.name: entry.title for entry in ENTRIES}, missing)
     print(text)
     print(f"measurements: {results}")
     if options.out:
         options.out.write_text(text)
-        options.out.with_suffix(".svg").write_text(plot.render(rows, {entry.name: entry.title for entry in ENTRIES}))
+        peers = [row for row in rows if row["kind"] != "hook"]
+        options.out.with_suffix(".svg").write_text(plot.render(peers, {entry.name: entry.title for entry in ENTRIES}))
 
 
 if __name__ == "__main__":

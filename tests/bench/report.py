@@ -159,6 +159,21 @@ def _promises(summaries: dict[GroupKey, Summary], titles: dict[str, str]) -> str
     return table(["what", "state", "promised", "measured", "kept", "best peer"], lines) if lines else ""
 
 
+def _hooks(rows: list[Row]) -> str:
+    """What the one who asks hooks waits for, from the question to the verdict."""
+    lines = [
+        [
+            row["what"],
+            row["target"],
+            row["measured"],
+            "yes" if row["met"] else "**no**",
+            f"{row['runs']:,}; {row['note']}",
+        ]
+        for row in rows
+    ]
+    return table(["what", "promised", "measured", "kept", "runs"], lines)
+
+
 def _machine() -> str:
     model = next(
         (
@@ -178,6 +193,8 @@ def render(rows: list[Row], titles: dict[str, str], missing: dict[str, str]) -> 
     titles   peer -> what people call it, in the order of the tables
     missing  requirement -> why it could not be installed
     """
+    hooks = [row for row in rows if row["kind"] == "hook"]
+    rows = [row for row in rows if row["kind"] != "hook"]
     summaries = summarise(rows, [*FIGURES, CPU_S_PER_GB])
     parts = [INTRODUCTION, f"Machine of this run: {_machine()}.\n"]
     promises = _promises(summaries, titles)
@@ -189,6 +206,8 @@ def render(rows: list[Row], titles: dict[str, str], missing: dict[str, str]) -> 
             yardsticks(rows, group) + "\n",
             _group_table(summary, titles, FIGURES) + "\n",
         ]
+    if hooks:
+        parts += ["## What hooks cost\n", _hooks(hooks) + "\n"]
     parts.append("## What was loaded back\n")
     found = failures(rows)
     for peer, title in titles.items():

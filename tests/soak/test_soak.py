@@ -1,4 +1,4 @@
-"""The soak's short forms, and that its judges see what they are there for."""
+"""The soak's short forms, and that its judges see what they are there for. M091."""
 
 import dataclasses
 from collections import Counter

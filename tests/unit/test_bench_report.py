@@ -109,3 +109,18 @@ def test_the_plot_is_xml_with_one_bar_for_each_comparable_peer():
     bars = drawing.findall("{http://www.w3.org/2000/svg}rect")
     assert len(bars) == 2 * 3  # first, warm and durable; there was no loop
     assert all(float(bar.get("width")) > 0 for bar in bars)
+
+
+def test_what_hooks_cost_is_a_table_of_its_own_and_no_row_of_a_peer():
+    hook = {
+        "kind": "hook",
+        "what": "one hook",
+        "target": "p99 ≤ 1 ms",
+        "measured": "p99 2 ms",
+        "met": False,
+        "runs": 2000,
+        "note": "p50 1 ms",
+    }
+    page = render([save("ckptd", 1, 0.11), hook], TITLES, {})
+    assert "| one hook | p99 ≤ 1 ms | p99 2 ms | **no** | 2,000; p50 1 ms |" in page
+    assert "What hooks cost" not in render([save("ckptd", 1, 0.11)], TITLES, {})
