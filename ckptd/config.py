@@ -142,8 +142,8 @@ class Disk(Section):
 
     free_bytes_min: Size = Field(
         0,
-        description="Below this an alarm is told, then the trash is emptied and what no rule and no promise holds goes, the "
-        "oldest first. 0: never.",
+        description="Below this disk.relief is told, then the trash is emptied and what no rule and no promise holds goes, "
+        "the oldest first. 0: never. The alarm for people is alerts.disk_free_bytes_min.",
     )
     root_bytes_max: Size = Field(0, description="Budget of each root: what is spare goes until it fits. 0: none.")
     look_s: PositiveSpan = Field(30.0, description="How often to look; also after saves, and when a disk was full.")
@@ -194,7 +194,9 @@ class Alerts(Section):
     rss_bytes_max: Size = Field(1 << 30, description="Memory of the daemon's own process, arenas not counted.")
     backlog_jobs_max: int = Field(1000, ge=0, description="Jobs that wait.")
     backlog_age_s: Span = Field(3600.0, description="Age of the longest waiting job.")
-    disk_free_bytes_min: Size = Field(1 << 30, description="Free space on each disk that holds a root.")
+    disk_free_bytes_min: Size = Field(
+        1 << 30, description="Free space on each disk that holds a root: less is disk.low."
+    )
     disk_free_share_min: float = Field(0.05, ge=0, le=1, description="The same, as a share of the disk.")
     corrupt: bool = Field(True, description="A checkpoint on disk is damaged.")
     stalled_s: Span = Field(

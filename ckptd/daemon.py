@@ -61,7 +61,7 @@ from ckptd.intake.training import Front
 from ckptd.intake.trouble import Signs, Troubles, Vitals
 from ckptd.jobs import Jobs
 from ckptd.notify import Notifier, passed_fds
-from ckptd.pipeline import Pipeline
+from ckptd.pipeline import Pipeline, braking
 from ckptd.pipeline.tools import Tools
 from ckptd.pipeline.winners import follow_rules
 from ckptd.section import changed_settings
@@ -185,9 +185,7 @@ def _assemble(loaded: origins.Loaded, options: argparse.Namespace, catalog: Cata
         str(settings.state_dir), extensions.loads(tools).check,
     )  # fmt: skip
     plant = Plant(front, workers, reconciler, vitals, lambda: listener)
-    troubles = Troubles(
-        Signs(catalog, jobs, pool, workers, reconciler, spool, notifier, bus, clock, admission.settings, vitals)
-    )
+    troubles = Troubles(Signs(tools, pool, reconciler, spool, notifier, bus, vitals))
     status = Status(plant, troubles)
     commands = Commands(plant, tools, Doctor(plant, status, troubles).examine)
     control = Control(front)
@@ -319,6 +317,7 @@ async def _reload(parts: Parts, options: argparse.Namespace) -> dict[str, Any]:
     await recover.enter_roots(parts.catalog, parts.reconciler, new)
     parts.extensions.hooked.adopt(hooks)
     await follow_rules(parts.tools, old)
+    await braking.look_again(parts.tools)
     parts.extensions.facts.tell(Event("config.reloaded", parts.clock.now(), data={"changed": changed}))
     return {"changed": changed, "restart_needed": [n for n in changed if n.startswith(RESTART_NEEDED)]}
 

@@ -13,6 +13,7 @@
     │   ├── NotAuthorized        not_authorized
     │   ├── BadPath              bad_path
     │   ├── NotFound             not_found
+    │   ├── UnknownRule          unknown_rule
     │   ├── Exists               exists
     │   ├── Ambiguous            ambiguous
     │   ├── Held                 held
@@ -141,6 +142,14 @@ class NotFound(Refused):
     code = "not_found"
     exit_code = 3
     default_hint = "`ckpt ls` lists what there is"
+
+
+class UnknownRule(Refused):
+    """No rule of this name says what is best; unlike one that has no winner yet, waiting does not help."""
+
+    code = "unknown_rule"
+    exit_code = 3
+    default_hint = "`keep_best` in the configuration makes one; `ckpt best list` names those that have a winner"
 
 
 class Exists(Refused):

@@ -96,15 +96,22 @@ EVENTS: dict[str, Declared] = {
     "checkpoint.replaced": Declared("dropped before durable for a newer save", (*_CHECKPOINT, "by")),
     "checkpoint.trashed": Declared("retired; can be restored until its grace ends", (*_CHECKPOINT, "why")),
     "checkpoint.dropped": Declared("retired and unlinked", (*_CHECKPOINT, "why")),
-    "checkpoint.restored": Declared("back from the trash, or readable again", _CHECKPOINT),
+    "checkpoint.restored": Declared("back from the trash, or readable again", (*_CHECKPOINT, "state")),
     "checkpoint.stripped": Declared("its optimizer states lie in the trash; the rest stays", (*_CHECKPOINT, "files")),
     "checkpoint.unstripped": Declared("they are back in their place", (*_CHECKPOINT, "files")),
     "checkpoint.tagged": Declared("its tags are others now", (*_CHECKPOINT, "tags")),
     "checkpoint.pinned": Declared("a person holds it", (*_CHECKPOINT, "note", "uid")),
     "checkpoint.unpinned": Declared("a person let go of it", (*_CHECKPOINT, "uid")),
+    "checkpoint.unvetoed": Declared(
+        "a person lets it count, whatever a hook said", (*_CHECKPOINT, "veto", "note", "uid")
+    ),
     "retention.applied": Declared(
         "a plan was carried out: what it retired lies in the trash",
         ("project", "name", "retired", "kept", "size_bytes", "checkpoints"),
+    ),
+    "retention.held": Declared(
+        "a plan that nobody asked for takes much at once: nothing of it is done until a person decides",
+        ("project", "name", "drops", "strips", "live", "size_bytes", "why"),
     ),
     "best.changed": Declared(
         "another checkpoint is the best by a rule", (*_CHECKPOINT, "rule", "scope", "metric", "mode", "value")
@@ -116,13 +123,18 @@ EVENTS: dict[str, Declared] = {
     ),
     "root.recovered": Declared("a mount answers again", ("mount", "filesystem", "roots")),
     "disk.low": Declared(
-        "less is free than the floor asks for", ("mount", "filesystem", "roots", "free_bytes", "floor_bytes")
+        "less is free on a mount than [alerts] asks for: a person should make room",
+        ("mount", "filesystem", "roots", "free_bytes", "floor_bytes"),
+    ),
+    "disk.relief": Declared(
+        "less is free on a mount than the floor of [disk]: ckptd makes room from now on, if it finds what nothing holds",
+        ("mount", "filesystem", "roots", "free_bytes", "floor_bytes"),
     ),
     "worker.started": Declared("an I/O worker process runs", ("mount", "filesystem", "pid")),
     "worker.lost": Declared("an I/O worker died or was given up", ("mount", "filesystem", "pid", "why", "stuck")),
     "job.retried": Declared("a job met a passing error and waits", ("job", "kind", "tries", "error", "retry_after_s")),
     "job.parked": Declared("a job gave up; a person must look", ("job", "kind", "tries", "error")),
-    "hook.finding": Declared("a hook found something", ("hook", "level", "text", "facts")),
+    "hook.finding": Declared("a hook found something", ("project", "name", "step", "hook", "level", "text", "facts")),
     "hook.opened": Declared("a hook failed too often in a row and is given a rest", ("hook", "error")),
     "hook.missed": Declared("a hook was so far behind that events were trimmed before it had them", ("hook", "count")),
     "alert.raised": Declared("a limit of [alerts] is passed", ("alert", "about", "value", "limit", "why")),

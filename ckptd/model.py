@@ -56,7 +56,7 @@ STATE_TRANSITIONS: dict[State, frozenset[State]] = {
     State.MISSING: frozenset({State.LIVE, State.CORRUPT, State.DROPPED}),
     State.FAILED: frozenset({State.PENDING, State.DROPPED}),
     State.REPLACED: frozenset(),
-    State.TRASHED: frozenset({State.LIVE, State.DROPPED, State.MISSING}),
+    State.TRASHED: frozenset({State.LIVE, State.CORRUPT, State.DROPPED, State.MISSING}),
     State.DROPPED: frozenset(),
 }
 

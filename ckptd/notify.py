@@ -63,6 +63,7 @@ class Notifier:
     watchdog_s  it wants to hear `watchdog()` at least this often, None: it does not care
     store_max   descriptors it keeps, where it says so ($FDSTORE), else None: it keeps none, or is systemd before 254
     stored      how many it keeps now, as far as this process knows
+    kept        it kept some over a restart: proof that it does, also from a manager that can't say so
     trouble     the last error of a message that will never arrive, for doctor and the log
     """
 
@@ -77,6 +78,7 @@ class Notifier:
         mine = pid in {"", str(os.getpid())}
         self.watchdog_s = int(usec) / 1e6 if self.enabled and mine and usec.isdigit() and int(usec) else None
         self.store_max = int(stored) if self.enabled and stored.isdigit() else None
+        self.kept = False
         self.trouble: OSError | None = None
         self._names: Counter[str] = Counter()
         self._waiting: deque[tuple[bytes, int | None]] = deque()
@@ -118,6 +120,7 @@ class Notifier:
     def adopted(self, names: Iterable[str]) -> None:
         """Count what an earlier daemon stored and this one was passed."""
         self._names.update(names)
+        self.kept = self.stored > 0
 
     def store(self, name: str, fd: int) -> None:
         """Give the manager a copy of `fd`; the next daemon finds it under `name` in `passed_fds()`.

@@ -95,6 +95,14 @@ class Rules(Section):
     strip_files: tuple[str, ...] = Field(
         ("optimizer*.safetensors", "optim*.safetensors"), description="Which files those are: shell patterns."
     )
+    brake_share: float = Field(
+        0.2,
+        ge=0,
+        le=1,
+        description="A plan that nobody asked for is held when it drops, or strips, more than this share of the experiment's "
+        "live checkpoints at once, and more than brake_count_min; then a person decides. 1: none is held.",
+    )
+    brake_count_min: int = Field(20, ge=0, description="A plan that drops no more than so many is never held.")
     trash_grace_s: Span = Field(86400.0, description="How long a retired checkpoint stays in the trash.")
     links: bool = Field(True, description="Keep the symlinks `latest` and `best` beside managed checkpoints.")
 

@@ -1,7 +1,7 @@
 """Write what the pages under docs/ say about code from the code itself: `make docs`, in the repository.
 
 docs/reference/errors.md from ckptd.errors, events.md from ckptd.events, failpoints.md from ckptd.failpoint,
-python.md from the client's docstrings, the two diagrams in docs/design/handoff.md from ckptd.model's tables of transitions, and the tables in hooks.md
+python.md from the docstrings of the client and of its modules of checks, the two diagrams in docs/design/handoff.md from ckptd.model's tables of transitions, and the tables in hooks.md
 from ckptd.hooks.
 The command line and the settings have generators of their own (ckptd.cli.reference, ckptd.origins);
 tests/test_docs.py keeps all pages current.
@@ -12,11 +12,13 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
+from types import ModuleType
 
 import ckptd_client
 from ckptd import errors, events, failpoint, model
 from ckptd.hooks import child, condition, host, hosts, registry, result, runner, tally
 from ckptd.hooks.points import POINTS, HookEvent, Point
+from ckptd_client import quaternions, rotations
 from ckptd_client.cadence import Cadence
 
 ERRORS = Path("docs/reference/errors.md")
@@ -27,7 +29,8 @@ HANDOFF = Path("docs/design/handoff.md")
 HOOKS = Path("docs/reference/hooks.md")
 DRAWN = re.compile(r"(<!-- drawn from (\w+) by docs/generate\.py -->\n).*?(<!-- end -->)", re.DOTALL)
 
-RETURNED = {"Handle", "Cadence"}  # nobody makes one: save() and every() do
+RETURNED = {"Handle", "Cadence", "Quaternions", "Verdict"}  # nobody makes one: save(), every() and check() do
+CHECKS = (quaternions, rotations)  # modules that are imported by name, so that the package does not import them
 # What the client itself calls on a handle; a script has no use for it.
 INSIDE = {("Handle", name) for name in ("apply", "fail", "set_spooled", "wait_acknowledged", "wait_settled")}
 CODES = {
@@ -140,6 +143,8 @@ def render_python() -> str:
     for name in [name for name in found if name not in raised]:
         parts += _documented(name, found[name])
         parts += _methods(name, found[name])
+    for module in CHECKS:
+        parts += _module(module)
     parts.append("## Exceptions\n\nA save raises none of them unless `raise_errors` is set.\n")
     parts += [f"| exception | meaning |\n|---|---|\n{_exceptions(found, raised)}"]
     parts.append("\nThe `code` of a `Refused` is one of [errors.md](errors.md), or the client's own:\n")
@@ -178,6 +183,26 @@ def _methods(name: str, value: object) -> Iterator[str]:
     for method, function in vars(value).items():
         if inspect.isfunction(function) and not method.startswith("_") and (name, method) not in INSIDE:
             yield from _documented(method, function, "###")
+
+
+def _module(module: ModuleType) -> Iterator[str]:
+    """Yield a module: how it is imported, its docstring, and each public function and class that it defines."""
+    name = module.__name__.rpartition(".")[2]
+    yield f"## {name}\n\n`from {module.__package__} import {name}`\n"
+    yield f"```text\n{inspect.getdoc(module)}\n```\n"
+    for key, value in vars(module).items():
+        if not key.startswith("_") and getattr(value, "__module__", "") == module.__name__ and callable(value):
+            yield from _documented(key if key in RETURNED else f"{name}.{key}", value, "###")
+            if lines := list(_members(value)):
+                yield "\n".join(lines) + "\n"
+
+
+def _members(value: object) -> Iterator[str]:
+    """Yield one line for each public property and method of a class."""
+    for name, found in vars(value).items():
+        if not name.startswith("_") and (inspect.isfunction(found) or isinstance(found, property)):
+            signature = "" if isinstance(found, property) else _signature(found)
+            yield f"- `{name}{signature}`: {_line(found)}"
 
 
 def draw(begin: StrEnum, table: Mapping[StrEnum, frozenset[StrEnum]]) -> str:

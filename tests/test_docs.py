@@ -3,6 +3,7 @@
 import ast
 import doctest
 import importlib
+import inspect
 import re
 import struct
 from collections.abc import Iterator
@@ -239,6 +240,17 @@ def test_every_public_name_of_the_client_is_in_its_reference():
     assert len(methods) > 10
     for name in methods:
         assert re.search(rf"^### {name}$|^- `{name}`:", text, re.MULTILINE), name
+
+
+def test_every_module_of_the_client_that_a_guide_imports_is_in_its_reference():
+    text, pattern = tree.text("docs/reference/python.md"), r"(?m)^ *from ckptd_client import ([\w, ]+)"
+    lines = re.findall(pattern, "\n".join(tree.text(path) for path in tree.files() if path.startswith("docs/guide/")))
+    modules = {name for line in lines for name in line.split(", ")}.difference(ckptd_client.__all__)
+    assert modules >= {"quaternions", "rotations"}
+    for module in (importlib.import_module(f"ckptd_client.{name}") for name in modules):
+        for key, found in inspect.getmembers(module, inspect.isfunction):
+            own = not key.startswith("_") and found.__module__ == module.__name__
+            assert not own or f"\n### {module.__name__.partition('.')[2]}.{key}\n" in text, key
 
 
 def test_every_variable_that_is_read_is_documented_and_the_other_way_round():

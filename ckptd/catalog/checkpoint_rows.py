@@ -132,6 +132,17 @@ async def newest_good_ids(conn: AsyncConnection, experiment_ids: Sequence[str]) 
     return {found for found in (await conn.execute(wanted)).scalars() if found is not None}
 
 
+async def free_revision(conn: AsyncConnection, experiment_no: int, step: int | None, told: int | None) -> int:
+    """Return the revision of one more save of a step: `told` if nobody has it. It is never an overwrite."""
+    if step is None:
+        return 1
+    wanted = select(_row.revision).where(_row.experiment_no == experiment_no, _row.step == step)
+    taken = set((await conn.execute(wanted)).scalars())
+    if told is not None and told not in taken:
+        return told
+    return max(taken, default=0) + 1
+
+
 def from_row(row: Row[Any]) -> Checkpoint:
     """Turn a row of SELECT into the noun."""
     return Checkpoint(

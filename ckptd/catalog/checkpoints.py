@@ -6,18 +6,18 @@ so, and then the event says it too.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Row, delete, insert, select, update
-from sqlalchemy.ext.asyncio import AsyncConnection
 
-from ckptd.catalog import schema
+from ckptd.catalog import harm, schema
 from ckptd.catalog.checkpoint_rows import (
     BY_ID,
     arena_of,
     files,
+    free_revision,
     from_row,
     get,
     get_many,
@@ -125,7 +125,7 @@ async def stage(tx: Tx, new: NewCheckpoint) -> Staged:
         project_no=experiment.project_no,
         experiment_no=experiment.no,
         segment=experiment.segment if new.segment is None else new.segment,
-        revision=await _revision(tx.conn, experiment.no, new.step, new.revision),
+        revision=await free_revision(tx.conn, experiment.no, new.step, new.revision),
         created_at=new.created_at or now,
         staged_at=now,
     )
@@ -196,7 +196,7 @@ async def mark_durable(tx: Tx, checkpoint_id: str, durable: Durable) -> Checkpoi
         "epoch": durable.epoch if row.epoch is None else row.epoch,
     }
     if row.step is None and durable.step is not None:
-        revision = await _revision(tx.conn, row.experiment_no, durable.step, None)
+        revision = await free_revision(tx.conn, row.experiment_no, durable.step, None)
         values |= {"step": durable.step, "revision": revision}
     moved = await _move(tx, row, State.LIVE, Level.DURABLE, values)
     told = {"revision": moved.revision, "adopted": durable.adopted, "veto": moved.veto}
@@ -223,20 +223,23 @@ async def mark_corrupt(tx: Tx, checkpoint_id: str, damage: Sequence[Damage]) -> 
     The level stays what it was: it says what was reached, the state that it no longer counts.
     """
     row = await one(tx.conn, checkpoint_id)
-    found = [{**asdict(one), "mib": list(one.mib), "tensors": list(one.tensors)} for one in damage]
-    what = ", ".join(sorted({one.file or row.path for one in damage}))
-    error = {"code": "corrupt", "message": f"damaged: {what}", "damage": found}
+    found = harm.to_wire(damage)
+    error = harm.error(row.path, found)
     moved = await _move(tx, row, State.CORRUPT, None, {"error": error, "checked_at": tx.clock.now()})
     _tell(tx, "checkpoint.corrupt", moved, error=error, damage=found)
     return moved
 
 
 async def mark_missing(tx: Tx, checkpoint_id: str, detail: str = "") -> Checkpoint:
-    """-> MISSING, out of the trash too: its files are gone, and not by us. Emits checkpoint.missing, once."""
+    """-> MISSING, out of the trash too: its files are gone, and not by us. Emits checkpoint.missing, once.
+
+    Damage that was known of them stays with the row: the same bytes are no better when they come back.
+    """
     row = await one(tx.conn, checkpoint_id)
     if row.state == State.MISSING:
         return from_row(row)
-    error = {"code": "missing", "message": detail or f"{row.path} is gone"}
+    known = harm.known(row)
+    error = {"code": "missing", "message": detail or f"{row.path} is gone", **({"damage": known} if known else {})}
     moved = await _move(tx, row, State.MISSING, None, {"error": error, "trash": None, "trashed_at": None})
     _tell(tx, "checkpoint.missing", moved, error=error)
     return moved
@@ -278,17 +281,20 @@ async def mark_dropped(tx: Tx, checkpoint_id: str) -> Checkpoint:
 
 
 async def mark_restored(tx: Tx, checkpoint_id: str, path: str, found: Identity) -> Checkpoint:
-    """TRASHED or MISSING -> LIVE. Emits checkpoint.restored.
+    """TRASHED or MISSING -> LIVE; CORRUPT where it was known to be damaged. Emits checkpoint.restored.
 
     The level falls back to DURABLE unless `found` means the recorded bytes: what came from elsewhere
-    must be read again before it counts as verified.
+    must be read again before it counts as verified. What lay in the trash is what was moved there: its
+    damage came along whatever `found` says.
     """
     row = await one(tx.conn, checkpoint_id)
     recorded = identity_of(row)
     same = recorded is not None and recorded.means(found)
-    values = {**_place(path), **_identity_values(found), "trash": None, "trashed_at": None, "error": None}
-    moved = await _move(tx, row, State.LIVE, None if same else Level.DURABLE, values)
-    _tell(tx, "checkpoint.restored", moved)
+    known = harm.known(row) if same or row.state == State.TRASHED else []
+    state, error = (State.CORRUPT, harm.error(path, known)) if known else (State.LIVE, None)
+    values = {**_place(path), **_identity_values(found), "trash": None, "trashed_at": None, "error": error}
+    moved = await _move(tx, row, state, None if same else Level.DURABLE, values)
+    _tell(tx, "checkpoint.restored", moved, state=str(state))
     return moved
 
 
@@ -304,6 +310,14 @@ async def add_metrics(tx: Tx, checkpoint_id: str, metrics: dict[str, float]) -> 
         await _add_metric_rows(tx, row.sequence, row.experiment_no, metrics)
         await _set(tx, checkpoint_id, {"metrics": {**row.metrics, **metrics}})
     return await get(tx.conn, checkpoint_id)
+
+
+async def lift_veto(tx: Tx, checkpoint_id: str, uid: int, note: str) -> Checkpoint:
+    """It counts from now on, as if no hook had objected. Emits checkpoint.unvetoed."""
+    row = await one(tx.conn, checkpoint_id)
+    moved = await _move(tx, row, State(row.state), None, {"veto": None})
+    _tell(tx, "checkpoint.unvetoed", moved, veto=row.veto, uid=uid, note=note)
+    return moved
 
 
 async def _set(tx: Tx, checkpoint_id: str, values: dict[str, Any]) -> None:
@@ -332,17 +346,6 @@ def _newer(one: Checkpoint | None, other: Checkpoint) -> Checkpoint:
     """Return the newer of two good ones, in the order of `newest_good`; no step comes before all steps."""
     ages = [(of.segment, -1 if of.step is None else of.step, of.revision, of.sequence) for of in (one or other, other)]
     return other if one is None or ages[1] > ages[0] else one
-
-
-async def _revision(conn: AsyncConnection, experiment_no: int, step: int | None, told: int | None) -> int:
-    """A step saved again is a further revision, never an overwrite."""
-    if step is None:
-        return 1
-    wanted = select(_row.revision).where(_row.experiment_no == experiment_no, _row.step == step)
-    taken = set((await conn.execute(wanted)).scalars())
-    if told is not None and told not in taken:
-        return told
-    return max(taken, default=0) + 1
 
 
 async def _add_metric_rows(tx: Tx, sequence: int, experiment_no: int, metrics: dict[str, float]) -> None:

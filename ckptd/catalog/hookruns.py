@@ -216,7 +216,21 @@ async def _add_finding(tx: Tx, name: str, found: Found) -> None:
     if silent:
         return
     data = {"hook": name, "level": found.level, "text": found.text, "facts": dict(found.facts)}
+    data |= await _about(tx, found)
     tx.tell("hook.finding", data, experiment=found.experiment_id, checkpoint=found.checkpoint_id)
+
+
+async def _about(tx: Tx, found: Found) -> dict[str, Any]:
+    """Return what people call that which a finding is about; nothing for one about the daemon, or about what is gone."""
+    project, experiment, row = schema.project.c, schema.experiment.c, schema.checkpoint.c
+    wanted = select(project.name.label("project"), experiment.name).join_from(schema.experiment, schema.project)
+    if found.checkpoint_id:
+        mine = row.experiment_no == experiment.no
+        wanted = wanted.add_columns(row.step).join(schema.checkpoint, mine).where(row.id == found.checkpoint_id)
+    else:
+        wanted = wanted.where(experiment.id == found.experiment_id)
+    named = (await tx.conn.execute(wanted)).one_or_none()
+    return {} if named is None else named._asdict()
 
 
 def _columns(run: Ran) -> dict[str, Any]:

@@ -8,35 +8,41 @@ Never another checkpoint in its place: what fits several is Ambiguous, what fits
 """
 
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from sqlalchemy import Select, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from ckptd.bestrule import BestRule
 from ckptd.catalog import schema
 from ckptd.catalog.bests import current
 from ckptd.catalog.checkpoint_rows import SELECT, from_row, newest_good
-from ckptd.errors import Ambiguous, BadRequest, NotFound, Vetoed
+from ckptd.errors import Ambiguous, BadRequest, NotFound, UnknownRule, Vetoed
 from ckptd.model import Checkpoint, State
 
 PREFIX_MIN = 6
 
 _row = schema.checkpoint.c
 _SELECTORS = "latest, best, best:RULE, step:N, an id (6 digits or more), a path, or PROJECT/NAME[@...]"
+_VETOED = "`ckpt ls` names them; one that is named loads, and `ckpt unveto` lets it count"
 _HEX = re.compile(r"[0-9a-f]+")
 _RETIRED = (State.DROPPED, State.REPLACED, State.TRASHED, State.FAILED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scope:
-    """Among whose checkpoints to look. uid None: everybody's."""
+    """Among whose checkpoints to look. uid None: everybody's.
+
+    rules  what says which is the best in PROJECT, NAME: the first is what a bare "best" means. None: not known here
+    """
 
     uid: int | None = None
     project: str | None = None
     name: str | None = None  # of the experiment
     experiment_id: str | None = None
-    best_rule: str | None = None  # what a bare "best" means
+    rules: Callable[[str, str], Sequence[BestRule]] | None = None
 
 
 async def resolve(conn: AsyncConnection, selector: str, scope: Scope) -> Checkpoint:
@@ -47,7 +53,7 @@ async def resolve(conn: AsyncConnection, selector: str, scope: Scope) -> Checkpo
     if selector == "latest":
         return await _latest(conn, scope)
     if selector == "best":
-        return await _best(conn, scope, scope.best_rule)
+        return await _best(conn, scope, None)
     if selector.startswith(("best:", "best_")):
         return await _best(conn, scope, selector[len("best:") :])
     number = selector.removeprefix("step:")
@@ -85,14 +91,20 @@ async def _latest(conn: AsyncConnection, scope: Scope) -> Checkpoint:
         vetoed = select(_row.veto).where(_row.experiment_no == no, _row.state == State.LIVE, _row.veto.is_not(None))
         veto = (await conn.execute(vetoed.order_by(_row.sequence.desc()).limit(1))).scalar()
         if veto is not None:
-            raise Vetoed(f"every checkpoint of {called} is vetoed, the newest by {veto}", hint="name one: `ckpt ls`")
+            raise Vetoed(f"every checkpoint of {called} is vetoed, the newest by {veto}", hint=_VETOED)
         raise NotFound(f"{called} has no verified checkpoint yet")
     return found
 
 
 async def _best(conn: AsyncConnection, scope: Scope, asked: str | None) -> Checkpoint:
-    """By the rule of that name or, when there is none, by the one rule that has this metric."""
+    """By the rule of that name or, when there is none, by the one rule that has this metric.
+
+    No winner yet is NotFound, and a trainer may begin afresh; no rule that could ever have one is UnknownRule.
+    """
     _, experiment_id, called = await _experiment(conn, scope)
+    project, _, name = called.partition("/")
+    rules = None if scope.rules is None else scope.rules(project, name)
+    asked = asked or (rules[0].name if rules else None)
     won = [place for place in await current(conn, experiment_id) if place.rank == 1]
     found = [place for place in won if asked in {None, place.rule}] or [place for place in won if asked == place.metric]
     # A rule of the experiment's own comes before one of the same name that looks further.
@@ -100,12 +112,21 @@ async def _best(conn: AsyncConnection, scope: Scope, asked: str | None) -> Check
     if len(found) > 1:
         names = ", ".join(sorted({f"{place.rule} ({place.mode or 'of several'}, {place.scope})" for place in found}))
         raise Ambiguous(f"{called} has several best checkpoints: {names}", hint="say which: best:RULE")
+    if not found and rules is not None and not any(asked in {rule.name, rule.metric} for rule in rules):
+        raise _unknown(called, asked, sorted({rule.name for rule in rules} | {place.rule for place in won}))
     row = await _still_good(conn, found[0].checkpoint_id) if found else None
     if row is None:
         what = f"no best checkpoint by {asked}" if asked else "no best checkpoint"
         hint = "a keep_best rule names the metric and its direction; verified checkpoints with a finite value count"
         raise NotFound(f"{called} has {what}", hint=hint)
     return row
+
+
+def _unknown(called: str, asked: str | None, known: list[str]) -> UnknownRule:
+    there_are = f"there are: {', '.join(known)}" if known else "none says what is best"
+    return UnknownRule(
+        f"{called} has no rule {asked!r}; {there_are}" if asked else f"{called} has no rule that says what is best"
+    )
 
 
 async def _still_good(conn: AsyncConnection, checkpoint_id: str) -> Checkpoint | None:

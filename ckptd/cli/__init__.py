@@ -58,6 +58,7 @@ VERBS: dict[str, dict[str, Entry]] = {
         "verify": Entry("verifying", "verify", "Read checkpoints back from the disk and compare their digests."),
         "pin": Entry("acting", "pin", "Keep a checkpoint, whatever the rules say."),
         "unpin": Entry("acting", "unpin", "Lift a pin."),
+        "unveto": Entry("acting", "unveto", "Let a checkpoint count whose save a hook vetoed."),
         "measured": Entry("besting", "measured", "Say what was measured of a checkpoint after its save."),
         "tag": Entry("acting", "tag", "Give a checkpoint a tag."),
         "untag": Entry("acting", "untag", "Take a tag away from a checkpoint."),
@@ -69,6 +70,11 @@ VERBS: dict[str, dict[str, Entry]] = {
         ),
         "bulk": Entry(
             "bulk", "bulk", "Act on every checkpoint that a query finds: tag, untag, pin, unpin, rm, verify."
+        ),
+        "cleanup": Entry(
+            "cleaning",
+            "cleanup",
+            "Find checkpoints that are damaged, missing or failed; with --confirm take them away.",
         ),
         "retention": Entry("retaining", "retention", "Show or carry out what the retention rules decide."),
     },
@@ -163,6 +169,9 @@ _TAUGHT = {
     "hold": "pin",
     "undelete": "restore",
     "release": "unpin",
+    "accept": "unveto",
+    "allow": "unveto",
+    "approve": "unveto",
     "runs": "experiments",
     "health": "doctor",
     "diagnose": "doctor",

@@ -1,4 +1,4 @@
-"""Deciding what stays: pin, unpin, tag, untag, rm, restore.
+"""Deciding what stays and what counts: pin, unpin, unveto, tag, untag, rm, restore.
 
 What destroys is shown first, asked about, and then done to exactly what was shown: ids and the
 list of drops travel with the request, so that what arrived in between is not hit.
@@ -13,16 +13,11 @@ import click
 from ckptd.cli import render
 from ckptd.cli.completion import complete_selector
 from ckptd.cli.daemon_socket import FOREVER_S, connect
-from ckptd.cli.listing import label
+from ckptd.cli.listing import named
 from ckptd.cli.options import Output, as_selector, asked, output, selecting, verb
 from ckptd.errors import BadRequest
 
 Row = dict[str, Any]
-
-
-def _named(row: Row) -> str:
-    step = "" if row.get("step") is None else f" step {row['step']}"
-    return render.escape(f"{label(row)}{step} ({render.short(row['checkpoint'])})")
 
 
 @verb(
@@ -46,6 +41,29 @@ def unpin(where: dict[str, str | None], note: str | None, out: Output) -> None:
     _hold("unpin", where, note, out)
 
 
+@verb(
+    ("ckpt show 6f1c0e", "which hook vetoed it, and why"),
+    ("ckpt unveto 6f1c0e --note 'looked at it'", "from now on it may be the latest and the best"),
+)
+@selecting
+@click.option("--note", metavar="TEXT", help="Why; kept in the audit trail.")
+@output(ids=True)
+def unveto(where: dict[str, str | None], note: str | None, out: Output) -> None:
+    """Let a checkpoint count whose save a hook vetoed.
+
+    The latest and the best are decided again with it, and the rules may retire it like any other. What the hook says
+    of later saves is heard as before.
+    """
+    with connect() as daemon:
+        done = daemon.request("unveto", {"note": note, **where})
+    if out.json(done):
+        return
+    if out.form == "ids":
+        sys.stdout.write(f"{done['checkpoint']}\n")
+        return
+    render.say(f"{named(done)} {'counts now' if done['changed'] else 'was not vetoed'}")
+
+
 def _hold(op: str, where: dict[str, str | None], note: str | None, out: Output) -> None:
     with connect() as daemon:
         done = daemon.request(op, {"note": note, **where})
@@ -54,8 +72,8 @@ def _hold(op: str, where: dict[str, str | None], note: str | None, out: Output) 
     if out.form == "ids":
         sys.stdout.write(f"{done['checkpoint']}\n")
         return
-    said = f"{op}ned {_named(done)}"
-    render.say(said if done.get("changed", True) else f"{_named(done)}: nothing to {op}")
+    said = f"{op}ned {named(done)}"
+    render.say(said if done.get("changed", True) else f"{named(done)}: nothing to {op}")
 
 
 @verb(
@@ -77,7 +95,7 @@ def rm(selectors: Sequence[str], out: Output, *, dry_run: bool, yes: bool) -> in
         for row in shown:
             act = f"would {row.get('action')}" if dry_run else row.get("action")
             size = render.size(row.get("size_bytes"))
-            render.say(f"{act} {_named(row)}, {size}, {render.escape(row.get('path') or '')}")
+            render.say(f"{act} {named(row)}, {size}, {render.escape(row.get('path') or '')}")
         if dry_run:
             _print_removed(shown, out, dry_run=True)
             return 0
@@ -96,7 +114,7 @@ def _print_removed(rows: list[Row], out: Output, *, dry_run: bool) -> None:
         return
     for row in () if dry_run else rows:
         reason = f": {row['reason']}" if row.get("reason") else ""
-        render.say(f"removed {_named(row)}{render.escape(reason)}")
+        render.say(f"removed {named(row)}{render.escape(reason)}")
 
 
 def confirmed(question: str, *, yes: bool) -> bool:
@@ -141,7 +159,7 @@ def _tag(change: dict[str, list[str]], where: dict[str, str | None], out: Output
     if out.form == "ids":
         sys.stdout.write(f"{done['checkpoint']}\n")
         return
-    render.say(f"{_named(done)}: {render.escape(', '.join(done.get('tags') or ()) or 'no tag')}")
+    render.say(f"{named(done)}: {render.escape(', '.join(done.get('tags') or ()) or 'no tag')}")
 
 
 @verb(
@@ -166,4 +184,5 @@ def restore(where: dict[str, str | None], out: Output, *, no_pin: bool) -> None:
     what: Any = done.get("restored")
     said = "restored" if what == "checkpoint" else f"restored {', '.join(what)} of"
     pinned = ", and pinned it" if done.get("pinned") else ""
-    render.say(f"{render.escape(said)} {_named(done)}{pinned}: {render.escape(done.get('path') or '')}")
+    damaged = "; it is damaged, as it was before" if done.get("state") == "corrupt" else ""
+    render.say(f"{render.escape(said)} {named(done)}{pinned}: {render.escape(done.get('path') or '')}{damaged}")

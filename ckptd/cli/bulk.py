@@ -6,9 +6,8 @@ more goes on where an interrupted one stopped.
 """
 
 import functools
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, TypeVar, cast
 
@@ -17,31 +16,15 @@ import click
 from ckptd.cli import render
 from ckptd.cli.acting import confirmed
 from ckptd.cli.completion import complete_scope
-from ckptd.cli.daemon_socket import FOREVER_S, Daemon, connect
-from ckptd.cli.listing import label, pages, parse_scope
-from ckptd.cli.options import Family, Output, Span, Verb, asked, output
+from ckptd.cli.daemon_socket import Daemon, connect
+from ckptd.cli.each import REMOVE, Act, Result, Row, counted, do, try_each
+from ckptd.cli.listing import named, pages, parse_scope
+from ckptd.cli.options import Family, Output, Span, Verb, output
 from ckptd.clock import SystemClock
 from ckptd.errors import BadRequest, CkptdError
 
 F = TypeVar("F", bound=Callable[..., Any])
-Row = dict[str, Any]
 SHOWN_MAX = 10  # checkpoints named before the question
-
-
-@dataclass(frozen=True, slots=True)
-class Act:
-    """One act on one checkpoint.
-
-    past  as it is told afterwards
-    ask   what is asked of the daemon: the op, and what goes with the id
-    trial what is asked before anything is done; what is refused there is left out, and named
-    """
-
-    word: str
-    past: str
-    op: str
-    body: dict[str, Any] = field(default_factory=dict)
-    trial: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +124,7 @@ def unpin(query: Query, out: Output) -> int:
 @output(ids=True)
 def rm(query: Query, out: Output) -> int:
     """Move all of them to the trash, but those that something holds."""
-    return _act(Act("remove", "removed", "remove", {"dry_run": False}, {"dry_run": True}), query, out)
+    return _act(REMOVE, query, out)
 
 
 @bulk.command("verify", cls=Verb, examples=(("ckpt bulk verify --all --older 7d", "goes on where it was stopped"),))
@@ -153,42 +136,19 @@ def verify(query: Query, out: Output) -> int:
     return _act(Act("verify", "verified", "verify"), query, out)
 
 
-@dataclass(slots=True)
-class Result:
-    """What became of one bulk act: rows that were `wanted`, those `done`, and what kept the others from it."""
-
-    wanted: list[Row]
-    done: list[Row] = field(default_factory=list)
-    failed: list[tuple[Row, CkptdError]] = field(default_factory=list)
-
-
 def _act(act: Act, query: Query, out: Output) -> int:
     with connect() as daemon:
         result = Result(list(_found(daemon, query)))
         if act.trial is not None:
-            result.failed = list(_tried(daemon, act, result.wanted))
-            refused = {row["checkpoint"] for row, _ in result.failed}
-            result.wanted = [row for row in result.wanted if row["checkpoint"] not in refused]
+            try_each(daemon, act, result)
         _show(act, result)
         if not query.dry_run and result.wanted:
-            if not confirmed(f"{act.word} {_count(len(result.wanted))}?", yes=query.yes):
+            if not confirmed(f"{act.word} {counted(len(result.wanted))}?", yes=query.yes):
                 return 1
             for row in result.wanted:
-                _do(daemon, act, row, result, out)
+                do(daemon, act, row, result, out)
     _report(act, result, query, out)
     return CkptdError.exit_code if result.failed else 0
-
-
-def _do(daemon: Daemon, act: Act, row: Row, result: Result, out: Output) -> None:
-    error = _once(daemon, act.op, row, act.body)
-    if error is not None:
-        result.failed.append((row, error))
-        render.say(f"{_named(row)}: {render.escape(error.message)}")
-        return
-    result.done.append(row)
-    if out.form == "ids":  # one by one: whoever interrupts it knows how far it came
-        sys.stdout.write(f"{row['checkpoint']}\n")
-        sys.stdout.flush()
 
 
 def _found(daemon: Daemon, query: Query) -> Iterator[Row]:
@@ -199,35 +159,15 @@ def _found(daemon: Daemon, query: Query) -> Iterator[Row]:
             yield row
 
 
-def _tried(daemon: Daemon, act: Act, rows: list[Row]) -> Iterator[tuple[Row, CkptdError]]:
-    for row in rows:
-        error = _once(daemon, act.op, row, act.trial or {})
-        if error is not None:
-            yield row, error
-
-
-def _once(daemon: Daemon, op: str, row: Row, body: dict[str, Any]) -> CkptdError | None:
-    """Act on one checkpoint; return what kept it from being done."""
-    within_s = asked().or_timeout_s(FOREVER_S)
-    try:
-        answer = daemon.request(op, {"selector": row["checkpoint"], **body}, within_s=within_s)
-    except CkptdError as error:
-        if error.code == "unreachable":
-            raise
-        return error
-    damaged = [one for one in answer.get("results") or () if not one["ok"]]
-    return CkptdError("it is damaged; `ckpt verify` says where") if damaged else None
-
-
 def _show(act: Act, result: Result) -> None:
     size = render.size(sum(row.get("size_bytes") or 0 for row in result.wanted))
-    render.say(f"{act.word}: {_count(len(result.wanted))}, {size}")
+    render.say(f"{act.word}: {counted(len(result.wanted))}, {size}")
     for row in result.wanted[:SHOWN_MAX]:
-        render.say(f"  {_named(row)}")
+        render.say(f"  {named(row)}")
     if len(result.wanted) > SHOWN_MAX:
         render.say(f"  and {len(result.wanted) - SHOWN_MAX} more")
     for row, error in result.failed:
-        render.say(f"  not {_named(row)}: {render.escape(error.message)}")
+        render.say(f"  not {named(row)}: {render.escape(error.message)}")
 
 
 def _report(act: Act, result: Result, query: Query, out: Output) -> None:
@@ -240,13 +180,4 @@ def _report(act: Act, result: Result, query: Query, out: Output) -> None:
     }
     if not out.json(body) and not query.dry_run:
         rest = f", {len(result.failed)} could not be" if result.failed else ""
-        render.say(f"{act.past} {_count(len(result.done))}{rest}")
-
-
-def _count(number: int) -> str:
-    return f"{number} checkpoint{'' if number == 1 else 's'}"
-
-
-def _named(row: Row) -> str:
-    step = "" if row.get("step") is None else f" step {row['step']}"
-    return render.escape(f"{label(row)}{step} ({render.short(row['checkpoint'])})")
+        render.say(f"{act.past} {counted(len(result.done))}{rest}")

@@ -43,6 +43,17 @@ def step(row: Row) -> str:
     return f"{row['step']}" if (row.get("revision") or 1) == 1 else f"{row['step']} r{row['revision']}"
 
 
+def named(row: Row) -> str:
+    """Return what a sentence calls a checkpoint: PROJECT/NAME, its step and the start of its id."""
+    of_step = "" if row.get("step") is None else f" step {row['step']}"
+    return render.escape(f"{label(row)}{of_step} ({render.short(row['checkpoint'])})")
+
+
+def _kept_by(row: Row) -> list[str]:
+    """Return what keeps it; "veto" for one that no rule touches because a hook objected, and that is neither latest nor best."""
+    return [*(row.get("holds") or ()), *(["veto"] if row.get("veto") else [])]
+
+
 CHECKPOINTS = Sheet(
     columns=(
         Column("ID", lambda row: render.short(row["checkpoint"])),
@@ -51,7 +62,7 @@ CHECKPOINTS = Sheet(
         Column("IS", condition, style=condition),
         Column("SIZE", lambda row: render.size(row.get("size_bytes")), right=True),
         Column("SAVED", lambda row: render.age(row.get("created_at"))),
-        Column("HELD BY", lambda row: " ".join(row.get("holds") or ())),
+        Column("HELD BY", lambda row: " ".join(_kept_by(row))),
         Column("METRICS", lambda row: render.metrics(row.get("metrics"))),
     ),
     fields=(
@@ -62,7 +73,7 @@ CHECKPOINTS = Sheet(
         lambda row: "none" if row.get("state") in _SPOILED else row.get("level"),
         lambda row: row.get("size_bytes"),
         lambda row: row.get("created_at"),
-        lambda row: ",".join(row.get("holds") or ()),
+        lambda row: ",".join(_kept_by(row)),
         lambda row: row.get("path"),
     ),
 )

@@ -1,5 +1,6 @@
 """retention: what the rules decide, carried out as it was shown, and why one checkpoint stays or goes."""
 
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -48,8 +49,12 @@ def plan(scope: str | None, out: Output) -> None:
     """
     with connect() as daemon:
         body = daemon.request("retention", {"apply": False, **parse_scope(scope)})
-    if not out.json(body):
-        render.print_lines(out.screen, plan_lines(body["plans"], out.screen))
+    if out.json(body):
+        return
+    render.print_lines(out.screen, plan_lines(body["plans"], out.screen))
+    if not out.screen.terminal:
+        for line in filter(None, map(_held, body["plans"])):
+            render.say(line)
 
 
 @retention.command(
@@ -190,8 +195,21 @@ def plan_lines(plans: Sequence[Row], screen: render.Screen) -> list[str]:
         rules = ", ".join(plan.get("rules") or ()) or "no rules: everything stays"
         head = screen.paint(render.escape(label(plan)), "bold")
         lines += [f"{head}  {render.escape(rules)}", *PLAN.lines(screen, _decisions([plan]))]
-        lines += [f"keeps {len(plan['keep'])}, drops {len(plan['drop'])} ({freed})", ""]
+        lines += [f"keeps {len(plan['keep'])}, drops {len(plan['drop'])} ({freed})", *filter(None, [_held(plan)]), ""]
     return lines[:-1] if lines else ["no experiment has rules that drop anything"]
+
+
+def _held(plan: Row) -> str:
+    """Say that the daemon does nothing of a plan by itself, and why; "" when it does.
+
+    >>> _held({"project": "p", "name": "run 1", "held": {"words": "it would drop 30 of 40"}})
+    "p/run 1: held: ckptd does nothing of this by itself: it would drop 30 of 40; `ckpt retention apply 'p/run 1'` does it"
+    """
+    held = plan.get("held")
+    if not held:
+        return ""
+    does = f"`ckpt retention apply {shlex.quote(label(plan))}` does it"
+    return render.escape(f"{label(plan)}: held: ckptd does nothing of this by itself: {held['words']}; {does}")
 
 
 def _decisions(plans: Sequence[Row]) -> Iterator[Row]:

@@ -82,8 +82,9 @@ def grid(out: Output, **wanted: Any) -> None:
 
     A running experiment is silent without a sign of life, stalled when its process lives and makes no step. How far it
     is meant to go is read from its config (max_steps, epochs and the like); the time left follows from its pace so far.
-    In a pipe: id, project, name, condition, progress, step, total, its unit, steps a second, seconds left, time of the
-    last sign of life and seconds since, then the metric's last, lowest and highest value, separated by tabs.
+    Exit code 3 when no experiment fits what was named. In a pipe: id, project, name, condition, progress, step, total,
+    its unit, steps a second, seconds left, time of the last sign of life and seconds since, then the metric's last,
+    lowest and highest value, separated by tabs.
     """
     with open_source() as source:
         body = source.request("grid", wanted)

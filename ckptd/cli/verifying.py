@@ -14,6 +14,7 @@ from ckptd.cli.daemon_socket import FOREVER_S, Daemon, connect
 from ckptd.cli.listing import label, pages
 from ckptd.cli.options import Output, asked, is_path, output, verb
 from ckptd.errors import BadRequest, CkptdError, Corrupt, InvalidFormat, NotFound
+from ckptd_client.wire import unique
 
 MANIFEST = "manifest.json"
 MANIFEST_BYTES_MAX = 256 << 20  # the damage map of a checkpoint of 4 TB
@@ -149,7 +150,7 @@ def read_manifest(directory: str) -> Row:
         hint = "only a checkpoint that ckptd wrote can be verified by its path; others by their id"
         raise NotFound(f"can't read {path}: {error.strerror}", hint=hint) from error
     try:
-        found = json.loads(body) if len(body) <= MANIFEST_BYTES_MAX else None
+        found = json.loads(body, object_pairs_hook=unique) if len(body) <= MANIFEST_BYTES_MAX else None
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict) or not isinstance(found.get("files"), list):
@@ -170,14 +171,16 @@ def result_lines(result: Row, screen: render.Screen) -> list[str]:
     lines = [
         f"{word}  {render.escape(f'{label(result)}{step} {shown}')}  {took}  {render.escape(result.get('path') or '')}"
     ]
-    for damage in result.get("damage") or ():
-        mib = f" MiB {_ranges(damage['mib'])}" if damage.get("mib") else ""
-        tensors = f" in {', '.join(damage['tensors'])}" if damage.get("tensors") else ""
-        detail = f": {damage['detail']}" if damage.get("detail") else ""
-        lines.append(
-            render.escape(f"         {damage.get('file') or '(the file)'}: {damage.get('kind')}{mib}{tensors}{detail}")
-        )
+    lines += [render.escape(f"         {in_words(damage)}") for damage in result.get("damage") or ()]
     return lines
+
+
+def in_words(damage: Row) -> str:
+    """Say what is wrong with one file, and where in it."""
+    mib = f" MiB {_ranges(damage['mib'])}" if damage.get("mib") else ""
+    tensors = f" in {', '.join(damage['tensors'])}" if damage.get("tensors") else ""
+    detail = f": {damage['detail']}" if damage.get("detail") else ""
+    return f"{damage.get('file') or '(the file)'}: {damage.get('kind')}{mib}{tensors}{detail}"
 
 
 def _ranges(numbers: Sequence[int]) -> str:

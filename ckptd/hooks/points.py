@@ -32,6 +32,7 @@ class HookEvent(StrEnum):
     BEFORE_RETENTION = "retention.before_apply"
     AFTER_RETENTION = "retention.applied"
     RETENTION_APPLIED = "retention.applied"
+    RETENTION_HELD = "retention.held"
 
     CHECKPOINT_STAGED = "checkpoint.staged"
     CHECKPOINT_FOUND = "checkpoint.found"
@@ -43,6 +44,7 @@ class HookEvent(StrEnum):
     CHECKPOINT_RESTORED = "checkpoint.restored"
     CHECKPOINT_PINNED = "checkpoint.pinned"
     CHECKPOINT_UNPINNED = "checkpoint.unpinned"
+    CHECKPOINT_UNVETOED = "checkpoint.unvetoed"
     CHECKPOINT_TAGGED = "checkpoint.tagged"
     CHECKPOINT_STRIPPED = "checkpoint.stripped"
     CHECKPOINT_UNSTRIPPED = "checkpoint.unstripped"
@@ -66,6 +68,7 @@ class HookEvent(StrEnum):
     DAEMON_STOPPING = "daemon.stopping"
     CONFIG_RELOADED = "config.reloaded"
     DISK_LOW = "disk.low"
+    DISK_RELIEF = "disk.relief"
     ON_DB_ERROR = "catalog.failed"
     CATALOG_FAILED = "catalog.failed"
     CATALOG_MIGRATED = "catalog.migrated"

@@ -175,6 +175,7 @@ def _of_entry(entry: HookEntry, defaults: HooksDefaults) -> Spec:
         )
     given = {key for key in ("events", "timeout_s", "memory_bytes_max") if getattr(entry, key)}
     changes: dict[str, Any] = {key: getattr(entry, key) for key in given if key != "events"}
+    given |= spec.given
     if entry.memory_bytes_max == 0:
         changes["memory_bytes_max"] = 0
     if entry.events:
@@ -216,6 +217,7 @@ def _of_builtin(entry: HookEntry, defaults: HooksDefaults) -> Spec:
         timeout_s=found.timeout_s or defaults.timeout_s,
         memory_bytes_max=defaults.memory_bytes_max,
         source="built-in",
+        given=frozenset({"priority"}),  # of the table: what its class says of itself is any hook's default
     )
 
 

@@ -7,13 +7,15 @@ checkpoint. The row and its job are made in one transaction. Files have a door o
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 import structlog
 
 from ckptd import failpoint
-from ckptd.catalog import Catalog, checkpoints, experiments, listing, roots
+from ckptd.catalog import Catalog, audits, checkpoints, experiments, listing, roots
+from ckptd.catalog.audits import Deed
 from ckptd.catalog.checkpoints import NewCheckpoint
 from ckptd.catalog.experiments import NewExperiment, Opened
 from ckptd.catalog.roots import NewRoot, Root
@@ -233,15 +235,34 @@ class Admission:
         """
 
         async def add(tx: Tx) -> None:
-            row = await checkpoints.add_metrics(tx, checkpoint_id, values)
-            rules = self.settings().rules_for(row.project, row.experiment)
-            await refresh_best(tx, row, rules)
-            if row.state is State.LIVE:
-                lane = f"{row.experiment_id}/after"
-                await self._jobs.enqueue_after(tx, NewJob(checkpoint_id=row.id, lane=lane, stage="link"))
-            await amend(tx, self._jobs, row)
+            await self._changed(tx, await checkpoints.add_metrics(tx, checkpoint_id, values))
 
         await self._catalog.write(add)
+
+    async def unveto(self, deed: Deed) -> bool:
+        """A person lets a vetoed save count: the newest and the best are decided again as after a late metric.
+
+        False: there was no veto. NotFound.
+        """
+
+        async def lift(tx: Tx) -> bool:
+            vetoed = await checkpoints.get(tx.conn, deed.subject)
+            if vetoed.veto is None:
+                return False
+            await self._changed(tx, await checkpoints.lift_veto(tx, vetoed.id, deed.uid, deed.note))
+            await audits.record(tx, replace(deed, before={"veto": vetoed.veto}))
+            return True
+
+        lifted: bool = await self._catalog.write(lift)
+        return lifted
+
+    async def _changed(self, tx: Tx, row: Checkpoint) -> None:
+        rules = self.settings().rules_for(row.project, row.experiment)
+        await refresh_best(tx, row, rules)
+        if row.state is State.LIVE:
+            lane = f"{row.experiment_id}/after"
+            await self._jobs.enqueue_after(tx, NewJob(checkpoint_id=row.id, lane=lane, stage="link"))
+        await amend(tx, self._jobs, row)
 
     async def recheck(self, row: Checkpoint) -> None:
         """Have one checkpoint read back soon, behind a job that it has: that one may have read it already.

@@ -94,7 +94,7 @@ def _judged(limits: config.Alerts, seen: Readings, raised: frozenset[Key]) -> It
         do = "`ckpt status` names disks and workers that hang; `ckpt log` says what was tried"
         yield Alert("backlog_age", "", seen.backlog_age_s, limits.backlog_age_s, why, do)
     if limits.corrupt and seen.corrupt:
-        do = "`ckpt ls --state corrupt` names them, `ckpt verify` says what is damaged; remove what nothing can repair"
+        do = "`ckpt cleanup` names them and what is damaged; with --confirm it moves them to the trash"
         yield Alert("corrupt", "", seen.corrupt, 0, f"{seen.corrupt} checkpoints on disk are damaged", do)
     for mount, (free, total) in sorted(seen.disks.items()):
         least = max(limits.disk_free_bytes_min, int(limits.disk_free_share_min * total))

@@ -7,12 +7,12 @@ from typing import Any
 import anyio
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from ckptd.catalog import Catalog, audits, checkpoints, holds, roots
+from ckptd.catalog import Catalog, arrivals, audits, checkpoints, holds, roots
 from ckptd.catalog.audits import Deed
 from ckptd.catalog.owners import owners_of
 from ckptd.catalog.roots import NewRoot, Root
 from ckptd.catalog.tx import Tx
-from ckptd.errors import BadPath, CkptdError, Held, NotAuthorized, NotFound, TimedOut, Vetoed
+from ckptd.errors import BadPath, Changed, CkptdError, Held, Missing, NotAuthorized, NotFound, TimedOut, Vetoed
 from ckptd.hooks.points import HookEvent
 from ckptd.intake import requests as ask
 from ckptd.intake.arena import owner_of
@@ -22,13 +22,15 @@ from ckptd.intake.listener import Peer
 from ckptd.intake.reconcile import Reconciled
 from ckptd.intake.status import Plant
 from ckptd.intake.training import Answer, Handler, select
-from ckptd.model import Checkpoint, Damage, Level, RootKind, State
+from ckptd.model import Checkpoint, Damage, Level, Origin, RootKind, State
 from ckptd.pipeline import asking, link, retain
 from ckptd.pipeline.tools import Tools
 from ckptd.pipeline.verify import Subject, bad, compare, good, look, subject
+from ckptd.worker.protocol import Settle
 
 _ENDED = {State.CORRUPT, State.MISSING, State.FAILED, State.REPLACED, State.TRASHED, State.DROPPED}
 _NO_FILES = {State.MISSING, State.FAILED}
+_OURS = {Origin.MEMORY, Origin.REBUILD}
 SUBJECT_MAX = 512  # characters of an audit entry's subject
 WAIT_S_MAX = 60.0
 WAIT_POLL_S = 0.05  # first look; doubles up to a second: a wait is for people, pushes are for trainers
@@ -49,6 +51,7 @@ class Commands:
             ask.Wait: self.wait,
             ask.Pin: self.pin,
             ask.Unpin: self.unpin,
+            ask.Unveto: self.unveto,
             ask.Remove: self.remove,
             ask.Rebuild: self.rebuild,
             ask.RootAdd: self.add_root,
@@ -152,14 +155,23 @@ class Commands:
         async def unpin(tx: Tx) -> bool:
             changed = await holds.unpin(tx, row.id, peer.uid)
             if changed:
-                await audits.record(tx, Deed(uid=peer.uid, pid=peer.pid, verb="unpin", subject=row.id))
+                deed = Deed(uid=peer.uid, pid=peer.pid, verb="unpin", subject=row.id, note=request.note)
+                await audits.record(tx, deed)
             return changed
 
         return _named(row, changed=await self._catalog.write(unpin))
 
+    async def unveto(self, peer: Peer, request: ask.Unveto) -> Answer:
+        """Let a checkpoint count whose save a hook has vetoed. Its owner may, and the operator."""
+        row = await select(self._front, peer, request)
+        deed = Deed(uid=peer.uid, pid=peer.pid, verb="unveto", subject=row.id, note=request.note)
+        return _named(row, changed=await self._front.admission.unveto(deed))
+
     async def remove(self, peer: Peer, request: ask.Remove) -> Answer:
         """Move one checkpoint to the trash, unless a promise holds it; forget one that has no files."""
         row = await select(self._front, peer, request)
+        if request.state is not None and row.state != request.state:
+            raise Changed(f"checkpoint {row.id} is {row.state} now, not {request.state}: nothing was done")
         if row.state in _NO_FILES:
             return await self._forget(peer, row, dry_run=request.dry_run)
         root = await self._catalog.read(lambda conn: roots.by_path(conn, row.root))
@@ -182,6 +194,11 @@ class Commands:
             await self._allowed(HookEvent.BEFORE_CHECKPOINT_DELETE, row, why=f"removed by uid {peer.uid}")
             await retain.remove(self._tools, row, peer.uid, peer.pid)
             await link.place(self._tools, row)
+            if await self._catalog.read(lambda conn: checkpoints.state_of(conn, row.id)) is State.MISSING:
+                raise Changed(
+                    f"{row.path} is not what was recorded: it stays as it is, and checkpoint {row.id} is missing",
+                    hint="look at what is there; `ckpt verify` says whether it is the checkpoint",
+                )
         return _removed(row, "trash", f"removed by uid {peer.uid}; restorable for {grace_h:g} h")
 
     async def _allowed(self, point: HookEvent, row: Checkpoint, **more: Any) -> None:
@@ -196,9 +213,35 @@ class Commands:
                 await checkpoints.mark_dropped(tx, row.id)
                 await audits.record(tx, Deed(uid=peer.uid, pid=peer.pid, verb="forget", subject=row.id))
 
+        await self._gone(row)
         if not dry_run:
             await self._catalog.write(forget)
-        return _removed(row, "forget", f"it is {row.state}: nothing of it is on disk")
+        theirs = row.state is State.FAILED and row.origin not in _OURS
+        rest = "ckptd holds nothing of it, and the file stays where it is" if theirs else "nothing of it is on disk"
+        return _removed(row, "forget", f"it is {row.state}: {rest}")
+
+    async def _gone(self, row: Checkpoint) -> None:
+        """Held when files lie in its place that no other row is about: forgotten, they would be lost, or found anew.
+
+        RootDegraded, TimedOut  its disk doesn't answer: nobody can say
+        """
+        if not row.path or row.origin is Origin.FILE:
+            return
+        newest = (await self._catalog.read(lambda conn: arrivals.at_paths(conn, [row.path]))).get(row.path)
+        if newest is not None and newest.id != row.id:
+            return
+        try:
+            answer = await self._tools.workers.call(Settle(root=row.root, path=row.path, quiet_s=0.0, told=True))
+        except (NotFound, Missing):  # its root is gone as well
+            return
+        if answer.reason == "gone":
+            return
+        hint = "`ckpt verify` reads it, `ckpt rebuild` takes it in again" if row.origin in _OURS else ""
+        raise Held(
+            f"checkpoint {row.id} is {row.state}, but something lies at {row.path}",
+            hint=hint or "mend that file, or remove it; else the next scan finds it again",
+            holds=["files"],
+        )
 
     async def rebuild(self, peer: Peer, request: ask.Rebuild) -> Answer:
         """Read every manifest under the roots back into the catalog. A root that fails says so in its own line."""

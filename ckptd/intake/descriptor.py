@@ -8,7 +8,7 @@ import msgspec
 from ckptd.errors import BadPath, BadRequest
 from ckptd.intake.fields import Count, Id, Metrics, Name, PathText, Step, Tags, Text
 from ckptd.intake.requests import check_depth
-from ckptd_client import control
+from ckptd_client import control, wire
 
 FILES_MAX = 4096
 NAME_CHARS_MAX = 128
@@ -63,7 +63,8 @@ def decode(raw: bytes, arena_bytes: int) -> Descriptor:
     """Check a descriptor against the arena it lies in. BadRequest or BadPath names what is wrong."""
     try:
         found = msgspec.json.decode(raw, type=Descriptor)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        wire.check_keys(raw)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError, wire.FrameError) as error:
         raise BadRequest(f"descriptor: {error}") from error
     if not 0 < len(found.files) <= FILES_MAX:
         raise BadRequest(f"descriptor: {len(found.files)} files, 1 to {FILES_MAX} are possible")

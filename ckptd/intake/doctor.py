@@ -116,9 +116,7 @@ class Doctor:
         lost = {state: counts.get(state, 0) for state in (State.CORRUPT, State.MISSING)}
         if not any(lost.values()):
             return _check("checkpoints", "ok", f"none is damaged or missing, {counts.get(State.FAILED, 0)} failed")
-        hint = (
-            "`ckpt ls --state corrupt` names them; `ckpt path` the newest good one; `ckpt verify` says what is damaged"
-        )
+        hint = "`ckpt cleanup` says what is wrong with each, and what would become of it; `ckpt path` names the newest good one"
         return _check("checkpoints", "warn", f"{lost[State.CORRUPT]} corrupt, {lost[State.MISSING]} missing", hint)
 
     def _arenas(self) -> dict[str, Any]:

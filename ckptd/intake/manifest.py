@@ -53,17 +53,21 @@ class Late(msgspec.Struct, frozen=True):
 
     checkpoint: Id
     metrics: Metrics
+    veto: str | None = None
 
 
-def _metrics(manifest: Manifest, late: dict[str, Any] | None) -> dict[str, float]:
-    """Return the metrics of both; what was said later wins. A late.json of another checkpoint says nothing."""
-    said = dict(manifest.metrics)
+def _late(manifest: Manifest, late: dict[str, Any] | None) -> Late:
+    """Return what was said later; nothing where late.json is another checkpoint's, or makes no sense."""
     try:
         found = None if late is None else msgspec.convert(late, Late)
     except msgspec.ValidationError:
         found = None
-    if found is not None and found.checkpoint == manifest.checkpoint:
-        said |= found.metrics
+    return Late(manifest.checkpoint, {}) if found is None or found.checkpoint != manifest.checkpoint else found
+
+
+def _metrics(manifest: Manifest, late: dict[str, Any] | None) -> dict[str, float]:
+    """Return the metrics of both; what was said later wins."""
+    said = {**manifest.metrics, **_late(manifest, late).metrics}
     return {name: from_number(value) for name, value in said.items()}
 
 
@@ -144,6 +148,7 @@ async def _enter_files(tx: Tx, jobs: Jobs, manifest: Manifest, found: Candidate)
             identity=Identity(seen.dev, seen.ino, seen.size_bytes, seen.mtime_ns, seen.ctime_ns),
             size_bytes=sum(f.size_bytes for f in manifest.files),
             format=manifest.format,
+            veto=_late(manifest, found.late).veto,
         ),
     )
     if found.stripped:

@@ -9,7 +9,7 @@ from ckptd.worker.station import WorkerState
 
 
 def tell_disk(tx: Tx, worker: WorkerState | None, mount: str, free_bytes: float, floor_bytes: float) -> None:
-    """Tell that less is free on a mount than the floor of [alerts] asks for. Emits disk.low."""
+    """Tell that less is free on a mount than [alerts] asks for; the floor of [disk] has disk.relief. Emits disk.low."""
     data = {
         "mount": mount,
         "filesystem": "" if worker is None else worker.filesystem,

@@ -234,11 +234,20 @@ class Pin(Selecting, frozen=True, tag="pin"):
 class Unpin(Selecting, frozen=True, tag="unpin"):
     """Lift a hold."""
 
+    note: Text = ""
+
+
+class Unveto(Selecting, frozen=True, tag="unveto"):
+    """Let a checkpoint count, whatever a hook said of its save."""
+
+    note: Text = ""
+
 
 class Remove(Selecting, frozen=True, tag="remove"):
-    """Move one checkpoint to the trash."""
+    """Move one checkpoint to the trash; with `state` only while it is in that one."""
 
     dry_run: bool = False
+    state: str | None = None
 
 
 class Events(Request, frozen=True, tag="events"):
@@ -318,7 +327,7 @@ class Reload(Request, frozen=True, tag="reload"):
 ALL: tuple[type[Request], ...] = (
     Hello, ExperimentOpen, ExperimentBeat, ExperimentClose, ExperimentTag, Lease, Commit, Abandon, Submit,
     Attach, Detach, Resolve, Follow, MetricPoints, CheckpointMetrics, Report, Replace, Status, Health, List, Experiments,
-    Summary, Show, Verify, Wait, Pin, Unpin, Remove, *keeping.ALL, Events, Audit, Stats, CacheList, CacheTrim, Doctor,
+    Summary, Show, Verify, Wait, Pin, Unpin, Unveto, Remove, *keeping.ALL, Events, Audit, Stats, CacheList, CacheTrim, Doctor,
     Rebuild, RootAdd, Roots, Tail,
     Stop, Reload, *hooks.ALL, *best.ALL, sweeps.Grid, sweeps.Recovery,
 )  # fmt: skip

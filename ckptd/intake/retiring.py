@@ -1,5 +1,6 @@
 """What people ask about keeping: plans, their execution, why one checkpoint stays or goes, what comes back, tags."""
 
+from dataclasses import asdict
 from typing import Any
 
 from ckptd import retention
@@ -13,7 +14,7 @@ from ckptd.intake.follow import visible_to
 from ckptd.intake.listener import Peer
 from ckptd.intake.training import Answer, Front, Handler, select
 from ckptd.model import Checkpoint, State
-from ckptd.pipeline import history, link, retain, strip, trash
+from ckptd.pipeline import braking, history, link, retain, strip, trash
 from ckptd.pipeline.tools import Tools
 from ckptd.retention import Plan
 from ckptd.rules import Rules
@@ -43,7 +44,10 @@ class Retiring:
         )
         if not request.apply:
             decided = [await self._planned(*row) for row in rows]
-            found = [_wire(row, self._rules(row), plan) for row, plan in zip(rows, decided, strict=True)]
+            found = [
+                {**_wire(row, self._rules(row), plan), "held": self._held(row, plan)}
+                for row, plan in zip(rows, decided, strict=True)
+            ]
             return {"plans": found, "applied": False, "digest": retention.digest(decided)}
         wanted = await self._agreed(rows, request)
         done, plans = [], []
@@ -53,7 +57,10 @@ class Retiring:
                 done.append(plan)
                 plans.append({**_wire(row, self._rules(row), plan), "problem": problem})
         about = request.name or request.project or "*"
-        deed = Deed(uid=peer.uid, pid=peer.pid, verb="retention.apply", subject=about, note=request.plan or "")
+        counts = {"dropped": sum(len(plan.drop) for plan in done), "stripped": sum(len(plan.strip) for plan in done)}
+        deed = Deed(
+            uid=peer.uid, pid=peer.pid, verb="retention.apply", subject=about, after=counts, note=request.plan or ""
+        )
         await self._front.catalog.write(lambda tx: audits.record(tx, deed))
         return {"plans": plans, "applied": True, "digest": retention.digest(done)}
 
@@ -76,6 +83,12 @@ class Retiring:
 
     async def _planned(self, experiment_id: str, project: str, name: str) -> Plan:
         return await retain.plan(self._tools, experiment_id, self._front.settings().rules_for(project, name))
+
+    def _held(self, row: tuple[str, str, str], decided: Plan) -> dict[str, Any] | None:
+        """Say why the daemon would not carry a plan out by itself, None when it would. What is held is noted anew."""
+        braking.seen(self._tools, row[0], decided, self._rules(row))
+        found = retention.brake(decided, self._rules(row))
+        return None if found is None else {**asdict(found), "words": found.words}
 
     def _rules(self, row: tuple[str, str, str]) -> Rules:
         return self._front.settings().rules_for(row[1], row[2])
@@ -123,9 +136,11 @@ class Retiring:
         if row.state is State.TRASHED:
             after = await trash.restore(self._tools, row, peer.uid, peer.pid, pin=request.pin)
             await link.place(self._tools, after)
-            return {**_named(row), "path": after.path, "restored": "checkpoint", "pinned": request.pin}
+            back = {"path": after.path, "state": str(after.state), "restored": "checkpoint", "pinned": request.pin}
+            return {**_named(row), **back}
         taken = await strip.undo(self._tools, row, peer.uid, peer.pid, pin=request.pin)
-        return {**_named(row), "path": row.path, "restored": sorted(taken.files), "pinned": request.pin}
+        back = {"path": row.path, "state": str(row.state), "restored": sorted(taken.files), "pinned": request.pin}
+        return {**_named(row), **back}
 
     async def tag(self, peer: Peer, request: keeping.Tag) -> Answer:
         """Add and remove a checkpoint's tags."""

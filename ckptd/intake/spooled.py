@@ -26,7 +26,7 @@ from ckptd.intake.files import FileOffer, Files
 from ckptd.intake.requests import Submit
 from ckptd.model import State
 from ckptd_client import control, spool
-from ckptd_client.wire import from_number
+from ckptd_client.wire import FrameError, check_keys, from_number
 
 log = structlog.get_logger()
 
@@ -196,8 +196,9 @@ def _read_offer(path: str) -> tuple[Submit, int]:
         os.close(fd)
     try:
         request = msgspec.json.decode(body, type=dict[str, Any])
+        check_keys(body)
         return msgspec.convert({**request, "id": 0, "op": "submit"}, Submit), facts.st_uid
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError, FrameError) as error:
         raise BadRequest(f"{os.path.basename(path)}: {error}") from error
 
 

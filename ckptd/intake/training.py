@@ -374,18 +374,15 @@ async def select(front: Front, peer: Peer, request: ask.Selecting) -> Checkpoint
     """Return the checkpoint that a selector names among those the peer may see."""
     project, name = request.project, request.name
     settings = front.settings()
-    rules = settings.retention
     if request.experiment is not None:
         row = await front.catalog.read(lambda conn: experiments.get(conn, str(request.experiment)))
         project, name = row.project, row.name
-    if project is not None and name is not None:
-        rules = settings.rules_for(project, name)
     scope = Scope(
         uid=visible_to(peer.uid),
         project=project,
         name=name,
         experiment_id=request.experiment,
-        best_rule=rules.keep_best[0].name if rules.keep_best else None,
+        rules=lambda project, name: settings.rules_for(project, name).keep_best,
     )
     return await front.catalog.read(lambda conn: listing.resolve(conn, request.selector, scope))
 

@@ -4,7 +4,8 @@ For `ckpt status`, a probe, the service manager's STATUS line and, as a part of 
 is over is forgotten; a lag or a jump of the clock is told of for pulse.REMEMBERED_S.
 """
 
-from collections import deque
+import shlex
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,9 +13,6 @@ from typing import Any
 
 from ckptd import failpoint
 from ckptd import log as logging
-from ckptd.catalog import Catalog
-from ckptd.clock import Clock
-from ckptd.config import Settings
 from ckptd.errors import NoSpace
 from ckptd.events import Bus
 from ckptd.intake.arenas import ArenaPool
@@ -22,14 +20,14 @@ from ckptd.intake.follow import sees_all
 from ckptd.intake.pulse import ANSWER_S, Organs, Pulse
 from ckptd.intake.reconcile import Reconciler
 from ckptd.intake.spooled import Spool
-from ckptd.jobs import Jobs
 from ckptd.model import JobState
 from ckptd.notify import Notifier
-from ckptd.worker import Workers
+from ckptd.pipeline.tools import OnHold, Tools
 
 RESTARTS_LATELY, LATELY_S = 3, 600.0
 LINE_CHARS_MAX = 400
 NAMED_MAX = 3  # troubles in the one line
+HELD_NAMED_MAX = 8  # experiments of one user whose plan the brake holds; the others are counted
 DENIED_S = 60.0  # how long a save without memory is told of
 
 # Check names of `ckpt doctor`, each with what it looks at. A name with " *" is followed by what it is about.
@@ -48,6 +46,7 @@ CHECKS = {
     "arenas": "the memory that saves go to",
     "jobs": "what is queued, and what gave up",
     "checkpoints": "what is damaged, missing or failed",
+    "retention *": "whether the rules would drop so much of an experiment that a person must decide",
     "spool": "saves that no daemon took",
     "events": "whether a subscriber lost some",
     "log": "whether lines were dropped",
@@ -69,7 +68,7 @@ class Trouble:
     what   a check's name, and what it is about
     do     what a person can do about it
     grave  saves are refused, lost or in danger now; else it is something to know
-    owner  the uid whose root it is about; None: it is everybody's business
+    owner  the uid whose root or experiment it is about; None: it is everybody's business
     """
 
     what: str
@@ -98,16 +97,12 @@ class Vitals:
 class Signs:
     """What is looked at."""
 
-    catalog: Catalog
-    jobs: Jobs
+    tools: Tools
     pool: ArenaPool
-    workers: Workers
     reconciler: Reconciler
     spool: Spool
     notifier: Notifier
     bus: Bus
-    clock: Clock
-    settings: Callable[[], Settings]
     vitals: Vitals
 
 
@@ -119,8 +114,9 @@ class Troubles:
         self._signs = signs
         self._restarts: dict[str, deque[tuple[float, int]]] = {}
         self.alerts: Callable[[], Iterable[Trouble]] = list  # set by whoever composes the daemon
-        organs = Organs(signs.catalog, signs.jobs, signs.clock, signs.notifier)
-        self.pulse = Pulse(organs, lambda: signs.settings().watchdog_lag_s, self.line)
+        tools = signs.tools
+        organs = Organs(tools.catalog, tools.jobs, tools.clock, signs.notifier)
+        self.pulse = Pulse(organs, lambda: tools.settings().watchdog_lag_s, self.line)
 
     def now(self) -> list[Trouble]:
         """Name everything that is not as it should be, the grave ones first."""
@@ -130,6 +126,7 @@ class Troubles:
             *self._of_memory(),
             *self._of_disks(),
             *self._of_work(),
+            *self._of_retention(),
             *self.alerts(),
         ]
         return sorted(found, key=lambda trouble: not trouble.grave)
@@ -151,12 +148,12 @@ class Troubles:
         return f"{word}: {named}{more}; {busy}"[:LINE_CHARS_MAX]
 
     def _of_the_catalog(self) -> Iterator[Trouble]:
-        catalog, pulse = self._signs.catalog, self.pulse
+        catalog, pulse = self._signs.tools.catalog, self.pulse
         if catalog.trouble is not None:
             error = catalog.trouble.error
             do = error.hint or "look at its directory and at the kernel's log"
             if isinstance(error, NoSpace):
-                do = f"free space under {self._signs.settings().state_dir}; nothing needs a restart"
+                do = f"free space under {self._signs.tools.settings().state_dir}; nothing needs a restart"
             yield Trouble("catalog", error.message, do, grave=True, since=catalog.trouble.since)
         if pulse.silent_s > ANSWER_S:
             why = f"it has not answered for {pulse.silent_s:.0f} s"
@@ -168,7 +165,7 @@ class Troubles:
         size_bytes, whole = catalog.reserve
         if size_bytes and not whole:
             why = f"{size_bytes / 2**20:.0f} MiB beside the catalog: given back, because the disk is full"
-            do = f"free space under {self._signs.settings().state_dir}; the reserve is filled again by itself"
+            do = f"free space under {self._signs.tools.settings().state_dir}; the reserve is filled again by itself"
             yield Trouble("reserve", why, do)
 
     def _of_the_process(self) -> Iterator[Trouble]:
@@ -202,7 +199,7 @@ class Troubles:
         elif notifier.trouble is not None:
             why = f"the service manager can't be told: {notifier.trouble}"
             yield Trouble("fd store", why, f"restart the daemon; {unit}", grave=True)
-        elif notifier.store_max is None:
+        elif notifier.store_max is None and not notifier.kept:
             why = "the service manager does not say that it keeps descriptors ($FDSTORE is not set)"
             do = f"{unit}; systemd before 254 keeps them, and can't say so"
             yield Trouble("fd store", why, do)
@@ -212,8 +209,8 @@ class Troubles:
 
     def _of_memory(self) -> Iterator[Trouble]:
         pool = self._signs.pool
-        used = f"{pool.bytes_used / 2**30:.1f} of {self._signs.settings().arenas.bytes_max / 2**30:.1f} GiB are in use"
-        ago_s = self._signs.clock.monotonic_s() - pool.denied_s
+        used = f"{pool.bytes_used / 2**30:.1f} of {self._signs.tools.settings().arenas.bytes_max / 2**30:.1f} GiB are in use"
+        ago_s = self._signs.tools.clock.monotonic_s() - pool.denied_s
         if pool.waiting or ago_s < DENIED_S:
             wait = (
                 f"{pool.waiting} saves wait for memory" if pool.waiting else f"a save found no memory {ago_s:.0f} s ago"
@@ -222,8 +219,8 @@ class Troubles:
             yield Trouble("arenas", f"{wait}; {used}", do)
 
     def _of_disks(self) -> Iterator[Trouble]:
-        now_s = self._signs.clock.monotonic_s()
-        for worker in self._signs.workers.state():
+        now_s = self._signs.tools.clock.monotonic_s()
+        for worker in self._signs.tools.workers.state():
             if worker.state == "degraded":
                 do = "look at the disk or its server; other mounts go on, and it is tried again by itself"
                 yield Trouble(f"mount {worker.mount}", "its I/O worker does not answer", do, grave=True)
@@ -255,3 +252,22 @@ class Troubles:
             yield Trouble(
                 "spool", f"{len(refused)} files make no sense; {path}: {why}", "look at them, then remove them"
             )
+
+    def _of_retention(self) -> Iterator[Trouble]:
+        of_user: defaultdict[int, list[OnHold]] = defaultdict(list)
+        for one in self._signs.tools.on_hold.values():
+            of_user[one.uid].append(one)
+        for uid, held in of_user.items():
+            for one in held[:HELD_NAMED_MAX]:
+                name = f"{one.project}/{one.name}"
+                say = shlex.quote(name)
+                why = f"{one.braked.words}; nothing of it is done ({'; '.join(one.braked.why)})"
+                do = (
+                    f"`ckpt retention plan {say}` shows it, then `ckpt retention apply {say}` carries it out; "
+                    "if a rule is wrong, put it right and `ckpt reload`"
+                )
+                yield Trouble(f"retention {name}", why, do, since=one.since, owner=uid)
+            if len(held) > HELD_NAMED_MAX:
+                why = "their plans are held as well: each would drop too much at once for nobody to have asked for it"
+                more = f"retention {len(held) - HELD_NAMED_MAX} more"
+                yield Trouble(more, why, "`ckpt retention plan` names them, then `ckpt retention apply`", owner=uid)

@@ -26,7 +26,8 @@ async def run(job: Job, tools: Tools) -> Outcome:
     if row.state in {State.LIVE, State.CORRUPT}:
         metrics = {name: number(value) for name, value in row.metrics.items()}
         try:
-            await tools.workers.call(Amend(root=row.root, path=row.path, checkpoint=row.id, metrics=metrics))
+            said = Amend(root=row.root, path=row.path, checkpoint=row.id, metrics=metrics, veto=row.veto)
+            await tools.workers.call(said)
         except CkptdError as error:
             if error.code not in _NOWHERE:
                 raise

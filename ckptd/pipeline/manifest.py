@@ -1,7 +1,7 @@
 """What manifest.json says of a checkpoint, but for its files, which the worker adds; and what comes after it.
 
-A metric that is known only after the manifest was written goes into late.json, by a job that is made
-in the very transaction that makes the metric true. So whatever crashes, the file follows the catalog.
+A metric that is known only after the manifest was written goes into late.json, as does the veto of a save, by a
+job that is made in the very transaction that makes it true. So whatever crashes, the file follows the catalog.
 """
 
 from typing import Any

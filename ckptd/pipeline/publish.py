@@ -62,8 +62,8 @@ async def run(job: Job, tools: Tools) -> Outcome:
     async def record(tx: Tx) -> Job:
         if checkpoint.origin is Origin.MEMORY:
             row = await checkpoints.mark_durable(tx, checkpoint.id, durable)
-            if (durable.adopted and row.metrics) or row.metrics != checkpoint.metrics:
-                await amend(tx, tools.jobs, row)  # said after the manifest on the disk was made
+            if row.veto or (durable.adopted and row.metrics) or row.metrics != checkpoint.metrics:
+                await amend(tx, tools.jobs, row)  # said after the manifest on the disk was made, or not in it
             # The experiment's next save is written while this one is read back; what follows keeps
             # its own order in a lane of its own.
             return await tools.jobs.move(tx, job, NEXT, f"{checkpoint.experiment_id}/after")

@@ -1,10 +1,12 @@
 """Budgets of roots and projects, and the free-space floor: what is spare goes, and nothing else ever does.
 
-Below the floor the alarm comes first, as an event in the log, before anything is touched. Then, in this
+Below the floor `disk.relief` comes first, an event in the log, before anything is touched; one tells of every root
+with that floor on that mount. (`disk.low` is another matter: the alarm of [alerts].) Then, in this
 order and only until there is room again: what lies in the trash already, the oldest first, whatever is
 left of its grace; then checkpoints that no rule and no promise holds (retention/shed.py has the order),
 which are unlinked at once. Over a budget they go to the trash as usual. When only protected ones are
-left nothing more is deleted, and the alarm says so.
+left nothing more is deleted, and the alarm says so. What the brake holds (retention/brake.py) is protected
+by nothing else, so it goes as well, after everything else that may (docs/decisions/0010).
 """
 
 from collections import defaultdict
@@ -50,13 +52,13 @@ async def run(tools: Tools) -> list[Relief]:
     known = await tools.catalog.read(roots.all_roots)
     for root in known:
         if root.kind is not RootKind.SUBMITTED:
-            found += await _root(tools, settings, root)
+            found += await _root(tools, settings, root, known)
     if settings.retention.project_bytes_max or any(one.project_bytes_max for one in settings.experiments):
         found += await _projects(tools, settings)
     return found
 
 
-async def _root(tools: Tools, settings: Settings, root: Root) -> list[Relief]:
+async def _root(tools: Tools, settings: Settings, root: Root, known: Sequence[Root]) -> list[Relief]:
     floor_bytes, bytes_max = settings.disk_limits(root.path)
     done = []
     if floor_bytes:
@@ -66,9 +68,11 @@ async def _root(tools: Tools, settings: Settings, root: Root) -> list[Relief]:
             log.debug("space.unknown", root=root.path, **error.to_wire())
         else:
             if used.free_bytes < floor_bytes:
+                await _tell(tools, settings, known, (root, used, floor_bytes))
                 done.append(await _below_floor(tools, root, used, floor_bytes))
-            else:
-                tools.low.told_s.pop(root.path, None)
+            elif tools.low.told_s:
+                mount = mounts.find(root.path, await anyio.to_thread.run_sync(mounts.read)).point
+                tools.low.told_s.pop((mount, floor_bytes), None)
     if bytes_max:
         _, on_disk = await tools.catalog.read(lambda conn: figures.on_disk(conn, root_id=root.id))
         if on_disk > bytes_max:
@@ -92,7 +96,6 @@ async def _projects(tools: Tools, settings: Settings) -> list[Relief]:
 
 async def _below_floor(tools: Tools, root: Root, used: Used, floor_bytes: int) -> Relief:
     wanted = floor_bytes - used.free_bytes
-    await _alarm(tools, root, used, floor_bytes)
     failpoint.hit("space.alarmed")
     freed = 0
     for one, size_bytes in await tools.catalog.read(lambda conn: under_root(conn, root.id)):
@@ -109,30 +112,35 @@ async def _below_floor(tools: Tools, root: Root, used: Used, floor_bytes: int) -
         if done.freed_bytes:
             await trash.unlink(tools, gone, len(gone))
     if freed < wanted:
-        log.error("disk.low", root=root.path, free_bytes=used.free_bytes, floor_bytes=floor_bytes, freed_bytes=freed,
+        log.error("disk.held", root=root.path, free_bytes=used.free_bytes, floor_bytes=floor_bytes, freed_bytes=freed,
                   why="what is left is protected: nothing more is deleted")  # fmt: skip
     return Relief(root.path, wanted, freed)
 
 
-async def _alarm(tools: Tools, root: Root, used: Used, floor_bytes: int) -> None:
+async def _tell(tools: Tools, settings: Settings, known: Sequence[Root], low: tuple[Root, Used, int]) -> None:
+    """Tell that room is made on a mount, once an hour for each floor on it. Emits disk.relief."""
+    root, used, floor_bytes = low
+    table = await anyio.to_thread.run_sync(mounts.read)
+    mount = mounts.find(root.path, table).point
     now_s = tools.clock.monotonic_s()
-    told_s = tools.low.told_s.get(root.path)
+    told_s = tools.low.told_s.get((mount, floor_bytes))
     if told_s is not None and now_s - told_s < TOLD_AGAIN_S:
         return
+    alike = [one for one in known if one.kind is not RootKind.SUBMITTED]
+    alike = [one for one in alike if settings.disk_limits(one.path)[0] == floor_bytes]
     data = {
-        "mount": mounts.find(root.path, await anyio.to_thread.run_sync(mounts.read)).point,
+        "mount": mount,
         "filesystem": used.filesystem,
-        "roots": [root.path],
+        "roots": sorted(one.path for one in alike if mounts.find(one.path, table).point == mount),
         "free_bytes": used.free_bytes,
         "floor_bytes": floor_bytes,
     }
-    log.warning("disk.low", root=root.path, free_bytes=used.free_bytes, floor_bytes=floor_bytes)
 
     async def tell(tx: Tx) -> None:
-        tx.tell("disk.low", data)
+        tx.tell("disk.relief", data)
 
     await tools.catalog.write(tell)
-    tools.low.told_s[root.path] = now_s
+    tools.low.told_s[mount, floor_bytes] = now_s
 
 
 async def _spare(
@@ -146,11 +154,11 @@ async def _spare(
     for experiment_id, project, name in experiments:
         rules = tools.settings().rules_for(project, name)
         decided = await retain.plan(tools, experiment_id, rules)
-        found += [
-            (Spare(each.checkpoint, is_running=experiment_id in running), experiment_id, rules)
-            for each in decided.keep
-            if each.spare and root in {None, each.checkpoint.root}
-        ]
+        is_running = experiment_id in running
+        spare = [Spare(each.checkpoint, is_running) for each in decided.keep if each.spare]
+        if retention.brake(decided, rules) is not None:  # what it drops would be gone by now
+            spare += [Spare(each.checkpoint, is_running, is_braked=True) for each in decided.drop]
+        found += [(one, experiment_id, rules) for one in spare if root in {None, one.checkpoint.root}]
     return found
 
 

@@ -20,7 +20,7 @@ from ckptd.catalog.tx import Tx
 from ckptd.errors import Busy, Changed, Held, NotFound
 from ckptd.jobs import Job
 from ckptd.model import Checkpoint, State
-from ckptd.pipeline import asking, strip, trash
+from ckptd.pipeline import asking, braking, strip, trash
 from ckptd.pipeline.history import History, planned, read, still_holds
 from ckptd.pipeline.tools import Ended, Outcome, Tools
 from ckptd.retention import Dropped, Kept, Plan
@@ -41,11 +41,13 @@ class Wanted:
     digest  of the plan that a person saw; another one is Changed, and nothing is done
     linked  where links lead: a metric that came since they were placed must not leave one dangling, so
             these stay until the links have followed
+    by_itself  nobody asked for it: the brake may hold it (pipeline/braking.py)
     """
 
     only: Sequence[str] | None = None
     digest: str | None = None
     linked: Sequence[str] = ()
+    by_itself: bool = False
 
     def narrowed(self, decided: Plan) -> Plan:
         """Leave out of a plan what it may not do. What is left out of `drop` is in neither list."""
@@ -65,7 +67,11 @@ async def run(job: Job, tools: Tools) -> Outcome:
     checkpoint = await tools.catalog.read(lambda conn: checkpoints.get(conn, job.checkpoint_id))
     rules = tools.settings().rules_for(checkpoint.project, checkpoint.experiment)
     if rules.deletes:
-        await apply(tools, checkpoint.experiment_id, rules, Wanted(linked=job.payload.get("linked", ())))
+        await apply(
+            tools, checkpoint.experiment_id, rules, Wanted(linked=job.payload.get("linked", ()), by_itself=True)
+        )
+    else:
+        braking.forget(tools, checkpoint.experiment_id)
     tools.space.ring()
     await tools.catalog.write(lambda tx: tools.jobs.finish(tx, job))
     return Ended()
@@ -82,7 +88,8 @@ async def apply(tools: Tools, experiment_id: str, rules: Rules, wanted: Wanted =
     Changed  the plan is another one than `wanted.digest` names
     Busy     the experiment changed faster than it could be planned for; what was done stays done
 
-    What can't be moved now (a hung disk) is moved by trash.resume(), and holds up nothing else.
+    What can't be moved now (a hung disk) is moved by trash.resume(), and holds up nothing else. A plan that
+    the brake holds is not carried out, nor is any hook asked about it.
     """
     await tools.catalog.follow_clock()
     history = await _read(tools, experiment_id, rules)
@@ -91,6 +98,8 @@ async def apply(tools: Tools, experiment_id: str, rules: Rules, wanted: Wanted =
         raise Changed(
             "the plan is another one now than the one that was named", hint="look at it again, and name that one"
         )
+    if wanted.by_itself and await braking.stops(tools, experiment_id, decided, rules):
+        return Plan(decided.keep, ())
     narrowed = wanted.narrowed(decided)
     allowed = await _allowed(tools, experiment_id, narrowed)
     if allowed.drop:
@@ -104,18 +113,21 @@ async def apply(tools: Tools, experiment_id: str, rules: Rules, wanted: Wanted =
             tools.trashed.ring()
         await _tell(tools, experiment_id, decided, done)
     stripped = await strip.begin_all(tools, allowed.strip, rules)
+    if not wanted.by_itself:
+        await braking.look_again(tools, [experiment_id])
     return Plan(allowed.keep, tuple(done), stripped)
 
 
 async def retire_spare(
     tools: Tools, experiment_id: str, rules: Rules, ids: Sequence[str], why: str
 ) -> list[Checkpoint]:
-    """Retire those of `ids` that are spare in a plan made now: something wants their room. Returns which went."""
+    """Retire those of `ids` that nothing holds in a plan made now: something wants their room. Returns which went."""
     await tools.catalog.follow_clock()
     history = await _read(tools, experiment_id, rules)
     decided = await planned(history, rules)
-    spare = [each.checkpoint for each in decided.keep if each.spare and each.checkpoint.id in ids]
-    allowed = await _allowed(tools, experiment_id, Plan((), tuple(Dropped(one, why) for one in spare)))
+    free = [each.checkpoint for each in decided.keep if each.spare] + [each.checkpoint for each in decided.drop]
+    wanted = tuple(Dropped(row, why) for row in free if row.id in ids)
+    allowed = await _allowed(tools, experiment_id, Plan((), wanted))
     done = await _bury(tools, history, rules, list(allowed.drop))
     for each in done:
         await trash.try_to_move(tools, each.checkpoint)
@@ -205,16 +217,23 @@ async def _tell(tools: Tools, experiment_id: str, decided: Plan, done: Sequence[
 
 
 async def remove(tools: Tools, checkpoint: Checkpoint, uid: int, pid: int) -> None:
-    """Move one checkpoint to the trash because a person said so. Held names what forbids it."""
+    """Move one checkpoint to the trash because a person said so. Held names what forbids it.
+
+    Changed  it is in another state than `checkpoint` says: it was read back meanwhile
+    """
 
     async def tombstone(tx: Tx) -> None:
         why = await kept_by(tx, checkpoint)
         if why:
             raise Held(f"checkpoint {checkpoint.id} is kept: {', '.join(why)}", holds=why)
+        state = await checkpoints.state_of(tx.conn, checkpoint.id)
+        if state is not checkpoint.state:
+            raise Changed(f"checkpoint {checkpoint.id} is {state} now, not {checkpoint.state}: nothing was done")
         await checkpoints.mark_trashed(tx, checkpoint.id, checkpoint.id, f"removed by uid {uid}")
         await audits.record(tx, audits.Deed(uid=uid, pid=pid, verb="remove", subject=checkpoint.id))
 
     await tools.catalog.write(tombstone)
+    failpoint.hit("retain.tombstone")
     await trash.try_to_move(tools, checkpoint)
 
 

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Protocol
 
 import anyio
@@ -16,6 +17,8 @@ from ckptd.hooks.context import Context
 from ckptd.hooks.result import Verdict
 from ckptd.jobs import Job, Jobs
 from ckptd.model import Checkpoint
+from ckptd.retention import Braked
+from ckptd.rules import Rules
 from ckptd.worker import Workers
 
 
@@ -52,9 +55,21 @@ class Bell:
 
 @dataclass(slots=True)
 class Low:
-    """Roots below their free-space floor, and when that was told last (monotonic seconds)."""
+    """Mounts below a free-space floor of [disk], with that floor, and when it was told last (monotonic seconds)."""
 
-    told_s: dict[str, float] = field(default_factory=dict)
+    told_s: dict[tuple[str, int], float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class OnHold:
+    """An experiment whose plan the brake holds (pipeline/braking.py): by which rules, and since when."""
+
+    project: str
+    name: str
+    uid: int
+    since: datetime
+    rules: Rules
+    braked: Braked
 
 
 @dataclass(frozen=True)
@@ -68,6 +83,7 @@ class Tools:
     emptying  of each root: held while something of it moves into its trash, out of it, or is unlinked
     space    rung when budgets and free space should be looked at
     low      roots whose disk is below its floor (pipeline/relieve.py)
+    on_hold  experiments whose plan the brake holds, by id
     ask      hooks, before an act (pipeline/asking.py); None: there are none
     """
 
@@ -82,6 +98,7 @@ class Tools:
     trashed: Bell = field(default_factory=Bell)
     space: Bell = field(default_factory=Bell)
     low: Low = field(default_factory=Low)
+    on_hold: dict[str, OnHold] = field(default_factory=dict)
     emptying: defaultdict[str, anyio.Lock] = field(default_factory=lambda: defaultdict(anyio.Lock))
     ask: Callable[[Context], Awaitable[Verdict]] | None = None
     placing: defaultdict[str, anyio.Lock] = field(default_factory=lambda: defaultdict(anyio.Lock))

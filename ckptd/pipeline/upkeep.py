@@ -4,7 +4,7 @@ import anyio
 import structlog
 
 from ckptd.errors import CkptdError
-from ckptd.pipeline import relieve, strip, trash
+from ckptd.pipeline import braking, relieve, strip, trash
 from ckptd.pipeline.tools import Tools
 
 log = structlog.get_logger()
@@ -19,6 +19,7 @@ SPACE_S_MIN = 1.0  # between two looks at budgets, however often saves ask for o
 async def run(tools: Tools) -> None:
     """Work until cancelled. Errors of one round are logged, and the next round tries again."""
     async with anyio.create_task_group() as group:
+        group.start_soon(braking.recall, tools)
         for task in (_move, _purge, _watch_space):
             group.start_soon(task, tools)
 

@@ -21,6 +21,7 @@ from ckptd.model import ExperimentStatus, is_id
 from ckptd_client.wire import number
 
 EXPERIMENTS_MAX = 500
+NAMED_MAX = 8  # projects, and tags, that an error names
 CONFIG_NODES_MAX = 1000
 # What trainers call the number of steps they will make; the first that is found holds.
 TOTALS = ("total_steps", "max_steps", "num_steps", "steps", "train_steps", "num_train_steps", "max_iters", "iterations")
@@ -185,14 +186,41 @@ def summary(rows: Iterable[Row]) -> Row:
 
 
 async def grid(conn: AsyncConnection, asked: Asked, now: datetime) -> Row:
-    """Return the reply of `grid` (docs/reference/wire-control.md). NotFound when the parent named is not there."""
+    """Return the reply of `grid` (docs/reference/wire-control.md).
+
+    NotFound  the parent named is not there, or no experiment fits what was named; the hint says what there is
+    """
     parents = None if asked.parent is None else await _parents(conn, asked)
     which = Which(uid=asked.uid, project=asked.project, tag=asked.tag, parents=parents)
     shown, more = await experiments.page(conn, which, limit=asked.limit)
+    if not shown and (asked.project or asked.tag or asked.parent):
+        raise await _nothing(conn, asked)
     facts = await _facts(conn, shown, asked.metric)
     rows = [row_of(one, now, asked.silent_s) for one in facts]
     rows.sort(key=lambda row: (row["project"], row["name"]))
     return {"rows": rows, "summary": summary(rows), "more": more is not None, "metric": asked.metric}
+
+
+async def _nothing(conn: AsyncConnection, asked: Asked) -> NotFound:
+    """Say what was asked for, and which projects and tags the newest experiments have."""
+    words = {"of project": asked.project, "with tag": asked.tag, "grown from": asked.parent}
+    wanted = " ".join(f"{word} {value!r}" for word, value in words.items() if value)
+    there, _ = await experiments.page(conn, Which(uid=asked.uid), limit=EXPERIMENTS_MAX)
+    known = {"projects": [one.project for one in there], "tags": [tag for one in there for tag in one.tags]}
+    named = [f"{what}: {_some(values)}" for what, values in known.items() if values]
+    hint = f"there are {'; '.join(named)}" if named else "there is no experiment yet"
+    return NotFound(f"there is no experiment {wanted}", hint=f"{hint}. `ckpt experiments` lists them")
+
+
+def _some(values: Iterable[str]) -> str:
+    """Name the first few of them, each once.
+
+    >>> _some(["b", "a", "b"]), _some(map(str, range(10)))
+    ('b, a', '0, 1, 2, 3, 4, 5, 6, 7 and 2 more')
+    """
+    distinct = list(dict.fromkeys(values))
+    rest = len(distinct) - NAMED_MAX
+    return ", ".join(distinct[:NAMED_MAX]) + (f" and {rest} more" if rest > 0 else "")
 
 
 async def _parents(conn: AsyncConnection, asked: Asked) -> Sequence[str]:

@@ -22,7 +22,8 @@ def run(request: Amend, _context: Context) -> Done:
     Missing        there is no such directory
     SourceChanged  it is not this checkpoint's: nothing is written into it
     """
-    text = msgspec.json.encode({"v": 1, "checkpoint": request.checkpoint, "metrics": request.metrics}) + b"\n"
+    said = {"v": 1, "checkpoint": request.checkpoint, "metrics": request.metrics}
+    text = msgspec.json.encode(said if request.veto is None else {**said, "veto": request.veto}) + b"\n"
     if len(text) > LATE_BYTES_MAX:
         raise BadRequest(f"{LATE} would have {len(text)} bytes, {LATE_BYTES_MAX} at most")
     parts = beneath.parts_below(request.root, request.path)

@@ -298,11 +298,14 @@ class Restore(Request, frozen=True, tag="restore"):
 
 
 class Amend(Request, frozen=True, tag="amend"):
-    """Make late.json in the directory `path` say this of `checkpoint`: all its metrics, numbers as on the wire."""
+    """Make late.json in the directory `path` say this of `checkpoint`: all its metrics, numbers as on the wire, and
+    the veto of its save, if no person has lifted it.
+    """
 
     path: str
     checkpoint: str
     metrics: dict[str, float | str]
+    veto: str | None = None
 
 
 class Strip(Request, frozen=True, tag="strip"):

@@ -17,6 +17,7 @@ from ckptd.worker.image import Image
 from ckptd.worker.imagewriter import ImageWriter, Written
 from ckptd.worker.members import identity, members
 from ckptd.worker.protocol import FileRecord, Publish, Published
+from ckptd_client.wire import FrameError, check_keys
 
 MANIFEST_BYTES_MAX = 64 << 20
 _SPARE = 1.02  # free space asked for, to the size: metadata, the manifest, and what others write meanwhile
@@ -184,7 +185,8 @@ def _adopted(request: Publish, place: _Place) -> Published | None:
         text = _read_manifest(fd, request.target)
         try:
             found = msgspec.json.decode(text, type=_Manifest)
-        except msgspec.DecodeError as error:
+            check_keys(text)
+        except (msgspec.DecodeError, FrameError) as error:
             raise Exists(f"{request.target!r} holds another manifest") from error
         if found.checkpoint != place.checkpoint:
             raise Exists(f"{request.target!r} is checkpoint {found.checkpoint!r}", checkpoint=found.checkpoint)

@@ -20,6 +20,7 @@ from ckptd.worker.protocol import DamageRecord, FileRecord, Verified, Verify
 
 HEADER_BYTES_MAX = 16 * MIB  # of a safetensors file; a larger one is not parsed to name tensors
 NAMED_MAX = 100  # damaged MiB and tensors listed for one file
+SHOWN_DIGITS = 16  # of a digest, in words
 
 Kind = Literal["missing", "size", "digest", "unreadable", "format"]
 _BAD_SECTOR = frozenset({errno.EIO, errno.EREMOTEIO, errno.EILSEQ, errno.EBADMSG, errno.EUCLEAN})
@@ -70,7 +71,8 @@ class _Check:
                 return None
             mib = [i for i, (a, b) in enumerate(zip(found.xxh3, self.record.xxh3, strict=False)) if a != b]
         tensors = [name for start, end, name in self.spans if _touches(start, end, mib)]
-        detail = self.detail or f"{len(mib)} of {len(found.xxh3)} MiB differ"
+        sha256 = f"sha256 {found.sha256[:SHOWN_DIGITS]}…, recorded was {self.record.sha256[:SHOWN_DIGITS]}…"
+        detail = self.detail or f"{len(mib)} of {len(found.xxh3)} MiB differ; {sha256}"
         return DamageRecord(
             self.record.path, self.kind or "digest", detail, mib=mib[:NAMED_MAX], tensors=tensors[:NAMED_MAX]
         )

@@ -263,7 +263,7 @@ class Experiment:
     ) -> Any:
         """Load a checkpoint; None when the newest or best is asked for and there is none yet.
 
-        selector  "latest" (newest verified), "best", "best:METRIC", a step, or an id
+        selector  "latest" (newest verified), "best", "best:RULE", "best:METRIC", a step, or an id
         into      a state of the same structure to fill in place
         keys      only these top-level keys
         fallback  take the next good checkpoint when this one is damaged
@@ -273,7 +273,7 @@ class Experiment:
 
         NotFound           a step or id that is not there       CorruptCheckpoint  damaged; `newest_good` is whole
         StateMismatch      `into` does not fit: nothing changed  Unavailable        only a daemon could answer
-        Refused            a hook of the daemon forbids it (code "vetoed")
+        Refused            a hook of the daemon forbids it ("vetoed"), or no rule says what is best ("unknown_rule")
         """
         wanted = Wanted(arguments.selector(selector), into, keys, fallback=fallback, verify=verify)
         if self._disabled:

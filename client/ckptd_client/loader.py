@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from ckptd_client.session import Session
 
 ATTACH_S = 10.0
-VETOED = "vetoed"  # the code of a daemon whose hook forbids a load
+# What a daemon refuses for good: a hook forbids the load, or no rule says what "best" would be. The disk is not asked.
+FOR_GOOD = ("vetoed", "unknown_rule")
 ERROR_CHARS_MAX = 2000  # of an error that the daemon is told of
 OTHERS_MAX = 64  # checkpoints that are tried in the place of a damaged one
 NOTHING: Message = {}  # the daemon's word that no checkpoint is the best by this rule
@@ -102,7 +103,7 @@ class Loader:
                 _check_may_be_none(selector)
                 return None
             except (Unavailable, TimedOut, Refused) as error:
-                if isinstance(error, Refused) and error.code == VETOED:
+                if isinstance(error, Refused) and error.code in FOR_GOOD:
                     raise
                 session.say("resolve", "the daemon could not say where %s is: %s", selector, error)
         on_disk = self._on_disk(selector)
@@ -119,8 +120,8 @@ class Loader:
             # A checkpoint that is on the disk and not in its catalog is as good; but the disk knows of no best.
             return NOTHING if _BEST.fullmatch(selector) else None
         except (Unavailable, TimedOut, Refused) as error:
-            if isinstance(error, Refused) and error.code == VETOED:
-                raise  # what a hook forbids is not read around it
+            if isinstance(error, Refused) and error.code in FOR_GOOD:
+                raise
             session.say("attach", "the daemon could not hand over %s (%s); it is read from the disk", selector, error)
             return None
 
@@ -197,7 +198,9 @@ class Loader:
 def _others(damaged: str) -> List[Found]:
     """Return the checkpoints beside a damaged one: older ones first, the newest of them first of all."""
     damaged = os.path.abspath(damaged)
-    newest_first = list_checkpoints(os.path.dirname(damaged), 1)
+    newest_first = [
+        each for each in list_checkpoints(os.path.dirname(damaged), 1) if not each.veto or each.path == damaged
+    ]
     position = next((index for index, found in enumerate(newest_first) if found.path == damaged), -1)
     return [*newest_first[position + 1 :], *reversed(newest_first[: max(0, position)])][:OTHERS_MAX]
 

@@ -50,7 +50,8 @@ def _no_constant(name: str) -> None:
     raise FrameError("bad_request", f"{name} is not JSON")
 
 
-def _unique(pairs: List[Any]) -> Message:
+def unique(pairs: List[Any]) -> Message:
+    """Build an object for json.loads(object_pairs_hook=...). FrameError, a ValueError, when a key occurs twice."""
     found = dict(pairs)
     if len(found) != len(pairs):
         raise FrameError("bad_request", "a key occurs twice")
@@ -72,7 +73,7 @@ def decode(frame: Union[bytes, bytearray, memoryview]) -> Message:
 
 def _parse(raw: bytes) -> Any:
     try:
-        return json.loads(raw, parse_constant=_no_constant, object_pairs_hook=_unique)
+        return json.loads(raw, parse_constant=_no_constant, object_pairs_hook=unique)
     except FrameError:
         raise
     except (ValueError, RecursionError) as error:
@@ -100,7 +101,7 @@ def check_depth(raw: bytes) -> None:
 
 
 def check_keys(raw: bytes) -> None:
-    """Refuse a frame in which one object holds a key twice: two readers could see two different requests.
+    """Refuse JSON in which one object holds a key twice: two readers could see two different things.
 
     FrameError  a key occurs twice, or `raw` is not JSON
     """

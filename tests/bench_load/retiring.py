@@ -16,7 +16,7 @@ PATIENCE_S = 600.0
 RATIO_MAX = 1.5
 LATER_MS_MAX = 50.0  # M097: no save is later by more than this
 KEEP_ALL = '[[experiments]]\nproject = "*"\n'
-KEEP_ONE = '[[experiments]]\nproject = "load"\nkeep_last = 1\n'
+KEEP_ONE = '[[experiments]]\nproject = "load"\nkeep_last = 1\nbrake_share = 1\n'
 
 
 def measure(scale: Scale) -> Iterator[Outcome]:

@@ -2,14 +2,13 @@
 
 import os
 import sqlite3
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support import disks
+from tests.support.disk import Disk, fill, free_bytes, tmpfs
 from tests.support.node import Node, eventually, is_alive
 from tests.support.trainer import Nursery, Trainer
 
@@ -40,7 +39,7 @@ def doctor(node: Node, name: str) -> list[str]:
 @pytest.fixture
 def small_state(node: Node, short_dir: Path) -> Iterator[Path]:
     """The node's state directory on a disk of 12 MiB."""
-    with disks.tmpfs(short_dir / "small", "12m") as place:
+    with tmpfs(short_dir / "small", "12m") as place:
         (place / "s").mkdir(mode=0o700)
         node.state.symlink_to(place / "s")
         yield place
@@ -58,8 +57,8 @@ def test_a_full_disk_under_the_catalog_releases_the_reserve_and_is_survived(
     assert doctor(node, "reserve") == ["ok"]
     trainer = opened(node, plain_nursery)
     saves = {trainer.save(seed=1, step=1)["id"]: 1}
-    filler = disks.fill(small_state)
-    assert disks.free_bytes(small_state) == 0
+    filler = fill(small_state)
+    assert free_bytes(small_state) == 0
     for seed in range(2, 6):
         saves[trainer.save(seed=seed, step=seed)["id"]] = seed
     for checkpoint in saves:
@@ -83,7 +82,7 @@ def test_a_full_disk_that_stays_full_refuses_politely_and_recovers_without_a_res
     pid = node.daemon_pid
     trainer = opened(node, plain_nursery)
     node.wait_level(trainer.save(seed=1, step=1)["id"])
-    filler = disks.fill(small_state)
+    filler = fill(small_state)
     saves = []
     for step in (2, 3):  # an experiment has two arenas; the spool lies on the full disk as well
         answer = trainer.save(seed=step, step=step)
@@ -147,10 +146,9 @@ def test_a_catalog_whose_disk_is_gone_ends_no_process_and_is_told(
     node: Node, plain_nursery: Nursery, short_dir: Path
 ) -> None:
     """F8. EIO for every commit: training goes on, the node says what is wrong, and what was recorded is still there after."""
-    image = short_dir / "image"
-    with disks.ext4(short_dir / "disk", image, 64 * disks.MIB) as disk:
-        (disk / "s").mkdir(mode=0o700)
-        node.state.symlink_to(disk / "s")
+    with Disk(short_dir, "ext4-thin") as disk:
+        (disk.path / "s").mkdir(mode=0o700)
+        node.state.symlink_to(disk.path / "s")
         try:
             node.start()
             pid = node.daemon_pid
@@ -159,7 +157,7 @@ def test_a_catalog_whose_disk_is_gone_ends_no_process_and_is_told(
             node.wait_level(kept)
             node.wait_idle()
             os.sync()
-            disks.shut_down(disk)
+            disk.cut()
             late = trainer.save(seed=2, step=2)
             assert late["error"] is None
             assert late["took_s"] < SAVE_S
@@ -167,7 +165,7 @@ def test_a_catalog_whose_disk_is_gone_ends_no_process_and_is_told(
             assert is_alive(pid)
         finally:
             node.clean_up()
-        remount(disk)
+        disk.replay()
         node.start()
         row = node.row(kept)
         assert row is not None
@@ -181,13 +179,3 @@ def troubled(node: Node) -> bool:
     if not found["ok"]:
         return bool(found["error"]["code"] == "catalog_fault")
     return any(d["what"] == "catalog" for d in found["daemon"]["degraded"])
-
-
-def remount(disk: Path) -> None:
-    """Come up again as after the fault was mended."""
-    device = next(
-        line.split()[0] for line in Path("/proc/mounts").read_text().splitlines() if line.split()[1] == str(disk)
-    )
-    unmounted = ["umount", disk]
-    eventually(lambda: subprocess.run(unmounted, capture_output=True, check=False).returncode == 0, "nobody to use it")
-    subprocess.run(["mount", device, disk], check=True)

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 
 from ckptd.worker.protocol import Digest, FileImage, Publish, Published, Scan, Scanned, Verified, Verify
-from tests.support import disks
 from tests.support.arena import MIB, publish_request, sealed
-from tests.support.disks import ext4
+from tests.support.disk import Disk, fill, tmpfs
 from tests.support.strace import Injection
 from tests.support.worker_process import WorkerProcess
 
@@ -125,9 +124,9 @@ def test_a_disk_that_takes_bytes_and_loses_them_at_the_fsync_names_nothing(
     tmp_path: Path, worker: WorkerProcess, arena: tuple[int, list[FileImage]]
 ) -> None:
     """F7, I10. A thin disk: ext4 says that there is room, and the disk below it has none; a second fsync would succeed."""
-    with disks.tmpfs(tmp_path / "thin", "24m") as thin, ext4(tmp_path / "mnt", thin / "image", 64 * MIB) as disk:
-        filler = disks.fill(thin)
-        request = publish_request(disk / "root", arena[1])
+    with tmpfs(tmp_path / "thin", "24m") as thin, Disk(tmp_path, "ext4-thin", thin / "image") as disk:
+        filler = fill(thin)
+        request = publish_request(disk.path / "root", arena[1])
         with Injection(worker.process.pid, "getcwd:error=ENOENT:when=65535", traced="fsync") as traced:
             answer = worker.ask(request, arena[0])
         assert not isinstance(answer, Published), "the disk had room: the test proves nothing"
@@ -142,12 +141,12 @@ def test_a_disk_that_is_gone_is_a_fault_for_every_verb(
     tmp_path: Path, worker: WorkerProcess, arena: tuple[int, list[FileImage]]
 ) -> None:
     """F8. After the shutdown of its file system each request is answered, by a code that names the disk."""
-    with ext4(tmp_path / "mnt", tmp_path / "image", 64 * MIB) as disk:
-        request = publish_request(disk / "root", arena[1])
+    with Disk(tmp_path, "ext4-thin") as disk:
+        request = publish_request(disk.path / "root", arena[1])
         done = worker.ask(request, arena[0])
         assert isinstance(done, Published)
-        disks.shut_down(disk)
-        late = publish_request(disk / "root", arena[1], target=disk / "root" / "p" / "e" / "step_2")
+        disk.cut()
+        late = publish_request(disk.path / "root", arena[1], target=disk.path / "root" / "p" / "e" / "step_2")
         assert worker.ask(late, arena[0])["code"] == "disk_fault"
         assert worker.ask(Digest(root=request.root, path=request.target))["code"] == "disk_fault"
         found = worker.ask(Verify(root=request.root, path=request.target, files=done.files))

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptd.errors import BadRequest, UnsupportedVersion
+from ckptd.intake import descriptor, service
 from ckptd.intake import requests as ask
-from ckptd.intake import service
 from ckptd_client import wire
 from tests.hostile import frame_noise
 from tests.support import tally
@@ -117,6 +117,25 @@ def test_a_frame_that_could_be_read_in_two_ways_or_in_none_is_refused(frame, say
     with pytest.raises(BadRequest) as caught:
         ask.decode(frame)
     assert re.search(says, caught.value.message)
+
+
+@pytest.mark.parametrize(
+    ("whole", "twice"),
+    [
+        (b'"checkpoint":', b'"checkpoint":"%s","checkpoint":' % (b"d" * 32)),
+        (b'"name": "n"', b'"name": "m", "name": "n"'),
+        (b'"offset": 4096', b'"offset": 8192, "off\\u0073et": 4096'),
+        (b'"b": null', b'"b": 1, "b": null'),
+        (b'"step": 3', b'"colour": {"a": 1, "a": 2}, "step": 3'),
+    ],
+)
+def test_a_descriptor_with_a_key_twice_is_refused(whole, twice):
+    """S2: wherever it is, in fields that this daemon does not know as well."""
+    raw = frame_noise.DESCRIPTOR
+    assert descriptor.decode(raw, frame_noise.ARENA_BYTES).step == 3
+    assert whole in raw
+    with pytest.raises(BadRequest, match="descriptor: a key occurs twice"):
+        descriptor.decode(raw.replace(whole, twice), frame_noise.ARENA_BYTES)
 
 
 def test_another_version_is_told_which_one_is_spoken():

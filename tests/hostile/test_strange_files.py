@@ -15,7 +15,7 @@ from ckptd.model import State, new_id
 from ckptd.worker import scan, settle
 from ckptd.worker.context import Context
 from ckptd.worker.protocol import Candidate, Scan, Scanned, Settle
-from tests.support.disks import tmpfs
+from tests.support.disk import tmpfs
 from tests.support.in_process import a_tensor, daemon, eventually
 from tests.support.watched import a_watched, live_at
 

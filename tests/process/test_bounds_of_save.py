@@ -6,7 +6,6 @@ fails its test (run_trainer tells of exceptions, and `error` is looked at).
 
 import os
 import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import pytest
 from ckptd_client.connection import HANG_S, PING_AFTER_S
 from ckptd_client.session import OPEN_S
 from tests.support import payload
+from tests.support.disk import fill, tmpfs
 from tests.support.node import Node, eventually, is_alive
 from tests.support.trainer import Nursery, Trainer
 
@@ -25,7 +25,6 @@ PROJECT = "bounds"
 SLACK_S = 1.0
 QUICK_S = 0.5  # a memcpy of 100 kB, and at most the spool's write of the save before
 NOTICED_S = PING_AFTER_S + HANG_S + SLACK_S  # until a daemon that says nothing counts as absent
-MIB = 1 << 20
 
 
 class Saves:
@@ -156,29 +155,8 @@ def test_with_a_daemon_that_dies_at_every_hand_off(node: Node, nursery: Nursery)
 @pytest.fixture
 def small_disk(short_dir: Path) -> Iterator[Path]:
     """A file system of 24 MiB of its own; skips where nothing can be mounted."""
-    place = short_dir / "small"
-    place.mkdir()
-    if os.getuid() != 0:
-        pytest.skip("needs root: a file system that is full")
-    mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(place)]
-    done = subprocess.run(mount, capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"nothing can be mounted here: {done.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
-
-
-def fill(directory: Path) -> Path:
-    """Take the last byte of a file system; return the file that holds it."""
-    path = directory / "filler"
-    with path.open("wb", buffering=0) as filler:
-        for size in (MIB, 4096, 1):
-            try:
-                while filler.write(b"x" * size):
-                    pass
-            except OSError:
-                continue
-    return path
+    with tmpfs(short_dir / "small", "24m") as place:
+        yield place
 
 
 def test_with_the_disk_of_the_checkpoints_full(node: Node, nursery: Nursery, small_disk: Path) -> None:

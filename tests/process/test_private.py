@@ -3,40 +3,16 @@
 import os
 import socket
 import stat
-import subprocess
-import sys
 from contextlib import suppress
 from pathlib import Path
 
-import pytest
-
 from tests.support.node import Node
-
-SOMEBODY = 65534
-ASK = """
-import os, socket, sys
-os.setgroups([]); os.setgid(int(sys.argv[2])); os.setuid(int(sys.argv[2]))
-peer = socket.socket(socket.AF_UNIX)
-try:
-    peer.connect(sys.argv[1])
-except PermissionError:
-    sys.exit("kept out by the kernel")
-peer.sendall(b'{"v":1,"id":1,"op":"hello","versions":[1]}\\n')
-print(peer.makefile().readline())
-"""
-
-
-def ask_as(uid: int, path: Path) -> subprocess.CompletedProcess[str]:
-    """What a process of another user gets for an answer."""
-    return subprocess.run(
-        [sys.executable, "-I", "-c", ASK, str(path), str(uid)], capture_output=True, text=True, check=False
-    )
+from tests.support.strangers import SOMEBODY, ask_as, need_root
 
 
 def test_another_user_is_kept_out_by_the_mode_and_by_the_daemon(node: Node):
     """The socket is 0600; and should somebody open it up by hand, the daemon still asks the kernel who is there."""
-    if os.getuid() != 0:
-        pytest.skip("needs root to be somebody else for a moment")
+    need_root()
     node.start()
     assert stat.S_IMODE(node.socket.stat().st_mode) == 0o600
     node.dir.chmod(0o711)

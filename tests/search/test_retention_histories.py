@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from ckptd.model import Checkpoint, Level, State
-from ckptd.retention import Given, Plan, digest, plan
+from ckptd.retention import Given, Plan, brake, digest, plan
 from ckptd.rules import Rules
 from tests.support import tally
 from tests.support.saved import a_save
@@ -21,7 +21,7 @@ BEGIN = datetime(2030, 1, 1, tzinfo=UTC)
 TAGS = ("paper", "release")
 CHANCES = {
     "save": 12, "measure": 4, "verify": 3, "damage": 1, "lose": 1, "pin": 2, "unpin": 2, "lease": 2, "expire": 2,
-    "tag": 1, "object": 1, "jump": 2, "resume": 1, "restart": 2, "plan": 6,
+    "tag": 1, "object": 1, "jump": 2, "resume": 1, "restart": 2, "plan": 4, "by_itself": 4,
 }  # fmt: skip
 
 
@@ -53,6 +53,7 @@ def some_rules(dice: random.Random) -> Rules:
         "drop": dice.choice(["at_once", "at_once", "on_pressure"]),
         "time_zone": dice.choice(["UTC", "Asia/Tokyo"]),
     }
+    said |= {"brake_share": dice.choice([0, 0.2, 0.5, 1]), "brake_count_min": dice.choice([0, 1, 3, 20])}
     return Rules(**said)
 
 
@@ -176,11 +177,30 @@ class History:
         done = self.decided(shuffled=True)
         assert (seen, digest([seen])) == (done, digest([done])), "dry run equals execution"
         self.check(done)
+        self.carry_out(done)
+
+    def by_itself(self) -> None:
+        """The daemon plans after a save: it carries all of it out, or nothing, and a person may still."""
+        done = self.decided()
+        self.check(done)
+        live = sum(one.state is State.LIVE for one in self.here.values())
+        spared = max(self.rules.brake_count_min, self.rules.brake_share * live)
+        if brake(done, self.rules) is None:
+            assert len(done.drop) <= spared >= len(done.strip), "nobody asked for so much"
+            self.carry_out(done)
+            return
+        assert len(done.drop) > spared or len(done.strip) > spared, "a few at a time need nobody"
+        assert brake(self.decided(shuffled=True), self.rules) == brake(done, self.rules), "and so says the next one"
+        if self.dice.random() < 0.5:
+            self.plan()
+
+    def carry_out(self, done: Plan) -> None:
         for each in done.drop:
             del self.here[each.checkpoint.id]
         self.stripped |= {one.id for one in done.strip}
         again = self.decided()
         assert (again.drop, again.strip) == ((), ()), "to apply it twice is to apply it once"
+        assert brake(again, self.rules) is None, "and nothing is held any more"
 
     def check(self, done: Plan) -> None:
         goes = {each.checkpoint.id for each in done.drop}

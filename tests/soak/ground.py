@@ -32,12 +32,14 @@ trash_grace_s = 0
 project = "{PROJECT}"
 name = "last-*"
 keep_last = 3
+brake_share = 1  # a clock that was wrong lets many go at once when it is right again
 trash_grace_s = 0
 [[experiments]]
 project = "{PROJECT}"
 name = "best-*"
 keep_last = 2
 keep_best = {{ metric = "val_loss", mode = "min" }}
+brake_share = 1
 trash_grace_s = 5
 """
 

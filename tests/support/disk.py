@@ -1,8 +1,10 @@
-"""File systems of their own on loop devices, whose power can be cut: ext4 and XFS as they really are.
+"""File systems of a test's own: ext4 and XFS on loop devices, whose power can be cut, and a small one in memory.
 
-`cut()` shuts a file system down without flushing its journal; `replay()` mounts it again, which is what
-happens after a power cut. What was not durable is gone then; SIGKILL alone never shows that, for the
-kernel lives on and writes what it holds.
+`cut()` shuts a file system down without flushing its journal: every call fails as on a disk that is gone.
+`replay()` mounts it again, which is what happens after a power cut. What was not durable is gone then;
+SIGKILL alone never shows that, for the kernel lives on and writes what it holds.
+
+All need root; where nothing can be mounted the test is skipped with the kernel's reason.
 """
 
 import ctypes
@@ -14,7 +16,10 @@ import shutil
 import struct
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Self
 
 import pytest
 
@@ -25,6 +30,8 @@ MIB = 1 << 20
 KINDS = {
     "ext4": ("mkfs.ext4 -q -F", 64 * MIB, ""),
     "ext4-noauto": ("mkfs.ext4 -q -F", 64 * MIB, "noauto_da_alloc"),
+    # Writes as little as can be before anybody asks, and goes on after an error: its disk may be smaller than it says.
+    "ext4-thin": ("mkfs.ext4 -q -F -E lazy_itable_init=1", 64 * MIB, "errors=continue"),
     "xfs": ("mkfs.xfs -q -f", 300 * MIB, ""),
 }
 BUSY_TRIES = 100
@@ -40,18 +47,18 @@ class Disk:
     It keeps one loop device for its whole life: a checkpoint's identity names the device's number.
     """
 
-    def __init__(self, home: Path, kind: str) -> None:
-        """Make and mount it under `home`. Skips the test where that can't be had."""
+    def __init__(self, home: Path, kind: str, image: Path | None = None) -> None:
+        """Make and mount it under `home`, over `image` (home / "KIND.image"). Skips the test where that can't be had."""
         command, size_bytes, self._options = KINDS[kind]
         make = command.split()
         if os.geteuid() != 0 or shutil.which(make[0]) is None:
             pytest.skip(f"needs root and {make[0]} for a file system of its own")
         self.kind, self.cuts = kind, 0
         self._type = kind.partition("-")[0]
-        self._image, self.path = home / f"{kind}.image", home / kind
+        self._image, self.path = image or home / f"{kind}.image", home / kind
         self.path.mkdir(parents=True)
-        with self._image.open("wb") as image:
-            image.truncate(size_bytes)
+        with self._image.open("wb") as file:
+            file.truncate(size_bytes)
         subprocess.run([*make, self._image], check=True)
         done = subprocess.run(["losetup", "-f", "--show", self._image], capture_output=True, check=False)
         if done.returncode:
@@ -59,6 +66,14 @@ class Disk:
         self._device = done.stdout.decode().strip()
         self._mounted = False
         self.mount()
+
+    def __enter__(self) -> Self:
+        """Return the disk, mounted."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give it back."""
+        self.give_back()
 
     @property
     def counted(self) -> str:
@@ -144,3 +159,38 @@ class Disk:
         finally:
             subprocess.run(["losetup", "-d", self._device], check=True)  # the kernel does it once nobody has it open
             self._image.unlink()
+
+
+@contextmanager
+def tmpfs(place: Path, size: str) -> Iterator[Path]:
+    """A file system in memory that holds `size` and not a byte more."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root: a file system of its own")
+    place.mkdir(exist_ok=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"nothing can be mounted here: {done.stderr.strip()}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def fill(directory: Path) -> Path:
+    """Take the last byte of a file system; return the file that holds it."""
+    path = directory / "filler"
+    with path.open("ab", buffering=0) as filler:
+        for size in (MIB, 4096, 1):
+            try:
+                while filler.write(b"x" * size):
+                    pass
+            except OSError:
+                continue
+    return path
+
+
+def free_bytes(directory: Path) -> int:
+    """What the file system has left for everybody."""
+    found = os.statvfs(directory)
+    return found.f_bavail * found.f_frsize

@@ -23,7 +23,7 @@ def documented() -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
             checkpoint = body
         elif "push" not in body:
             replies.setdefault(op, body)
-    replies["unpin"] = replies["pin"]
+    replies["unpin"] = replies["unveto"] = replies["pin"]
     replies["list"] = {"checkpoints": [checkpoint], "next": None}
     replies["show"]["checkpoint"] = checkpoint
     replies["show"]["experiment"] = replies["experiments"]["experiments"][0]

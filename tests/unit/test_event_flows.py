@@ -12,12 +12,13 @@ import anyio
 from ckptd import daemon as composition
 from ckptd import pipeline
 from ckptd.catalog import checkpoints, eventlog
+from ckptd.config import Root
 from ckptd.errors import Bug, WorkerLost
 from ckptd.events import EVENTS, MISSED
 from ckptd.intake import presence
 from ckptd.model import State, new_id
-from ckptd.pipeline import retain, trash
-from ckptd.rules import Rules
+from ckptd.pipeline import relieve, retain, trash
+from ckptd.rules import ExperimentRules, Rules
 from tests.support.in_process import Training, a_tensor, daemon, eventually
 from tests.support.watched import a_watched
 
@@ -35,6 +36,8 @@ from ckptd.hooks import Finding, Level, hook
 def look(context):
     return Finding(Level.INFO, "it is pinned", {"note": context.data.get("note")})
 """
+VETO_99 = {"events": ["checkpoint.before_save"], "when": "data.step == 99"}
+GATE = {"name": "gate", "exec": ["/bin/sh", "-c", "exit 10"], **VETO_99}
 
 
 async def whole_life(node, line) -> str:
@@ -145,6 +148,32 @@ async def slimmed(node, line) -> None:
     await line.ask("restore", selector=first)
 
 
+async def held(node, line) -> None:
+    """A plan that takes more at once than anybody has asked for."""
+    most = await Training(line, str(node.runs), name="most").open()
+    for step in (1, 2, 3):
+        await most.saved(step)
+    given = node.parts.admission.settings()
+    rules = [*given.experiments, ExperimentRules(name="most", keep_last=1, brake_count_min=0)]
+    node.parts.admission.current = given.model_copy(update={"experiments": tuple(rules)})
+    await most.saved(4)
+
+
+async def lifted(node, line) -> None:
+    """A save that a hook vetoed, and a person who lets it count."""
+    doubted = await Training(line, str(node.runs), name="doubted").open()
+    await line.ask("unveto", selector=await doubted.saved(99), note="looked at it")
+
+
+async def relieved(node, path: str) -> None:
+    """A root whose disk has less room than it wants; nothing lies in it that could go."""
+    given = node.parts.admission.settings()
+    wants = Root(path=path, kind="watched", free_bytes_min=1 << 60)
+    node.parts.admission.current = given.model_copy(update={"roots": (*given.roots, wants)})
+    await relieve.run(node.parts.tools)
+    node.parts.admission.current = given
+
+
 async def all_logged(node) -> dict[str, set[str]]:
     """What was told before anybody could listen stands in the log."""
     found: defaultdict[str, set[str]] = defaultdict(set)
@@ -165,6 +194,7 @@ async def test_every_declared_event_and_every_key_of_it_is_told_by_a_real_flow(s
         "hooks": [
             {"name": "pinned", "python": "pinned:look", "import_path": [str(short_dir)]},
             {"name": "broken", "exec": ["/bin/false"], "events": ["experiment.opened"]},
+            GATE,
         ],
         "thresholds": [{"metric": "grad_norm", "above": 100.0}],
         "alerts": {"look_s": 3600, "disk_free_share_min": 1.0, "stalled_s": 0.1},
@@ -187,6 +217,8 @@ async def test_every_declared_event_and_every_key_of_it_is_told_by_a_real_flow(s
             second = await whole_life(node, line)
             await loads_and_limits(node, line, second)
             await slimmed(node, line)
+            await held(node, line)
+            await lifted(node, line)
             await three_ends(node, line)
             await troubles(node, line, monkeypatch)
             await line.ask("submit", path=str(found), checkpoint=new_id(), note="mine")
@@ -194,6 +226,7 @@ async def test_every_declared_event_and_every_key_of_it_is_told_by_a_real_flow(s
             await composition._reload(node.parts, argparse.Namespace())
             (short_dir / "more").mkdir()
             await line.ask("root.add", path=str(short_dir / "more"), kind="watched")
+            await relieved(node, str(short_dir / "more"))
             await line.ask("status")
             composition._say_goodbye(node.parts, anyio.CancelScope())
             wanted = {name: set(declared.keys) for name, declared in EVENTS.items() if name not in ELSEWHERE}

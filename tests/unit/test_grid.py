@@ -140,10 +140,38 @@ async def test_a_sweep_is_found_by_tag_parent_and_project(catalog: Catalog, cloc
     assert await names(tag="sweep") == {"by-id", "by-checkpoint", "other"}
     assert await names(parent=root) == await names(parent="a/root") == {"by-id", "by-checkpoint"}
     assert await names(project="b") == {"other"}
-    assert await names(project="b", parent=root) == set()
     assert await names(uid=1) == set()
     with pytest.raises(NotFound):
         await names(parent="a/nothing")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "says"),
+    [
+        ({"project": "demmo"}, "of project 'demmo'"),
+        ({"tag": "sweep8"}, "with tag 'sweep8'"),
+        ({"parent": "f" * 32}, f"grown from {'f' * 32!r}"),
+        ({"project": "b", "tag": "sweep"}, "of project 'b' with tag 'sweep'"),
+    ],
+)
+async def test_a_sweep_that_is_not_there_is_an_error_that_names_what_is(
+    catalog: Catalog, clock: StillClock, wanted: dict[str, str], says: str
+):
+    for n in range(10):
+        await experiment(catalog, f"lr{n}", project="demo", tags=("sweep", f"seed{n}"))
+    await experiment(catalog, "alone", project="b")
+    with pytest.raises(NotFound) as caught:
+        await asked(catalog, clock, **wanted)
+    assert caught.value.message == f"there is no experiment {says}"
+    hint = "there are projects: b, demo; tags: "
+    assert caught.value.hint is not None
+    assert caught.value.hint.startswith(hint)
+    assert caught.value.hint.endswith("and 3 more. `ckpt experiments` lists them")
+    with pytest.raises(NotFound) as caught:
+        await asked(catalog, clock, uid=1, **wanted)
+    assert caught.value.hint == "there is no experiment yet. `ckpt experiments` lists them", (
+        "another user's are not named"
+    )
 
 
 async def test_the_grid_counts_its_dead_and_shows_a_metric(catalog: Catalog, clock: StillClock):

@@ -61,6 +61,11 @@ def test_what_the_manager_keeps_is_counted_with_what_an_earlier_daemon_left(mana
     notifier.close()
     unsaid = Notifier({"NOTIFY_SOCKET": manager.getsockname()})
     assert unsaid.has_room(10_000)
+    assert not unsaid.kept
+    unsaid.adopted([])
+    assert not unsaid.kept
+    unsaid.adopted(["a"])
+    assert unsaid.kept, "what came back was kept, whatever the manager says"
     unsaid.close()
 
 

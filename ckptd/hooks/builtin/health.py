@@ -65,9 +65,13 @@ class Verdict:
 
     @property
     def level(self) -> str:
-        """Return "error" for new NaN or infinity, "warning" for anything else that is new, else "info"."""
+        """Return "error" for new NaN or infinity, "warning" for anything else that is new or for NaN, else "info".
+
+        A mask is made of infinities; nothing is made of NaN, so they never pass for sound.
+        """
         fresh = {problem.kind for problem in self.problems if not problem.steady}
-        return "error" if fresh & GRAVE else "warning" if fresh else "info"
+        ill = fresh or any(problem.kind == "nan" for problem in self.problems)
+        return "error" if fresh & GRAVE else "warning" if ill else "info"
 
     def text(self) -> str:
         """Say it in one line."""
@@ -77,12 +81,14 @@ class Verdict:
         if self.figures.unread:
             seen += f"; {self.figures.unread} tensors were not read"
         fresh = [problem for problem in self.problems if not problem.steady]
-        if not fresh:
+        # Zeros are how biases and adapters begin; what else stays as it was is said, though it is no news.
+        old = [problem for problem in self.problems if problem.steady and problem.kind != "dead"]
+        told = fresh or old
+        if not told:
             return f"numbers are sound ({seen})"
-        counts = ", ".join(
-            f"{count} {kind}" for kind in ORDER if (count := sum(problem.kind == kind for problem in fresh))
-        )
-        return f"{counts}: {fresh[0].tensor}: {fresh[0].text} ({seen})"
+        counts = ", ".join(f"{count} {kind}" for kind in ORDER if (count := sum(one.kind == kind for one in told)))
+        still = "" if fresh else f"as in step {self.previous_step}: "
+        return f"{still}{counts}: {told[0].tensor}: {told[0].text} ({seen})"
 
     def facts(self) -> dict[str, Any]:
         """Return JSON: counts by kind, the first NAMED_MAX problems, what was read."""

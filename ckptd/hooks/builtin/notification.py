@@ -55,6 +55,7 @@ class Rule:
 STANDARD = (
     Rule("stalled", ("experiment.stalled", "experiment.lost", "experiment.failed"), severity=Level.ERROR),
     Rule("disk", ("disk.low",), severity=Level.ERROR, burst=1, per_s=3600.0),
+    Rule("relief", ("disk.relief",), burst=1, per_s=3600.0),
     Rule("corrupt", ("checkpoint.corrupt", "checkpoint.missing", "checkpoint.failed"), severity=Level.ERROR),
     Rule(
         "backlog",
@@ -63,7 +64,7 @@ STANDARD = (
         burst=2,
         per_s=1800.0,
     ),
-    Rule("trouble", ("worker.lost", "root.degraded", "catalog.failed", "hook.opened")),
+    Rule("trouble", ("worker.lost", "root.degraded", "catalog.failed", "hook.opened", "retention.held")),
     Rule("findings", ("hook.finding",), when="data.level == 'error'", severity=Level.ERROR),
 )
 

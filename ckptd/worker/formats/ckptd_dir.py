@@ -11,6 +11,7 @@ from ckptd.worker.formats import contents
 from ckptd.worker.formats.ask import Ask
 from ckptd.worker.formats.source import Folder, broken
 from ckptd.worker.protocol import FileRecord, Inspected
+from ckptd_client import wire
 
 MANIFEST = "manifest.json"
 LATE = "late.json"  # what became known after the manifest was written
@@ -34,10 +35,11 @@ class _Named(msgspec.Struct, frozen=True):
     checkpoint: str
 
 
-class _Late(msgspec.Struct):
+class _Late(msgspec.Struct, omit_defaults=True):
     v: int
     checkpoint: str
     metrics: dict[str, float | str]
+    veto: str | None = None
 
 
 def parse_manifest(raw: bytes) -> dict[str, Any]:
@@ -49,6 +51,7 @@ def parse_manifest(raw: bytes) -> dict[str, Any]:
     try:
         known = msgspec.json.decode(raw, type=_Manifest)
         whole = msgspec.json.decode(raw)
+        wire.check_keys(raw)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise broken("invalid_format", f"{MANIFEST} is none: {error}") from error
     if known.v != 1 or not is_id(known.checkpoint) or not isinstance(whole, dict):
@@ -71,6 +74,7 @@ def parse_late(raw: bytes) -> dict[str, Any] | None:
     """Return what late.json says; None when it is none of ours: the manifest stands without it."""
     try:
         found = msgspec.json.decode(raw, type=_Late)
+        wire.check_keys(raw)
     except (msgspec.MsgspecError, ValueError, RecursionError):
         return None
     return msgspec.to_builtins(found) if found.v == 1 else None
@@ -86,6 +90,7 @@ def parse_stripped(raw: bytes, checkpoint: str) -> list[str]:
     """Return the files that stripped.json names; none when it is none of ours, or another checkpoint's."""
     try:
         found = msgspec.json.decode(raw, type=_Stripped)
+        wire.check_keys(raw)
     except (msgspec.MsgspecError, ValueError, RecursionError):
         return []
     return found.files if found.v == 1 and found.checkpoint == checkpoint else []

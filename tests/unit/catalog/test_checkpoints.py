@@ -196,6 +196,43 @@ async def test_what_comes_back_as_other_bytes_must_be_verified_again(catalog: Ca
     assert (back.state, back.level, back.is_good) == (State.LIVE, Level.DURABLE, False)
 
 
+DAMAGE = Damage("model.safetensors", "digest", "1 of 1 MiB differ", (0,), ("weight",))
+
+
+async def test_what_was_damaged_when_it_went_to_the_trash_comes_back_damaged(catalog: Catalog, told: Told) -> None:
+    """M082: whatever was done to the bytes meanwhile, only a reading makes them good again."""
+    known = await experiment(catalog)
+    for inode in (None, 12345):
+        one = await saved(catalog, known, 1)
+        await catalog.write(lambda tx, of=one: checkpoints.mark_corrupt(tx, of.id, [DAMAGE]))  # type: ignore[misc]
+        await catalog.write(lambda tx, of=one: checkpoints.mark_trashed(tx, of.id, of.id, "cleaned up"))  # type: ignore[misc]
+        recorded = await catalog.read(lambda conn, of=one: checkpoints.identity(conn, of.id))  # type: ignore[misc]
+        assert recorded is not None
+        seen = recorded if inode is None else an_identity(inode)
+        back = await catalog.write(lambda tx, of=one, s=seen: checkpoints.mark_restored(tx, of.id, of.path, s))  # type: ignore[misc]
+        assert (back.state, back.is_good, back.is_whole) == (State.CORRUPT, False, False)
+        assert back.error is not None
+        assert (back.error["code"], back.error["damage"][0]["mib"]) == ("corrupt", [0])
+        assert told.events[-1].data["state"] == "corrupt"
+        good = await catalog.write(lambda tx, of=one: checkpoints.mark_verified(tx, of.id))  # type: ignore[misc]
+        assert (good.state, good.error) == (State.LIVE, None)
+
+
+async def test_damaged_bytes_that_were_gone_for_a_while_are_no_better_when_they_are_back(catalog: Catalog) -> None:
+    """A disk that is not mounted for an hour makes nothing whole; other bytes in their place are read first."""
+    known = await experiment(catalog)
+    one = await saved(catalog, known, 1)
+    recorded = await catalog.read(lambda conn: checkpoints.identity(conn, one.id))
+    assert recorded is not None
+    for seen, state in ((recorded, State.CORRUPT), (an_identity(12345), State.LIVE)):
+        await catalog.write(lambda tx: checkpoints.mark_corrupt(tx, one.id, [DAMAGE]))
+        gone = await catalog.write(lambda tx: checkpoints.mark_missing(tx, one.id))
+        assert gone.error is not None
+        assert gone.error["code"] == "missing"
+        back = await catalog.write(lambda tx, s=seen: checkpoints.mark_restored(tx, one.id, one.path, s))  # type: ignore[misc]
+        assert (back.state, back.is_good) == (state, False)
+
+
 async def test_trash_then_drop_is_told_and_final(catalog: Catalog, told: Told) -> None:
     known = await experiment(catalog)
     one = await saved(catalog, known, 1)

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
+from ckptd.bestrule import BestRule
 from ckptd.catalog import Catalog, checkpoints, listing, roots
 from ckptd.catalog.listing import Filter, Scope
 from ckptd.catalog.roots import NewRoot
 from ckptd.catalog.tx import Tx
-from ckptd.errors import Ambiguous, BadRequest, NotFound
+from ckptd.errors import Ambiguous, BadRequest, NotFound, UnknownRule
 from ckptd.model import Checkpoint, Level, Origin, RootKind, State
 from tests.support.boards import put_places
 from tests.support.catalog import UID, StillClock, a_checkpoint, climb, experiment, saved
@@ -222,9 +223,27 @@ async def test_best_is_by_its_rule_and_says_when_it_cannot_tell(catalog: Catalog
     assert (await resolve(catalog, "best:val/loss")).id == one.id
     assert (await resolve(catalog, "best_val/loss")).id == one.id
     assert (await resolve(catalog, "demo/run@best:acc")).id == two.id
-    assert (await resolve(catalog, "best", best_rule="val/loss")).id == one.id
+    assert (await resolve(catalog, "best", rules=lambda *_: [BestRule(metric="val/loss", mode="min")])).id == one.id
     with pytest.raises(Ambiguous):
         await resolve(catalog, "best")
+
+
+async def test_a_rule_that_nobody_wrote_is_another_answer_than_one_that_has_no_winner_yet(catalog: Catalog) -> None:
+    """M010. Who resumes from the best there is begins afresh on the second, and must not on the first."""
+    known = await experiment(catalog)
+    await saved(catalog, known, step=1)
+
+    def rules(project: str, name: str) -> list[BestRule]:
+        assert (project, name) == ("demo", "run")
+        return [BestRule(metric="acc", mode="max"), BestRule(metric="val_loss", mode="min", name="record")]
+
+    for none_yet in ("best", "best:acc", "best:record", "best:val_loss", "demo/run@best:record"):
+        with pytest.raises(NotFound, match="no best checkpoint"):
+            await resolve(catalog, none_yet, rules=rules)
+    with pytest.raises(UnknownRule, match=r"demo/run has no rule 'nope'; there are: acc, record"):
+        await resolve(catalog, "best:nope", rules=rules)
+    with pytest.raises(UnknownRule, match="demo/run has no rule that says what is best"):
+        await resolve(catalog, "best", rules=lambda *_: [])
 
 
 async def test_several_experiments_are_never_guessed_between(catalog: Catalog) -> None:

@@ -42,6 +42,16 @@ def test_unpin_of_what_was_not_pinned_says_so(run, daemon):
     assert run("unpin", ID, "--json").json["changed"] is False
 
 
+def test_unveto_lets_a_checkpoint_count_and_says_when_nothing_was_vetoed(run, daemon):
+    ran = run("unveto", "imagenet/resnet50@step:1000", "--note", "looked at it")
+    assert (ran.code, ran.out) == (0, "")
+    assert "imagenet/resnet50 step 1000 (6f1c0e3a9b7d) counts now" in ran.err
+    assert daemon.asked("unveto") == [{"selector": "imagenet/resnet50@step:1000", "note": "looked at it"}]
+    daemon.replies["unveto"] = {**daemon.replies["pin"], "changed": False}
+    assert "was not vetoed" in run("unveto", ID).err
+    assert run("unveto", ID, "-q").out == f"{ID}\n"
+
+
 def test_rm_dry_run_removes_nothing(run, daemon):
     ran = run("rm", ID, "--dry-run")
     assert ran.code == 0
@@ -96,6 +106,33 @@ def test_retention_plan_shows_reasons_and_changes_nothing(run, daemon, on_termin
     assert "no rule keeps it" in ran.out
     assert "keeps 1, drops 1" in ran.out
     assert daemon.asked("retention") == [{"apply": False, "project": "imagenet"}]
+
+
+HELD = {"drops": 297, "strips": 0, "live": 300, "size_bytes": 1, "why": ["the rules keep last 3"], "limits": "too many",
+        "words": "it would drop 297 of 300 live checkpoints at once, more than 20 and more than 20 % of them"}  # fmt: skip
+SAYS = (
+    "imagenet/resnet50: held: ckptd does nothing of this by itself: it would drop 297 of 300 live checkpoints at once, "
+    "more than 20 and more than 20 % of them; `ckpt retention apply imagenet/resnet50` does it"
+)
+
+
+def test_a_plan_that_the_daemon_holds_says_so_and_why_and_who_can_carry_it_out(run, daemon, on_terminal, answering):
+    """S15."""
+    daemon.replies["retention"]["plans"][0]["held"] = HELD
+    assert SAYS in run("retention", "plan").out.splitlines()
+    answering("n")
+    ran = run("retention", "apply")
+    assert (ran.code, SAYS in ran.out.splitlines()) == (1, True)
+    assert run("retention", "plan", "--json").json["plans"][0]["held"] == HELD
+
+
+def test_in_a_pipe_what_is_held_is_said_beside_the_lines(run, daemon):
+    daemon.replies["retention"]["plans"][0]["held"] = HELD
+    ran = run("retention", "plan")
+    assert ran.err.splitlines() == [SAYS]
+    assert len(ran.out.splitlines()) == 2
+    daemon.replies["retention"]["plans"][0]["held"] = None
+    assert run("retention", "plan").err == ""
 
 
 def test_retention_plan_in_a_pipe_is_one_line_per_checkpoint(run, daemon):

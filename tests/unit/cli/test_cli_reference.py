@@ -42,6 +42,7 @@ def test_every_request_the_command_line_sends_is_one_that_the_daemon_decodes(run
         ["status"], ["ls", "--all", "--tag", "t"], ["experiments", "p"], ["show", "latest"], ["path", "best"],
         ["log"], ["log", "--since", "5"], ["log", "--audit"], ["submit", str(tmp_path), "-m", "a=inf"],
         ["wait", "latest"], ["verify", "latest"], ["pin", "latest", "--note", "x"], ["unpin", "latest"],
+        ["unveto", "latest", "--note", "x"],
         ["rm", "latest", "--yes"], ["retention", "plan", "p/n"], ["retention", "apply", "--yes"], ["doctor"],
         ["roots"], ["roots", "add", "/x", "-p", "p"], ["watch-root", "/x"], ["rebuild", "/x"], ["reload"],
         ["ls", "--summary"], ["grid", "--tag", "t"], ["recovery", "p/n"], ["stop"],
@@ -50,6 +51,7 @@ def test_every_request_the_command_line_sends_is_one_that_the_daemon_decodes(run
         run(*words)
     ops = {request["op"] for request in daemon.requests}
     assert ops >= {"status", "list", "experiments", "show", "resolve", "events", "audit", "submit", "wait", "verify"}
-    assert ops >= {"pin", "unpin", "remove", "retention", "doctor", "roots", "root.add", "rebuild", "reload", "stop"}
+    assert ops >= {"pin", "unpin", "unveto", "remove", "retention", "doctor", "roots", "root.add", "rebuild", "reload"}
+    assert "stop" in ops
     for request in daemon.requests:
         requests.decode(json.dumps(request).encode())

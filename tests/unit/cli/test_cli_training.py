@@ -102,6 +102,10 @@ def test_without_a_daemon_the_catalog_answers_and_the_command_still_runs(run, sh
 
     anyio.run(fill)
     assert [row["condition"] for row in run("grid", "--tag", "t", "--json").json["rows"]] == ["lost"]
+    nothing = run("grid", "imagnet")
+    assert (nothing.code, nothing.out) == (3, "")
+    assert "no experiment of project 'imagnet'" in nothing.err
+    assert "projects: demo; tags: t" in nothing.err
     found = run("recovery", "demo/run", "--json").json
     assert (found["checkpoint"]["step"], found["source"]) == (300, "catalog")
     command = run("recovery", "demo/run", "--command").out

@@ -106,6 +106,14 @@ def test_a_damaged_manifest_is_an_error_and_never_ok(run, managed, body):
     assert "[invalid_format]" in ran.out
 
 
+def test_a_manifest_that_says_a_thing_twice_is_not_believed(run, managed):
+    """S2: two readers could see two lists of files."""
+    whole = (managed / "manifest.json").read_text()
+    (managed / "manifest.json").write_text(whole.replace("{", '{"files": [], ', 1))
+    ran = run("verify", str(managed))
+    assert (ran.code, "[invalid_format]" in ran.out) == (7, True)
+
+
 def test_a_directory_without_a_manifest_is_exit_code_3(run, tmp_path):
     ran = run("verify", str(tmp_path))
     assert ran.code == 3

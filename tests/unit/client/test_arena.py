@@ -214,6 +214,19 @@ def test_populate_touches_every_page_and_keeps_what_is_there(monkeypatch: pytest
     os.close(fd)
 
 
+def test_a_mapped_arena_that_is_closed_under_a_view_lives_as_long_as_the_view() -> None:
+    """A tensor that still lies in it, or the traceback of a copy that failed, is no reason to raise into training."""
+    fd = os.memfd_create("arena")
+    os.ftruncate(fd, PAGE)
+    os.pwrite(fd, b"seen", 0)
+    arena = MappedArena(fd, PAGE, b"i" * 16)
+    view = arena.buffer[:4]
+    arena.close()
+    arena.close()
+    os.close(fd)
+    assert bytes(view) == b"seen"
+
+
 def test_a_mapped_arena_shares_its_memory_and_closes_twice() -> None:
     fd = os.memfd_create("arena")
     os.ftruncate(fd, PAGE)

@@ -64,6 +64,16 @@ def test_a_rule_that_has_no_winner_yet_is_nothing_although_checkpoints_lie_there
     assert same(run.load(), state(1)), "the newest one is on the disk all the same"
 
 
+def test_a_rule_that_nobody_wrote_is_an_error_and_not_nothing(run: ckptd.Experiment, daemon: FakeDaemon, home: Path):
+    """M010: None would have the script begin afresh, over what is there."""
+    saved(run, daemon, home, 1)
+    daemon.refuse["attach"] = daemon.refuse["resolve"] = "unknown_rule"
+    for ask in (run.load, run.path):
+        with pytest.raises(ckptd.Refused) as refused:
+            ask("best:recrod")
+        assert refused.value.code == "unknown_rule"
+
+
 def test_a_cold_load_is_what_was_saved(run: ckptd.Experiment, daemon: FakeDaemon, home: Path):
     checkpoint, directory, image = saved(run, daemon, home, 3)
     files = [

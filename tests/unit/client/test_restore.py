@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ckptd_client import readback
-from ckptd_client.errors import CorruptCheckpoint, MissingPart, NotFound, StateMismatch, Unavailable
+from ckptd_client.errors import CorruptCheckpoint, MissingPart, NotFound, Refused, StateMismatch, Unavailable
 from ckptd_client.find import newest_intact
 from ckptd_client.readback import Order, is_intact
 from ckptd_client.restore import find_checkpoint, map_checkpoint, read_checkpoint
@@ -325,7 +325,9 @@ def test_finding_goes_by_step_and_revision_and_passes_garbage_over(tmp_path: Pat
     os.truncate(cut / "model.safetensors", 100)
     write_checkpoint(root / ".step_3.ckptd-tmp-x", small_state(), step=3_000_000)
     (root / "latest").symlink_to(cut)
-    for index, garbage in enumerate([b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"files":[{"path":3}]}']):
+    twice = b'{"files":[],"step":4,"step":4000000,"checkpoint":"%s"}' % (b"e" * 32)
+    garbages = [b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"files":[{"path":3}]}', twice]
+    for index, garbage in enumerate(garbages):
         (root / f"bad{index}").mkdir()
         (root / f"bad{index}" / "manifest.json").write_bytes(garbage)
     assert find_checkpoint(str(root)).path == str(root / "step_0001000000_r2")
@@ -341,6 +343,24 @@ def test_finding_goes_by_step_and_revision_and_passes_garbage_over(tmp_path: Pat
         find_checkpoint(str(root), "best:val_loss")
     with pytest.raises(NotFound):
         find_checkpoint(str(tmp_path / "nowhere"))
+
+
+def test_what_a_hook_vetoed_is_not_the_latest_and_is_found_when_it_is_named(tmp_path: Path) -> None:
+    """M057, with no daemon to ask: all of them vetoed is an error, and never a run that begins anew."""
+    older = write_checkpoint(tmp_path / "step_1", small_state(), step=1, checkpoint="aa" * 16)
+    newer = write_checkpoint(tmp_path / "step_2", small_state(), step=2, checkpoint="bb" * 16)
+    note = {"v": 1, "checkpoint": "bb" * 16, "metrics": {}, "veto": "hook 'gate': odd"}
+    (newer / "late.json").write_text(json.dumps(note))
+    assert find_checkpoint(str(tmp_path)).path == str(older)
+    assert find_checkpoint(str(tmp_path), 2).path == find_checkpoint(str(tmp_path), "bbbbbb").path == str(newer)
+    assert newest_intact(str(tmp_path), str(older)) is None
+    for harmless in ({**note, "checkpoint": "cc" * 16}, {**note, "veto": None}, [], {"veto": "of nobody"}):
+        (newer / "late.json").write_text(json.dumps(harmless))
+        assert find_checkpoint(str(tmp_path)).path == str(newer)
+    for path, checkpoint in ((older, "aa" * 16), (newer, "bb" * 16)):
+        (path / "late.json").write_text(json.dumps({**note, "checkpoint": checkpoint}))
+    with pytest.raises(Refused, match="vetoed, the newest by hook 'gate': odd"):
+        find_checkpoint(str(tmp_path))
 
 
 def test_intact_means_read_back_with_the_same_digest(tmp_path: Path) -> None:

@@ -157,6 +157,16 @@ def test_every_builtin_hook_can_be_named_in_the_configuration(name):
     assert found.events == BUILTINS[name].events
 
 
+@pytest.mark.parametrize("name", sorted(BUILTINS))
+def test_a_builtin_hook_keeps_its_priority_when_its_class_has_been_asked(name):
+    """Reading tensors waits for the others: what any class says by default must not promote it."""
+    registry = from_toml({"builtin": name})
+    registry.declare(name, [{"name": name, "events": [], "priority": 50, "timeout_s": None}])
+    assert registry.get(name).priority == BUILTINS[name].priority
+    registry = from_toml({"builtin": name, "priority": "high"})
+    assert registry.get(name).priority == Priority.HIGH
+
+
 def test_hooks_that_are_off_are_not_imported():
     """M064: neither one that is disabled nor, with the switch off, any."""
     assert [spec.name for spec in from_toml({"python": "m:f"}, {"python": "n:f", "enabled": False}).undeclared] == [

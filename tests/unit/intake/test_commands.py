@@ -205,12 +205,14 @@ async def test_pin_and_unpin_say_whether_anything_changed(short_dir):
                 ("pin", {"note": "a"}),
                 ("pin", {"note": "a"}),
                 ("pin", {"note": "b"}),
-                ("unpin", {}),
+                ("unpin", {"note": "c"}),
                 ("unpin", {}),
             )
         ]
         assert changed == [True, False, True, True, False]
-        assert [e["action"] for e in (await line.ask("audit"))["entries"]] == ["unpin", "pin", "pin"]
+        entries = (await line.ask("audit"))["entries"]
+        assert [(e["action"], e["note"]) for e in entries][::2] == [("unpin", "c"), ("pin", "")]
+        assert [e["action"] for e in entries] == ["unpin", "pin", "pin"]
 
 
 async def test_wait_ends_with_the_level_the_end_or_the_time(short_dir):

@@ -43,7 +43,7 @@ async def test_a_daemon_that_is_well_has_a_line_for_each_check(short_dir):
         found = await examined(line)
         lines = {named(check) for check in found.values()}
         of_the_command = {"configuration", "state directory", "socket", "daemon", "versions"}
-        only_when_wrong = {"stop", "mount *", "worker *", "watching *", "alert *"}
+        only_when_wrong = {"stop", "mount *", "worker *", "watching *", "alert *", "retention *"}
         assert lines == set(CHECKS) - of_the_command - only_when_wrong
         assert found["checkpoints"]["status"] == "ok"
 
@@ -56,7 +56,7 @@ async def test_a_damaged_checkpoint_is_counted_until_it_is_good_again(short_dir)
         )
         found = (await examined(line))["checkpoints"]
         assert (found["status"], found["detail"]) == ("warn", "1 corrupt, 0 missing")
-        assert "ckpt ls --state corrupt" in found["hint"]
+        assert "ckpt cleanup" in found["hint"]
 
 
 async def test_a_save_that_waits_long_in_the_spool_is_named(short_dir):

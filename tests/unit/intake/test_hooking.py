@@ -1,16 +1,21 @@
 """Hooks in a daemon: asked before each act, told after it, switched and tried by people; and verbs of plug-ins."""
 
+import json
+import os
 from contextlib import asynccontextmanager
 
 import anyio
+import anyio.to_thread
 import pytest
 
-from ckptd.catalog import checkpoints, hookruns
+from ckptd.catalog import checkpoints, eventlog, hookruns
 from ckptd.errors import BadRequest, Held, NotFound, Vetoed
 from ckptd.hookconfig import VerbEntry
 from ckptd.model import Level, State, new_id
 from ckptd.pipeline import asking
+from ckptd_client.find import find_checkpoint
 from tests.support.in_process import Training, a_tensor, daemon, eventually
+from tests.support.strangers import SOMEBODY, ask_as, need_root
 
 MODULE = """
 import json, os, sys
@@ -72,6 +77,52 @@ async def test_a_vetoed_save_is_as_safe_as_any_and_is_neither_latest_nor_best(sh
         assert (await line.ask("attach", selector=odd))["step"] == 7, "named by its id it can be loaded"
         assert (await node.read(lambda conn: checkpoints.get(conn, odd))).state is State.LIVE, "no rule retires it"
         assert (await line.ask("show", selector=odd))["checkpoint"]["veto"] == row.veto
+
+
+async def test_a_person_lets_a_vetoed_save_count_and_latest_and_best_are_decided_again(short_dir):
+    """M057: as after a late metric: events, links and retention follow, and the audit trail says what was lifted."""
+    rules = {"keep_best": [{"metric": "loss", "mode": "min"}], "keep_last": 1}
+    gate = a_hook(short_dir, "gate", "veto_odd", "checkpoint.before_save")
+    async with hooked(short_dir, gate, retention=rules) as (node, line):
+        training = await Training(line, str(node.runs)).open()
+        first, odd = await training.saved(2, metrics={"loss": 0.5}), await training.saved(7, metrics={"loss": 0.1})
+        assert (await line.ask("unveto", selector=odd, note="looked"))["changed"] is True
+        for selector in ("latest", "best:loss"):
+            assert (await line.ask("resolve", selector=selector, experiment=training.experiment))["checkpoint"] == odd
+        told = [one.event for one in await node.read(eventlog.page) if one.event.checkpoint == odd]
+        told = [event for event in told if event.name in {"latest.changed", "best.changed", "checkpoint.unvetoed"}]
+        assert {event.name for event in told} == {"latest.changed", "best.changed", "checkpoint.unvetoed"}
+        (said,) = [event.data for event in told if event.name == "checkpoint.unvetoed"]
+        veto = "hook 'gate': checkpoint.before_save of an odd step"
+        assert (said["veto"], said["note"], said["uid"]) == (veto, "looked", os.getuid())
+        (entry,) = (await line.ask("audit"))["entries"]
+        assert (entry["action"], entry["before"], entry["note"]) == ("unveto", {"veto": veto}, "looked")
+        place = node.runs / "demo/run"
+        await eventually(lambda: all(os.readlink(place / name) == "step_0000000007" for name in ("latest", "best")))
+        await eventually(lambda: node.read(lambda conn: is_in(conn, first, State.TRASHED)))
+        assert (await line.ask("unveto", selector=odd))["changed"] is False
+        assert [one["action"] for one in (await line.ask("audit"))["entries"]].count("unveto") == 1
+
+
+async def test_a_veto_lies_beside_the_manifest_until_it_is_lifted_and_a_rebuild_believes_it(short_dir):
+    """I5: a catalog that was lost and made again calls the same checkpoint the latest."""
+    gate = a_hook(short_dir, "gate", "veto_odd", "checkpoint.before_save")
+    async with hooked(short_dir, gate) as (node, line):
+        training = await Training(line, str(node.runs)).open()
+        even, odd, other = [await training.saved(step) for step in (2, 7, 9)]
+        await eventually(lambda: find_checkpoint(str(node.runs / "demo/run")).checkpoint == even)
+        await line.ask("unveto", selector=other)
+        await eventually(lambda: find_checkpoint(str(node.runs / "demo/run")).checkpoint == other)
+    for left in (short_dir / "state").glob("catalog*"):
+        left.unlink()
+    async with hooked(short_dir, gate) as (node, line):
+        await node.parts.admission.managed_root(str(node.runs), os.getuid())
+        await line.ask("rebuild")
+        for one in (odd, other):
+            await eventually(lambda one=one: node.read(lambda conn: is_at(conn, one, Level.VERIFIED)))
+        rows = await node.read(lambda conn: checkpoints.get_many(conn, [odd, other]))
+        assert (rows[odd].veto, rows[other].veto) == ("hook 'gate': checkpoint.before_save of an odd step", None)
+        assert (await line.ask("resolve", selector="latest", project="demo", name="run"))["checkpoint"] == other
 
 
 async def test_a_vetoed_load_is_an_error_and_never_another_checkpoint(short_dir):
@@ -137,6 +188,11 @@ async def test_a_vetoed_removal_and_a_vetoed_plan_leave_everything_where_it_is(s
         assert "retention.before_apply" in told
 
 
+async def is_at(conn, checkpoint: str, level: Level) -> bool:
+    found = (await checkpoints.get_many(conn, [checkpoint])).get(checkpoint)
+    return found is not None and found.level is level
+
+
 async def is_in(conn, checkpoint: str, state: State) -> bool:
     return await checkpoints.state_of(conn, checkpoint) is state
 
@@ -178,6 +234,34 @@ async def test_people_list_try_and_switch_hooks_and_see_what_came_of_them(short_
         with pytest.raises(BadRequest):
             await line.ask("hooks.log", outcome="perhaps")
         assert [entry["action"] for entry in (await line.ask("audit"))["entries"]].count("hooks.switch") == 1
+
+
+async def test_another_user_lists_tries_and_switches_no_hook(short_dir):
+    """S9: on a daemon that serves everybody, hooks are root's and its own user's; a real process of somebody else asks."""
+    need_root()
+    gate = a_hook(short_dir, "gate", "note", "checkpoint.published")
+    requests = [
+        {"op": "hooks"},
+        {"op": "hooks.log"},
+        {"op": "hooks.test", "hook": "gate", "data": {"step": 1}},
+        {"op": "hooks.switch", "hook": "gate", "enabled": False},
+        {"op": "hooks.switch", "hook": "gate", "enabled": True},
+        {"op": "hooks.switch", "hook": "none", "enabled": True},
+    ]
+    async with hooked(short_dir, gate) as (node, line):
+        settings = node.parts.admission.current
+        node.parts.admission.current = settings.model_copy(update={"mode": "system"})
+        short_dir.chmod(0o711)
+        (short_dir / "s").chmod(0o666)
+        said = await anyio.to_thread.run_sync(ask_as, SOMEBODY, short_dir / "s", *requests)
+        hello, *answers = [json.loads(answer) for answer in said.stdout.splitlines()]
+        assert hello["ok"], said
+        assert [answer["error"]["code"] for answer in answers] == ["not_authorized"] * len(requests)
+        assert not (short_dir / "told").exists(), "nothing was run"
+        assert [row["enabled"] for row in (await line.ask("hooks"))["hooks"]] == [True]
+        assert (await line.ask("audit"))["entries"] == []
+        own = await anyio.to_thread.run_sync(ask_as, 0, short_dir / "s", requests[3])
+        assert json.loads(own.stdout.splitlines()[1])["changed"] is True
 
 
 async def test_a_plug_in_adds_a_verb_of_its_own_and_can_shadow_none(short_dir):

@@ -93,7 +93,16 @@ async def test_an_offer_is_taken_in_and_removed(short_dir):
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"not json", b"[]", b'{"path":"relative"}', b'{"path":"/a","checkpoint":"x"}', b"[" * 5000, b'{"path":5}'],
+    [
+        b"",
+        b"not json",
+        b"[]",
+        b'{"path":"relative"}',
+        b'{"path":"/a","checkpoint":"x"}',
+        b"[" * 5000,
+        b'{"path":5}',
+        b'{"path":"/a","checkpoint":"%s","note":"","note":"x"}' % (b"a" * 32),
+    ],
 )
 async def test_offers_that_make_no_sense_stay_and_are_named_by_doctor(short_dir, body):
     directory = short_dir / "state" / "spool"

@@ -18,6 +18,9 @@ from ckptd.errors import CatalogFault, NoSpace
 from ckptd.intake import trouble as troubles
 from ckptd.intake.trouble import CHECKS, Signs, Troubles, Vitals
 from ckptd.model import JobState
+from ckptd.pipeline.tools import OnHold
+from ckptd.retention import Braked
+from ckptd.rules import Rules
 from tests.support.catalog import StillClock
 
 GUIDE = Path(__file__).parents[3] / "docs/guide/troubles.md"
@@ -41,7 +44,7 @@ class World:
         self.problems: list[tuple[str, str]] = []
         self.spool = SimpleNamespace(refused={})
         self.notifier = SimpleNamespace(
-            enabled=True, trouble=None, store_max=8, stored=1, has_room=lambda: True, watchdog_s=None
+            enabled=True, trouble=None, store_max=8, kept=False, stored=1, has_room=lambda: True, watchdog_s=None
         )
         self.bus = SimpleNamespace(missed=0)
         self.vitals = Vitals(socket="/s", started_s=0.0)
@@ -50,9 +53,16 @@ class World:
         reconciler: Any = SimpleNamespace(
             unseen=lambda: self.unseen, problems=lambda: self.problems, owner=lambda path: OTHER
         )
-        given: Any = SimpleNamespace(state=lambda: self.workers)
-        parts: Any = (self.catalog, None, self.pool, given, reconciler, self.spool, self.notifier, self.bus)
-        self.troubles = Troubles(Signs(*parts, self.clock, lambda: settings, self.vitals))
+        self.tools: Any = SimpleNamespace(
+            catalog=self.catalog,
+            jobs=None,
+            clock=self.clock,
+            settings=lambda: settings,
+            workers=SimpleNamespace(state=lambda: self.workers),
+            on_hold={},
+        )
+        parts: Any = (self.pool, reconciler, self.spool, self.notifier, self.bus)
+        self.troubles = Troubles(Signs(self.tools, *parts, self.vitals))
         self.pulse = self.troubles.pulse
 
     def commit_fails(self, error: Any) -> None:
@@ -146,6 +156,24 @@ def _spool_refused(w: World) -> None:
     w.spool.refused = {"/state/spool/x": "no JSON"}
 
 
+def on_hold(name: str, uid: int = OTHER) -> OnHold:
+    facts: Any = {"drops": 297, "strips": 0, "live": 300, "size_bytes": 1, "limits": "more than a fifth"}
+    rules = Rules(keep_last=3)
+    return OnHold("p", name, uid, NOW, rules, Braked(why=("the rules keep last 3",), **facts))
+
+
+def _plan_held(w: World) -> None:
+    w.tools.on_hold["e"] = on_hold("run 1")
+
+
+def test_a_store_that_kept_something_over_a_restart_is_believed_though_nobody_says_so() -> None:
+    """systemd before 254 keeps descriptors and has no way to tell."""
+    world = World()
+    _store_unsaid(world)
+    world.notifier.kept = True
+    assert world.troubles.now() == []
+
+
 STATES: list[tuple[Callable[[World], None], str, bool, str]] = [
     (_catalog_full, "catalog", True, "free space under /state"),
     (_catalog_damaged, "catalog", True, "ckpt rebuild"),
@@ -168,6 +196,12 @@ STATES: list[tuple[Callable[[World], None], str, bool, str]] = [
     (_root_gone, "root /runs", True, "ReadWritePaths"),
     (_parked, "jobs", False, "tried again"),
     (_spool_refused, "spool", False, "look at them"),
+    (
+        _plan_held,
+        "retention p/run 1",
+        False,
+        "`ckpt retention plan 'p/run 1'` shows it, then `ckpt retention apply 'p/",
+    ),
 ]
 
 
@@ -223,6 +257,20 @@ def test_a_user_hears_nothing_of_other_users_roots() -> None:
     assert [t.what for t in world.troubles.known_to(OTHER + 1)] == ["jobs"]
     assert "/runs" not in world.troubles.line(world.troubles.known_to(OTHER + 1))
     assert len(world.troubles.known_to(OTHER)) == len(world.troubles.known_to(0)) == 3
+
+
+def test_a_user_hears_of_the_own_held_plans_and_of_many_only_how_many() -> None:
+    """A rule for everybody may hold a thousand: the answer stays short."""
+    world = World()
+    world.tools.on_hold |= {str(number): on_hold(f"run{number}") for number in range(1000)}
+    world.tools.on_hold["mine"] = on_hold("mine", OTHER + 1)
+    found = world.troubles.known_to(OTHER)
+    assert len(found) == troubles.HELD_NAMED_MAX + 1
+    assert found[0].why.startswith(
+        "it would drop 297 of 300 live checkpoints at once, more than a fifth; nothing of it"
+    )
+    assert (found[0].what, found[0].since, found[-1].what) == ("retention p/run0", NOW, "retention 992 more")
+    assert [one.what for one in world.troubles.known_to(OTHER + 1)] == ["retention p/mine"]
 
 
 def test_asking_costs_next_to_nothing() -> None:

@@ -266,6 +266,26 @@ async def test_a_hook_finds_the_metrics_of_its_checkpoint_under_their_own_names(
     assert (context.data["note"], context.data["tags"], context.data["step"]) == ("mine", ["x"], row.step)
 
 
+async def test_a_finding_names_what_it_is_about_as_people_do(place):
+    """A line of the log that says "1 nan" and not of which step helps nobody."""
+    of = await experiment(place.catalog)
+    row = (await place.catalog.write(lambda tx: checkpoints.stage(tx, a_checkpoint(of)))).checkpoint
+
+    async def tell(tx) -> None:
+        tx.tell("checkpoint.pinned", {"note": ""}, experiment=of, checkpoint=row.id)
+        tx.tell("checkpoint.pinned", {"note": ""}, experiment=of)
+        tx.tell("checkpoint.pinned", {"note": ""})
+
+    async with place.delivering(a_hook("one", PINNED)) as hooks:
+        hooks.findings = (Finding(Level.WARNING, "odd"),)
+        await place.catalog.write(tell)
+        await eventually(lambda: place.published.names.count("hook.finding") == 3)
+    found = [event.data for event in place.published.events if event.name == "hook.finding"]
+    called = {"project": row.project, "name": row.experiment}
+    told = {"hook": "one", "level": "warning", "text": "odd", "facts": {}}
+    assert found == [called | {"step": row.step} | told, called | told, told]
+
+
 async def test_runs_findings_and_counts_are_kept_over_a_restart(place):
     """M058."""
     async with place.delivering(a_hook("one")) as hooks:

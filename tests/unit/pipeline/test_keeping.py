@@ -218,11 +218,36 @@ async def test_below_the_floor_the_alarm_comes_first_then_the_trash_then_the_old
         assert os.listdir(node.runs / ".ckptd-trash") == []
         logged = await node.read(eventlog.page)
         names = [one.event.name for one in logged]
-        assert names.index("disk.low") < names.index("checkpoint.dropped")
-        assert names.count("disk.low") == 1, "an alarm that lasts is told once an hour"
+        assert names.index("disk.relief") < names.index("checkpoint.dropped")
+        assert names.count("disk.relief") == 1, "what lasts is told once an hour"
+        assert "disk.low" not in names, "that is the alarm of [alerts], which nobody has looked at"
         disk_with(node, monkeypatch, 0)
         await relieve.run(node.parts.tools)
         assert await states(node, ids) == "dldddl", "only the pinned and the newest are left, and nothing more goes"
+
+
+async def test_one_act_of_running_low_on_a_mount_is_one_event_of_each_meaning(short_dir, monkeypatch):
+    """Two roots on one disk, both below the floor of [disk] and the disk below that of [alerts], looked at again and again."""
+    alerts = {"look_s": 3600, "disk_free_bytes_min": FREE, "disk_free_share_min": 0, "rss_bytes_max": 0}
+    async with daemon(short_dir, front=False, alerts=alerts) as node, node.connect() as line:
+        other = node.runs.with_name("other")
+        for place in (node.runs, other):
+            await Training(line, str(place)).open()
+            await node.parts.observers.status.usage(str(place))
+        settings = node.parts.admission.settings()
+        disk = settings.disk.model_copy(update={"free_bytes_min": FREE})
+        node.parts.admission.current = settings.model_copy(update={"disk": disk})
+        for free in (FREE - 1, FREE - 2, FREE + FREE // 2, FREE - 1):
+            disk_with(node, monkeypatch, free)
+            for _ in range(2):
+                await node.parts.observers.alerts.look()
+                await relieve.run(node.parts.tools)
+        told = [one.event for one in await node.read(eventlog.page)]
+        low = [one.data for one in told if one.name == "disk.low"]
+        relief = [one.data for one in told if one.name == "disk.relief"]
+        assert (len(low), len(relief)) == (2, 2), "once, and once more after it was over"
+        assert all(one["roots"] == sorted(map(str, (node.runs, other))) for one in relief)
+        assert low[0]["mount"] == relief[0]["mount"]
 
 
 async def test_a_root_over_its_budget_sheds_its_oldest_into_the_trash(short_dir):

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from ckptd.errors import BadPath, NotFound, SourceChanged
+from ckptd.errors import BadPath, DiskFault, NotFound, SourceChanged
 from ckptd.worker import digest, fsync
 from ckptd.worker.context import Cancelled, Context, Limits
 from ckptd.worker.fsync import FsyncFailed
-from ckptd.worker.hashing import FileDigest
+from ckptd.worker.hashing import FileDigest, HashThread
 from ckptd.worker.protocol import Digest, Digested
 
 MIB = 1 << 20
@@ -215,3 +215,18 @@ def test_a_cancelled_digest_stops(tmp_path: Path, checkpoint: Path) -> None:
     context.cancelled.set()
     with pytest.raises(Cancelled):
         ask(tmp_path, checkpoint, context)
+
+
+def test_the_error_of_a_read_is_told_though_it_still_holds_a_buffer_of_the_digest() -> None:
+    held = []
+
+    def fail() -> None:
+        with HashThread() as hasher:
+            buffer = hasher.buffer()
+            held.append(buffer[:3])
+            hasher.give_back(buffer)
+            raise DiskFault("gone")
+
+    with pytest.raises(DiskFault, match="gone"):
+        fail()
+    assert bytes(held[0]) == bytes(3)

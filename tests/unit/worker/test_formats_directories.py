@@ -251,10 +251,12 @@ def test_our_own_directory_with_a_missing_or_cut_file_is_not_whole(tmp_path, loo
         b'{"v":1,"checkpoint":"../../etc","files":[]}',
         b'{"v":1,"checkpoint":"' + b"ab" * 16 + b'","files":[{"path":7}]}',
         b'{"v":1,"checkpoint":"' + b"ab" * 16 + b'","files":[' + b"[]," * 400_000 + b"[]]}",
+        b'{"v":1,"checkpoint":"' + b"cd" * 16 + b'","checkpoint":"' + b"ab" * 16 + b'","files":[]}',
+        b'{"v":1,"checkpoint":"' + b"ab" * 16 + b'","files":[],"config":{"lr":1,"\\u006cr":2}}',
     ],
 )
 def test_a_manifest_that_is_none_is_refused(raw):
-    """Wrong type, version or id, too deep, too many: in bounded memory and with one kind of error."""
+    """S2: wrong type, version or id, a key twice, too deep, too many: in bounded memory and with one kind of error."""
     with pytest.raises(InvalidFormat):
         ckptd_dir.parse_manifest(raw)
 

@@ -241,6 +241,26 @@ def test_an_unsealed_memfd_is_read_and_never_mapped(root: Path) -> None:
     os.close(fd)
 
 
+def mapped(inode: int) -> bool:
+    """Whether this process maps a memfd of that inode."""
+    return any(line.split()[4] == str(inode) for line in Path("/proc/self/maps").read_text().splitlines())
+
+
+def test_an_image_that_is_closed_while_a_traceback_holds_a_view_goes_with_the_view() -> None:
+    """Else the error of a write that failed would be lost to one that its memory can't be unmapped."""
+    fd, images = sealed({"f": b"x" * 5000})
+    inode = os.fstat(fd).st_ino
+    image = Image(fd, images)
+    view = image.view(4096, 5000)
+    image.close()
+    image.close()
+    os.close(fd)
+    assert not image.mapped
+    assert (bytes(view[:3]), mapped(inode)) == (b"xxx", True)
+    del view
+    assert not mapped(inode)
+
+
 @pytest.mark.parametrize(
     "image",
     [

@@ -14,6 +14,7 @@ from ckptd.errors import BadPath, Exists, Missing, SourceChanged
 from ckptd.worker import digest, durable, kernel, sweep, trash
 from ckptd.worker.context import Context
 from ckptd.worker.protocol import Digest, Done, IdentityRecord, Purge, Restore, Sweep, Trash
+from tests.support.disk import tmpfs
 
 BIN = ".ckptd-trash"
 ID = "ab" * 16
@@ -272,9 +273,24 @@ def test_a_trash_that_is_a_symlink_is_refused(root: Path, checkpoint: Path, tmp_
 def test_the_root_and_the_trash_itself_are_never_retired(root: Path, checkpoint: Path) -> None:
     recorded = identity(root, checkpoint)
     retire(root, checkpoint, recorded)
-    for path in (root, root / BIN, root / BIN / ID):
+    for path in (root, root / BIN, root / BIN / ID, root.parent, root / "../beside", Path.home(), Path("/")):  # S15
         with pytest.raises(BadPath):
             retire(root, path, recorded, OTHER)
+
+
+def test_a_mount_point_and_what_lies_on_it_are_never_retired(root: Path) -> None:
+    """S15. Neither by what was recorded before something was mounted there, nor by what is there now."""
+    place = make(root / "runs/step_1")
+    before = identity(root, place)
+    with tmpfs(place, "1m") as mounted:
+        inside = make(mounted / "step_2")
+        for path in (mounted, inside):
+            f = path.stat()
+            for recorded in (before, IdentityRecord(f.st_dev, f.st_ino, 12, 2**62, 2**62)):
+                with pytest.raises((BadPath, SourceChanged)):
+                    retire(root, path, recorded)
+        assert (inside / "sub/shard").exists()
+    assert retire(root, place, before).count == 1
 
 
 def test_a_purge_cut_off_half_way_is_finished_by_the_next(

@@ -103,6 +103,16 @@ def test_a_mask_that_was_always_infinite_is_no_alarm(tmp_path, model):
     found = hook.execute(save(tmp_path, 2, model, mask=mask, lowest=lowest))
     assert found.level is Level.INFO
     assert kinds(found)["inf"] == 1  # still counted
+    assert found.text.startswith("as in step 1: 1 inf, 1 exploding: mask: 15 of 36 are infinite (")
+
+
+def test_nan_that_stays_is_never_called_sound(tmp_path, model):
+    """It is no news, so it is no error again; but nothing is made of NaN."""
+    hook, bad = NumericHealth(), torch.full((20,), float("nan"))
+    assert hook.execute(save(tmp_path, 1, model, bad=bad)).level is Level.ERROR
+    found = hook.execute(save(tmp_path, 2, model, bad=bad))
+    assert found.level is Level.WARNING
+    assert found.text.startswith("as in step 1: 1 nan: bad: 20 of 20 are NaN (")
 
 
 def test_a_sudden_change_of_norm_is_found_against_the_checkpoint_before(tmp_path, model):

@@ -41,6 +41,7 @@ def event(event_name: str, /, key: str = "", **data: object) -> Context:
         ("experiment.lost", "stalled", Level.ERROR),
         ("experiment.failed", "stalled", Level.ERROR),
         ("disk.low", "disk", Level.ERROR),
+        ("disk.relief", "relief", Level.WARNING),
         ("checkpoint.corrupt", "corrupt", Level.ERROR),
         ("job.parked", "backlog", Level.WARNING),
     ],
