@@ -186,6 +186,9 @@ class Training(Member):
                 if entry.level != "verified" and not entry.refused:
                     self._ledger.complain(f"{self.name} step {entry.step} did not arrive in {ARRIVE_S:g} s: {told}")
             self._open = []
+            # A short run on a busy machine may have had no time for it.
+            if self._trainer is not None and self._ledger.restores == 0:
+                self._restore(self._trainer)
         except TrainerDied:
             self._bury()
 
