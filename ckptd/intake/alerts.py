@@ -119,6 +119,7 @@ class Alerts:
         self._bus = bus
         self._steps: dict[str, tuple[int, float]] = {}
         self.raised: dict[Key, Alert] = {}
+        rss_bytes()  # now: when descriptors run out there is none to be had for the first look
         self.oldest_s: float | None = None
 
     async def run(self) -> None:

@@ -4,6 +4,7 @@ Two sources: the bus (each event is true by then) and requests that were answere
 this: events queue up to QUEUED_MAX here, the oldest are lost beyond that, and how many is counted.
 """
 
+import functools
 import math
 import os
 from collections import OrderedDict
@@ -228,13 +229,17 @@ def period(found: Period) -> Answer:
     }
 
 
+@functools.cache
+def _statm() -> int:
+    return os.open(_STATM, os.O_RDONLY | os.O_CLOEXEC)
+
+
 def rss_bytes() -> int:
-    """Return this process's memory. Does not block: the kernel answers from memory."""
-    fd = os.open(_STATM, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return int(os.pread(fd, 256, 0).split()[1]) * _PAGE
-    finally:
-        os.close(fd)
+    """Return this process's memory. Does not block: the kernel answers from memory.
+
+    OSError where the first call finds no descriptor left; it keeps one, so that no later call needs any.
+    """
+    return int(os.pread(_statm(), 256, 0).split()[1]) * _PAGE
 
 
 def _remember(of: "OrderedDict[str, Any]", key: str, value: object) -> None:

@@ -27,6 +27,7 @@ from ckptd.rules import Rules
 log = structlog.get_logger()
 
 Key = tuple[str, int, str, str]
+MEMBER, LAST_BAR = 1, 2  # what a row's standing says of its part in what must be remembered; 0: none
 INLINE_MAX = 500  # checkpoints that are compared on the event loop: some milliseconds
 
 
@@ -217,7 +218,7 @@ async def _admit(tx: Tx, board: Board, top: list[Place], row: Seen) -> bool:
     after = admit(_decision(rows), one, rule) if was is None and one is not None and lasting else None
     if after is None:
         return await _decide(tx, board, await _all_rows(tx, board))
-    return await bests.record(tx, board, rows, _as_rows(after))
+    return await bests.record(tx, board, rows, _as_rows(after, rule))
 
 
 def _is_enough(rule: BestRule, top: list[Place], one: Contender) -> bool:
@@ -225,8 +226,8 @@ def _is_enough(rule: BestRule, top: list[Place], one: Contender) -> bool:
     if not rule.remembers:
         return True
     first = next((place for place in top if place.rank == 1), None)
-    is_last_bar = first is not None and rule.min_delta > 0 and first.standing[2]
-    return first is not None and is_last_bar and one.age > _as_contender(first).age
+    # An earlier bar may stand in the first place as well: when the last one was retired, and only value counts.
+    return first is not None and first.standing[2] == LAST_BAR and one.age > _as_contender(first).age
 
 
 async def _all_rows(tx: Tx, board: Board) -> list[Place]:
@@ -255,7 +256,7 @@ async def _decided(conn: AsyncConnection, board: Board) -> list[Place]:
 
     def decided() -> list[Place]:
         everyone = [one for one in (_contender(rule, row) for row in found) if one is not None]
-        return _as_rows(decide(everyone, rule))
+        return _as_rows(decide(everyone, rule), rule)
 
     return decided() if len(found) <= INLINE_MAX else await anyio.to_thread.run_sync(decided)
 
@@ -268,9 +269,11 @@ def _contender(rule: BestRule, row: Seen) -> Contender | None:
     return Contender(row.id, row.sequence, when, *found, present=row.is_good, experiment_no=row.experiment_no)
 
 
-def _as_rows(decided: Decision) -> list[Place]:
+def _as_rows(decided: Decision, rule: BestRule) -> list[Place]:
     ranks = {one.sequence: rank for rank, one in enumerate(decided.places, start=1)}
-    members = {one.sequence for one in decided.members}
+    parts = dict.fromkeys((one.sequence for one in decided.members), MEMBER)
+    if rule.min_delta and decided.members:
+        parts[decided.members[-1].sequence] = LAST_BAR
     return [
         Place(
             checkpoint_no=number,
@@ -278,7 +281,7 @@ def _as_rows(decided: Decision) -> list[Place]:
             rank=ranks.get(number, 0),
             experiment_no=one.experiment_no,
             value=one.value,
-            standing=[list(one.vector), list(one.age), number in members],
+            standing=[list(one.vector), list(one.age), parts.get(number, 0)],
             present=one.present,
         )
         for number, one in {one.sequence: one for one in (*decided.places, *decided.members)}.items()

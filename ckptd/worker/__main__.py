@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import msgspec
 
 from ckptd import failpoint
-from ckptd.errors import BadRequest, Bug, CkptdError
+from ckptd.errors import BadRequest, Bug, Busy, CkptdError
 from ckptd.worker import fetching, kernel, protocol, verbs
 from ckptd.worker.context import Context, Limits, TakesLong
 from ckptd.worker.fault import coded
@@ -30,6 +30,8 @@ from ckptd_client.wire import FrameError, Splitter
 
 READ_BYTES = 256 << 10
 FDS_MAX = 16  # descriptors in one message; the daemon sends one with a frame
+LOST = -1  # in the place of a descriptor that did not arrive
+RETRY_S = 1.0
 WAITING_MAX = 1024  # requests that wait in one lane
 WATCHES_MAX = 256  # watches run until cancelled: each has a thread of its own
 
@@ -129,12 +131,16 @@ class Loop:
             # inside its renameat2, and then its directory is whole, or it never happens. Python's
             # own exit would wait for threads that may hang in the kernel for ever.
             os._exit(0)
-        if flags & socket.MSG_CTRUNC:
-            _die("descriptors were lost on their way: this process has too many open")
+        came: list[int] = []
         for level, kind, payload in messages:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 width = len(payload) - len(payload) % 4
-                arenas.extend(memoryview(payload)[:width].cast("i"))
+                came.extend(memoryview(payload)[:width].cast("i"))
+        if flags & socket.MSG_CTRUNC and not came:
+            # There was no room for it in this process's table. Frames bring one at most, and the kernel ends a read
+            # behind it (unix(7)): so it is known whose it was, and that request alone has to come again.
+            came = [LOST]
+        arenas.extend(came)
         return data
 
     def _take(self, frame: bytes, arenas: list[int]) -> None:
@@ -149,6 +155,9 @@ class Loop:
             self._cancel(number)
             return
         fd = arenas.pop(0) if fds else None
+        if fd == LOST:
+            self._fail(number, Busy("the worker has no descriptor left to be lent an arena", retry_after_s=RETRY_S))
+            return
         try:
             request = msgspec.convert(message, verbs.AnyRequest)
         except msgspec.ValidationError as error:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from ckptd.intake.meter import rss_bytes
 from ckptd.model import new_id
 from ckptd_client import control
 from tests.support.node import Node, NotAnswering
@@ -22,6 +23,12 @@ from tests.support.trainer import Nursery, Trainer
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 PROJECT = "few"
 SHORT_S, LONG_S = 4.0, 40.0
+OFTEN = """
+[alerts]
+look_s = "1s"
+[disk]
+free_bytes_min = "1M"
+"""
 CROWD_MAX = 40
 BODY = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
 SMALL = struct.pack("<Q", len(BODY)) + BODY + struct.pack("<f", 1.0)
@@ -101,7 +108,8 @@ def test_descriptors_that_run_out_at_any_moment_end_nothing_and_lose_nothing(
     plain_nursery: Nursery, tmp_path: Path, seed: int, lasts_s: float
 ) -> None:
     """F15. The daemon and its worker stay the same processes, and all that was acknowledged is verified in the end."""
-    node = make(prefix=("env", "-u", "CKPTD_FAIL")).start()  # a fail point's file could not be opened either
+    # Without fail points, whose file could not be opened either; and what looks now and then looks often.
+    node = make(prefix=("env", "-u", "CKPTD_FAIL"), more=OFTEN).start()
     chance, acknowledged = random.Random(seed), []
     try:
         trainers = [plain_nursery.trainer(node.environ) for _ in range(3)]
@@ -127,10 +135,17 @@ def test_descriptors_that_run_out_at_any_moment_end_nothing_and_lose_nothing(
         assert not [line for name in ("request.bug", "stage.bug", "peer.bug") for line in node.said(name)]
         print(f"{squeeze.times} squeezes, {len(acknowledged)} hand-offs acknowledged, all verified")
     except BaseException:
-        print(node.tail())
+        print(node.tail(), node.said("daemon.broke"), node.said("worker.lost"))
         raise
     finally:
         end(node)
+
+
+def test_the_daemons_own_memory_is_known_with_no_descriptor_left() -> None:
+    """The alerts look at it every few seconds; an error there would end the daemon."""
+    rss_bytes()
+    with limited(os.getpid(), -len(os.listdir("/proc/self/fd")) + 1):
+        assert rss_bytes() > 0
 
 
 def test_a_living_trainer_keeps_its_arena_when_its_daemon_can_not_look_at_it() -> None:

@@ -255,7 +255,33 @@ async def test_the_live_answer_is_what_a_recomputation_says(tmp_path: Path) -> N
 
 
 @pytest.mark.anyio
+async def test_an_earlier_bar_that_stands_in_for_the_retired_last_one_is_passed_by_value_alone(tmp_path: Path) -> None:
+    """The first place is then no bar that the next one has to pass."""
+    async with opened(tmp_path / "catalog.sqlite") as catalog:
+        history = History(catalog, 0)
+        await history.begin()
+        of = history.experiments[3]
+        history.rules[of] = rules = Rules(keep_best=(BestRule(metric="loss", mode="min", min_delta=0.5),))
+        await catalog.write(lambda tx: winners.recompute(tx, of, rules))
+
+        async def save(tx: Tx, step: int, loss: float) -> Checkpoint:
+            row = await climb(tx, a_checkpoint(of, step, metrics={"loss": loss}))
+            await winners.refresh_best(tx, row, rules)
+            return row
+
+        await catalog.write(lambda tx: save(tx, 1, 1.6))
+        last = await catalog.write(lambda tx: save(tx, 2, 0.75))
+        await catalog.write(lambda tx: checkpoints.mark_trashed(tx, last.id, last.id, "a person said so"))
+        await catalog.write(lambda tx: winners.lost(tx, [last.id]))
+        better = await catalog.write(lambda tx: save(tx, 3, 1.5))
+        (place,) = [one for one in await catalog.read(lambda conn: bests.current(conn, of)) if one.rule == "loss"]
+        assert place.checkpoint_id == better.id
+        await history.check("the save of 1.5")
+
+
+@pytest.mark.anyio
 @pytest.mark.faults
+@pytest.mark.timeout(900)
 async def test_the_live_answer_is_what_a_recomputation_says_over_many_histories(tmp_path: Path) -> None:
     """M102, M103, M105, M106."""
     for start in range(0, SEEDS_LONG, 20):

@@ -1,6 +1,7 @@
 """The worker as a process: its frames, its lanes, its end."""
 
 import os
+import resource
 import signal
 import socket
 import time
@@ -179,6 +180,26 @@ def test_a_cancelled_request_ends_with_an_error_and_leaves_nothing(tmp_path: Pat
         assert isinstance(worker.ask(Usage(root=str(tmp_path))), Used)
     assert list((tmp_path / "p/e").iterdir()) == []
     os.close(fd)
+
+
+def test_a_descriptor_that_there_is_no_room_for_costs_its_own_request_a_retry_and_nothing_else(tmp_path: Path) -> None:
+    """F15. Who is answered what stays certain: requests behind it have their own descriptors, or none."""
+    with WorkerProcess() as worker:
+        pid = worker.process.pid
+        assert isinstance(worker.ask(Usage(root=str(tmp_path))), Used)
+        soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        fd, images = sealed({"f": bytes(MIB)})
+        taken = set(map(int, os.listdir(f"/proc/{pid}/fd")))
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (min(set(range(1000)) - taken), hard))
+        lost, beside = worker.send(publish_request(tmp_path, images), fd), worker.send(Usage(root="/nowhere"))
+        error = worker.reply(lost)["error"]
+        assert (error["code"], error["retry_after_s"]) == ("busy", 1.0)
+        assert "descriptor" in error["message"]
+        assert not worker.reply(beside)["ok"]
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
+        assert isinstance(worker.ask(publish_request(tmp_path, images), fd), Published)
+        assert worker.process.poll() is None
+        os.close(fd)
 
 
 def test_a_worker_is_nice_idle_and_small(tmp_path: Path) -> None:
