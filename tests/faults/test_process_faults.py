@@ -147,6 +147,7 @@ def test_a_job_that_kills_its_worker_each_time_stops_nobody_else_and_is_kept(
 @pytest.mark.timeout(900)
 def test_ten_thousand_saves_with_the_daemon_stopped_keep_their_bound(node: Node, plain_nursery: Nursery) -> None:
     """F22, I6, long. Noticed once, then as quick as with nobody there; all of them arrive."""
+    node.timing["watchdog_s"] = 600.0  # it stands still for as long as the saves take; who ends such a one is F28's
     node.start()
     trainer = opened(node, plain_nursery, "stopped")
     node.wait_level(trainer.save(seed=0, step=0)["id"])

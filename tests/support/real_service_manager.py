@@ -17,8 +17,13 @@ from tests.support.node import eventually
 UNITS = Path(__file__).parents[2] / "systemd" / "user"
 MANAGER = Path("/lib/systemd/systemd")
 ANSWER_S = 60.0
-# The namespace's own /run, as sd_booted(3) looks for it; then the manager takes this process's place.
-LAUNCH = f"mount -t tmpfs tmpfs /run && mkdir -p /run/systemd/system && exec {MANAGER} --user --unit=ckptd.socket --log-target=console"
+# The namespace's own /run, as sd_booted(3) looks for it; then the manager takes this process's place. Before that every
+# file system on a loop device leaves the namespace: kept in it, one that another test shuts down would never end.
+LAUNCH = (
+    "grep ^/dev/loop /proc/mounts | cut -d' ' -f2 | xargs -r -n1 umount -l; "
+    "mount -t tmpfs tmpfs /run && mkdir -p /run/systemd/system && "
+    f"exec {MANAGER} --user --unit=ckptd.socket --log-target=console"
+)
 
 
 @dataclass
