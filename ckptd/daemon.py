@@ -38,7 +38,7 @@ from ckptd.clock import Clock, SystemClock, tick
 from ckptd.config import Settings
 from ckptd.errors import BadConfig, CkptdError
 from ckptd.events import Bus, Event
-from ckptd.intake import premises, recover
+from ckptd.intake import heap, premises, recover
 from ckptd.intake.admit import Admission
 from ckptd.intake.alarm import announce
 from ckptd.intake.arenas import ArenaPool, Use
@@ -330,10 +330,11 @@ async def _reap(parts: Parts) -> None:
 
 
 async def _tend(parts: Parts) -> None:
-    """Upkeep: memory of unused arenas, leases that ended, temporary directories of dead publishes."""
+    """Upkeep: memory of unused arenas and of nobody, leases that ended, temporary directories of dead publishes."""
     swept_s = -parts.settings.orphan_age_s
     while True:
         parts.pool.trim()
+        await anyio.to_thread.run_sync(heap.give_back)
         try:
             await parts.catalog.recover()
             if parts.clock.monotonic_s() - swept_s > parts.settings.orphan_age_s:
