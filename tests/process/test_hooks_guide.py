@@ -38,7 +38,7 @@ def test_the_guide_to_hooks_runs_as_it_is_written(node: Node, monkeypatch: Any) 
     """M047, M048, M064: hooks are taken in by a reload, asked and told in a real life, tried and switched by hand."""
     node.start()
     configured(node, node.dir / "hooks")
-    first, second = pages.blocks(PAGE, "sh")
+    first, second, lift = pages.blocks(PAGE, "sh")
     for name, value in node.environ.items():
         monkeypatch.setenv(name, value)
     node.ckpt("reload")
@@ -69,5 +69,7 @@ def test_the_guide_to_hooks_runs_as_it_is_written(node: Node, monkeypatch: Any) 
     figures = {row["name"]: row for row in results[0]["hooks"]}
     assert (figures["mine.not_diverged"]["ok"], figures["mine.not_diverged"]["vetoed"]) == (1, 1)
     assert [result.get("changed") for result in results[2:4]] == [True, True]
+    typed(node, lift.replace("step:1000", "step:2"))
+    assert node.ask("show", selector="imagenet/resnet50")["checkpoint"]["step"] == 2, "it counts after all"
     answer = node.ask("x-acme.predict", data={"n": 6})
     assert answer["run"]["findings"][0]["facts"] == {"answer": 42}, json.dumps(answer)
