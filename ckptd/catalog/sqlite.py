@@ -27,8 +27,7 @@ READ_WAIT_S = 10.0  # how long a read waits for a connection
 VERSION_TABLE = "alembic_version"  # alembic's own; what has it is a catalog
 _JOURNAL_BYTE = 18  # of the file's header: how it is journalled, https://sqlite.org/fileformat.html
 _ROLLBACK = b"\x01"
-# Of each of the few connections, all of it the daemon's own memory until it ends. What it lacks the kernel has: a
-# larger one saves nothing that was measurable at a million checkpoints, and goes on filling for hours.
+# Of each of the few connections, and the daemon's own memory until it ends. What is not in it the kernel has.
 CACHE_KIB = 4 * 1024
 ALLOW_NETWORK = "network"  # in the URL's query: "allow" accepts a network file system
 
