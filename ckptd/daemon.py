@@ -143,6 +143,7 @@ async def run(loaded: origins.Loaded, passed: list[tuple[str, int]], options: ar
                         front.start_soon(task)
                     front.start_soon(_reap, parts)
                     front.start_soon(_tend, parts)
+                    front.start_soon(heap.run)
                     front.start_soon(parts.troubles.pulse.run)
                     notifier.ready()
                     notifier.status(parts.troubles.line())
@@ -330,11 +331,10 @@ async def _reap(parts: Parts) -> None:
 
 
 async def _tend(parts: Parts) -> None:
-    """Upkeep: memory of unused arenas and of nobody, leases that ended, temporary directories of dead publishes."""
+    """Upkeep: memory of unused arenas, leases that ended, temporary directories of dead publishes."""
     swept_s = -parts.settings.orphan_age_s
     while True:
         parts.pool.trim()
-        await anyio.to_thread.run_sync(heap.give_back)
         try:
             await parts.catalog.recover()
             if parts.clock.monotonic_s() - swept_s > parts.settings.orphan_age_s:

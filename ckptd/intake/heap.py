@@ -8,12 +8,23 @@ so a daemon would hold the most that it ever needed, in each thread, and seem to
 import ctypes
 import time
 
+import anyio
+import anyio.to_thread
 import structlog
 
 log = structlog.get_logger()
 
+EVERY_S = 60.0  # an idle daemon has few wake-ups to spend
+
 _libc = ctypes.CDLL(None)
 _TRIM = getattr(_libc, "malloc_trim", None)  # glibc's alone
+
+
+async def run() -> None:
+    """Give back what is free, again and again until cancelled, in a thread."""
+    while True:
+        await anyio.sleep(EVERY_S)
+        await anyio.to_thread.run_sync(give_back)
 
 
 def give_back() -> None:
