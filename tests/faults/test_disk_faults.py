@@ -43,8 +43,11 @@ def arena() -> Iterator[tuple[int, list[FileImage]]]:
 
 
 @pytest.fixture(scope="module")
-def worker() -> Iterator[WorkerProcess]:
+def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerProcess]:
     with WorkerProcess() as made:
+        # A call that fails while the interpreter still starts, or imports a verb, would end the worker before any of ours.
+        began = made.ask(Scan(root=str(tmp_path_factory.mktemp("empty")), managed=False))
+        assert isinstance(began, Scanned)
         yield made
 
 
