@@ -364,6 +364,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write("ckptd: refuses to run under -O: asserts are part of the program\n")
         return BadConfig.exit_code
     faulthandler.enable()  # the service manager's SIGABRT leaves every thread's stack in the log
+    heap.bound()
     passed = passed_fds()
     try:
         loaded = _load(options)

@@ -73,6 +73,7 @@ async def _root(tools: Tools, settings: Settings, root: Root, known: Sequence[Ro
             elif tools.low.told_s:
                 mount = mounts.find(root.path, await anyio.to_thread.run_sync(mounts.read)).point
                 tools.low.told_s.pop((mount, floor_bytes), None)
+                tools.low.held_s.pop(root.path, None)
     if bytes_max:
         _, on_disk = await tools.catalog.read(lambda conn: figures.on_disk(conn, root_id=root.id))
         if on_disk > bytes_max:
@@ -112,9 +113,17 @@ async def _below_floor(tools: Tools, root: Root, used: Used, floor_bytes: int) -
         if done.freed_bytes:
             await trash.unlink(tools, gone, len(gone))
     if freed < wanted:
-        log.error("disk.held", root=root.path, free_bytes=used.free_bytes, floor_bytes=floor_bytes, freed_bytes=freed,
-                  why="what is left is protected: nothing more is deleted")  # fmt: skip
+        _say_held(tools, root, free_bytes=used.free_bytes, floor_bytes=floor_bytes, freed_bytes=freed)
     return Relief(root.path, wanted, freed)
+
+
+def _say_held(tools: Tools, root: Root, **sizes: int) -> None:
+    """Log that only protected checkpoints are left on a root: once an hour, for a look comes every few seconds."""
+    now_s = tools.clock.monotonic_s()
+    if now_s - tools.low.held_s.get(root.path, -TOLD_AGAIN_S) < TOLD_AGAIN_S:
+        return
+    tools.low.held_s[root.path] = now_s
+    log.error("disk.held", root=root.path, **sizes, why="what is left is protected: nothing more is deleted")
 
 
 async def _tell(tools: Tools, settings: Settings, known: Sequence[Root], low: tuple[Root, Used, int]) -> None:
@@ -173,5 +182,6 @@ async def _shed(tools: Tools, spare: Sequence[tuple[Spare, str, Rules]], excess_
     for experiment_id, ids in by_experiment.items():
         gone = await retain.retire_spare(tools, experiment_id, of[ids[0]][1], ids, why)
         freed += sum(row.size_bytes for row in gone)
-    log.info("space.shed", wanted_bytes=excess_bytes, freed_bytes=freed, checkpoints=len(taken), why=why)
+    if taken:
+        log.info("space.shed", wanted_bytes=excess_bytes, freed_bytes=freed, checkpoints=len(taken), why=why)
     return Relief(why, excess_bytes, freed)

@@ -58,6 +58,7 @@ class Low:
     """Mounts below a free-space floor of [disk], with that floor, and when it was told last (monotonic seconds)."""
 
     told_s: dict[tuple[str, int], float] = field(default_factory=dict)
+    held_s: dict[str, float] = field(default_factory=dict)  # roots where nothing more may go, and when that was logged
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,16 +5,27 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 FIELDS = {"RssAnon:": "anon", "RssFile:": "file", "RssShmem:": "shmem"}
+ROLES = {
+    "run_node.py": "supervisor",
+    "run_daemon.py": "daemon",
+    "ckptd.worker": "worker",
+    "ckptd.worker.parser": "parser",
+    "ckptd.hooks.host": "host",
+}
+PASSING = frozenset({"parser", "host", "other"})  # come when something is asked of them, and go
 
 
 @dataclass(frozen=True)
 class Sample:
-    """All processes at one moment; `arenas_bytes` counts each arena once, whoever maps it."""
+    """All processes at one moment; `arenas_bytes` counts each arena once, whoever maps it.
+
+    anon_by_role  supervisor, daemon, worker: the processes that live on; and those that come and go
+    """
 
     at_s: float
     processes: int
@@ -23,11 +34,24 @@ class Sample:
     arenas_bytes: int
     descriptors: int  # without those of arenas
     threads: int
+    anon_by_role: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def lasting_bytes(self) -> int:
+        """Anonymous memory of the processes that live as long as the node."""
+        return sum(size for role, size in self.anon_by_role.items() if role not in PASSING)
+
+
+def role_of(pid: int) -> str:
+    """What a process of ckptd is there for, by its command line."""
+    words = [os.path.basename(word) for word in Path(f"/proc/{pid}/cmdline").read_text().split("\0")]
+    return next((ROLES[word] for word in words if word in ROLES), "other")
 
 
 def sample(pids: list[int], began_s: float) -> Sample:
     """Look at these processes; one that ends meanwhile counts for what was seen of it."""
     totals = dict.fromkeys(FIELDS.values(), 0)
+    roles: dict[str, int] = {}
     descriptors = threads = 0
     arenas: dict[int, int] = {}
     for pid in pids:
@@ -36,6 +60,9 @@ def sample(pids: list[int], began_s: float) -> Sample:
                 name, _, value = line.partition("\t")
                 if name in FIELDS:
                     totals[FIELDS[name]] += int(value.split()[0]) << 10
+                if name == "RssAnon:":
+                    role = role_of(pid)
+                    roles[role] = roles.get(role, 0) + (int(value.split()[0]) << 10)
                 elif name == "Threads:":
                     threads += int(value)
             descriptors += _descriptors(pid, arenas)
@@ -47,6 +74,7 @@ def sample(pids: list[int], began_s: float) -> Sample:
         arenas_bytes=sum(arenas.values()),
         descriptors=descriptors,
         threads=threads,
+        anon_by_role=roles,
     )
 
 

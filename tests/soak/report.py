@@ -15,8 +15,9 @@ SHOWN_MAX = 50  # violations; the file has them all
 
 
 def slope(outcome: Outcome) -> tuple[float, float, float] | None:
-    """Return percent per hour of the memory at rest, and its bounds; None for too few samples."""
-    points = [(one.at_s, float(one.anon_bytes)) for one in outcome.at_rest if one.at_s >= outcome.steady_from_s]
+    """Return percent per hour of the lasting memory at rest, and its bounds; None for too few samples."""
+    steady = [one for one in outcome.at_rest if one.at_s >= outcome.steady_from_s]
+    points = [(one.at_s, float(one.lasting_bytes)) for one in steady]
     return percent_per_hour(points) if len(points) >= POINTS_MIN else None
 
 

@@ -19,9 +19,18 @@ HOUR = Plan(seconds=3600.0, seed=1)
 MIB = 1 << 20
 
 
-def at(minutes: float, anon_mib: float, descriptors: int = 50) -> Sample:
+def at(minutes: float, anon_mib: float, descriptors: int = 50, *, passing_mib: int = 0) -> Sample:
     size_bytes = int(anon_mib * MIB)
-    return Sample(minutes * 60, 3, size_bytes, size_bytes, 0, descriptors, 20)
+    return Sample(
+        at_s=minutes * 60,
+        processes=3,
+        rss_bytes=size_bytes,
+        anon_bytes=size_bytes,
+        arenas_bytes=0,
+        descriptors=descriptors,
+        threads=20,
+        anon_by_role={"daemon": size_bytes, "parser": passing_mib * MIB},
+    )
 
 
 @pytest.mark.slow
@@ -92,6 +101,7 @@ def test_a_slope_is_told_in_percent_per_hour() -> None:
         ([at(m, 100 + m / 10) for m in range(60)], HOUR, "memory grows"),
         ([at(m, 100 + m / 10) for m in range(60)], dataclasses.replace(HOUR, seconds=600.0), ""),
         ([at(m, 50 if m < 30 else 100) for m in range(60)], HOUR, ""),  # the first half is not judged
+        ([at(m, 100, passing_mib=m) for m in range(60)], HOUR, ""),  # nor is what comes and goes
     ],
 )
 def test_memory_that_grows_fails_a_long_run_and_only_a_long_one(samples: list[Sample], plan: Plan, why: str) -> None:

@@ -1,5 +1,6 @@
 """Freed memory goes back to the kernel."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -8,6 +9,35 @@ import pytest
 from ckptd.intake import heap
 
 MIB = 1 << 20
+IS_GLIBC = pytest.mark.skipif(
+    not hasattr(heap._libc, "malloc_trim"), reason="the C library gives nothing back when asked"
+)
+THREADS = """
+import ctypes, sys, threading
+from ckptd.intake import heap
+if sys.argv[1] == "bound":
+    heap.bound()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.free.argtypes = [ctypes.c_void_p]
+libc.fopen.restype = ctypes.c_void_p
+libc.malloc_info.argtypes = [ctypes.c_int, ctypes.c_void_p]
+libc.fclose.argtypes = [ctypes.c_void_p]
+together = threading.Barrier(6)
+def use():
+    kept = [libc.malloc(5000) for _ in range(100)]
+    together.wait()
+    for each in kept:
+        libc.free(each)
+threads = [threading.Thread(target=use) for _ in range(6)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+said = libc.fopen(sys.argv[2].encode(), b"w")
+libc.malloc_info(0, said)
+libc.fclose(said)
+"""
 
 
 def held_bytes() -> int:
@@ -16,7 +46,7 @@ def held_bytes() -> int:
     return int(status.partition("RssAnon:")[2].split()[0]) << 10
 
 
-@pytest.mark.skipif(not hasattr(heap._libc, "malloc_trim"), reason="the C library gives nothing back when asked")
+@IS_GLIBC
 def test_what_was_freed_below_something_that_stays_goes_back_to_the_kernel() -> None:
     pages = [bytes(60_000) for _ in range(1000)]  # below the size from which each would be a mapping of its own
     last = bytes(60_000)
@@ -25,3 +55,14 @@ def test_what_was_freed_below_something_that_stays_goes_back_to_the_kernel() -> 
     heap.give_back()
     assert held_bytes() < most - 40 * MIB
     assert sys.getsizeof(last) > 60_000
+
+
+@IS_GLIBC
+def test_threads_share_a_few_heaps(tmp_path: Path) -> None:
+    def heaps(how: str) -> int:
+        said = tmp_path / how
+        subprocess.run([sys.executable, "-c", THREADS, how, str(said)], check=True, timeout=60)
+        return said.read_text().count("<heap nr=")
+
+    assert heaps("unbound") > heap.HEAPS_MAX
+    assert heaps("bound") <= heap.HEAPS_MAX

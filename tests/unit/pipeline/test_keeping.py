@@ -4,6 +4,7 @@ import os
 
 import anyio
 import pytest
+import structlog
 
 from ckptd.catalog import burials, checkpoints, eventlog, holds, strips
 from ckptd.catalog.strips import StripState
@@ -222,8 +223,12 @@ async def test_below_the_floor_the_alarm_comes_first_then_the_trash_then_the_old
         assert names.count("disk.relief") == 1, "what lasts is told once an hour"
         assert "disk.low" not in names, "that is the alarm of [alerts], which nobody has looked at"
         disk_with(node, monkeypatch, 0)
-        await relieve.run(node.parts.tools)
+        with structlog.testing.capture_logs() as lines:
+            for _ in range(3):
+                await relieve.run(node.parts.tools)
         assert await states(node, ids) == "dldddl", "only the pinned and the newest are left, and nothing more goes"
+        said = [one["event"] for one in lines if one["event"].startswith(("disk.held", "space.shed"))]
+        assert said == ["space.shed", "disk.held"], "a look that can do no more says so once an hour"
 
 
 async def test_one_act_of_running_low_on_a_mount_is_one_event_of_each_meaning(short_dir, monkeypatch):
