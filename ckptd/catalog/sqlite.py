@@ -28,7 +28,7 @@ VERSION_TABLE = "alembic_version"  # alembic's own; what has it is a catalog
 _JOURNAL_BYTE = 18  # of the file's header: how it is journalled, https://sqlite.org/fileformat.html
 _ROLLBACK = b"\x01"
 # Of each of the few connections, and the daemon's own memory until it ends. What is not in it the kernel has.
-CACHE_KIB = 4 * 1024
+CACHE_KIB = 2 * 1024
 ALLOW_NETWORK = "network"  # in the URL's query: "allow" accepts a network file system
 
 
@@ -59,7 +59,10 @@ def writing_engine(url: URL, settings: config.Catalog) -> AsyncEngine:
 
 def reading_engine(url: URL, settings: config.Catalog) -> AsyncEngine:
     """Return an engine whose connections can't write, and so never truncate the WAL either."""
-    engine = create_async_engine(url, pool_size=settings.readers, max_overflow=0, pool_timeout=READ_WAIT_S)
+    # The connection that was used last is used next: its statements are compiled, and the others stay small.
+    engine = create_async_engine(
+        url, pool_size=settings.readers, max_overflow=0, pool_timeout=READ_WAIT_S, pool_use_lifo=True
+    )
     _prepare(engine, ("PRAGMA query_only=ON",), "BEGIN")
     return engine
 
