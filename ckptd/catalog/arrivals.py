@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from ckptd.catalog import schema
 from ckptd.catalog.checkpoint_rows import identity_of
 from ckptd.catalog.experiments import Experiment
+from ckptd.catalog.keys import one_of
 from ckptd.catalog.tx import Tx
 from ckptd.model import Identity, Level, Origin, State
 
@@ -120,7 +121,9 @@ async def enter(tx: Tx, arrivals: Sequence[Arrival]) -> None:
             )
         rows.append({**_values(one), "revision": revision, "created_at": now, "staged_at": now})
     projects = {one.experiment.sequence for one in arrivals}
-    wanted = select(schema.experiment.c.no, schema.experiment.c.project_no).where(schema.experiment.c.no.in_(projects))
+    wanted = select(schema.experiment.c.no, schema.experiment.c.project_no).where(
+        one_of(schema.experiment.c.no, projects)
+    )
     of_project = {row.no: row.project_no for row in await tx.conn.execute(wanted)}
     for values in rows:
         values["project_no"] = of_project[values["experiment_no"]]
@@ -180,7 +183,7 @@ async def _revisions(conn: AsyncConnection, arrivals: Iterable[Arrival]) -> dict
     for experiment_no, wanted_steps in steps.items():
         wanted = (
             select(_row.step, func.max(_row.revision))
-            .where(_row.experiment_no == experiment_no, _row.step.in_(wanted_steps))
+            .where(_row.experiment_no == experiment_no, one_of(_row.step, wanted_steps))
             .group_by(_row.step)
         )
         for step, revision in await conn.execute(wanted):
@@ -194,7 +197,7 @@ async def _recorded(
     """Look rows up by one column, oldest first, so that the newest is the one that a dict keeps."""
     found = []
     for start in range(0, len(keys), _PARTS_MAX):
-        wanted = select(*_COLUMNS).where(column.in_(keys[start : start + _PARTS_MAX]))
+        wanted = select(*_COLUMNS).where(one_of(column, keys[start : start + _PARTS_MAX]))
         if also is not None:
             wanted = wanted.where(also)
         found += [_from_row(row) for row in await conn.execute(wanted)]

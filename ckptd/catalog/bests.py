@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ckptd.catalog import schema
 from ckptd.catalog.checkpoint_rows import get
+from ckptd.catalog.keys import one_of, padded
 from ckptd.catalog.tx import Tx
 
 DEPTH_MAX = 64  # generations of a tree of experiments; a deeper one, or a ring, ends there
@@ -155,7 +156,7 @@ async def firsts(conn: AsyncConnection, experiment_ids: Sequence[str]) -> dict[s
     wanted = _WON.add_columns(_experiment.id.label("owner_id")).join(
         schema.experiment, and_(_board.scope == "experiment", _experiment.no == _board.owner_no)
     )
-    wanted = wanted.where(_experiment.id.in_(experiment_ids), _best.rank == 1)
+    wanted = wanted.where(one_of(_experiment.id, experiment_ids), _best.rank == 1)
     found: dict[str, list[Best]] = {}
     for row in await conn.execute(wanted.order_by(*_IN_ORDER)):
         found.setdefault(row.owner_id, []).append(_won(row))
@@ -164,7 +165,7 @@ async def firsts(conn: AsyncConnection, experiment_ids: Sequence[str]) -> dict[s
 
 async def of_checkpoints(conn: AsyncConnection, checkpoint_ids: Sequence[str]) -> list[Best]:
     """Return the places that these checkpoints (a page of them) hold now, by rule and rank."""
-    rows = await conn.execute(_WON.where(_row.id.in_(checkpoint_ids)).order_by(*_IN_ORDER))
+    rows = await conn.execute(_WON.where(one_of(_row.id, checkpoint_ids)).order_by(*_IN_ORDER))
     return [_won(row) for row in rows]
 
 
@@ -202,7 +203,7 @@ async def descent(conn: AsyncConnection, experiment_no: int) -> list[int]:
             _WHO.select_from(schema.experiment)
             .join(parents, parents.c.uid == _experiment.uid)
             .where(
-                parents.c.no.in_(part),
+                one_of(parents.c.no, part),
                 or_(
                     _experiment.parent_id == parents.c.id,
                     _experiment.parent_id.in_(
@@ -232,7 +233,7 @@ async def boards_holding(conn: AsyncConnection, checkpoint_ids: Sequence[str]) -
             .join_from(schema.board, schema.best)
             .join(schema.checkpoint, _row.sequence == _best.checkpoint_no)
         )
-        for row in await conn.execute(wanted.where(_row.id.in_(part))):
+        for row in await conn.execute(wanted.where(one_of(_row.id, part))):
             found[row.no] = _as_board(row)
     return [found[no] for no in sorted(found)]
 
@@ -269,8 +270,8 @@ async def close_boards(tx: Tx, numbers: Sequence[int]) -> None:
     """Take all places from boards whose rules are no more. Their names stay until no link bears them (`drop_board`)."""
     for start in range(0, len(numbers), ROWS_MAX):
         part = numbers[start : start + ROWS_MAX]
-        await tx.conn.execute(delete(schema.best).where(_best.board_no.in_(part)))
-        for row in (await tx.conn.execute(select(schema.board).where(_board.no.in_(part)))).all():
+        await tx.conn.execute(delete(schema.best).where(one_of(_best.board_no, part)))
+        for row in (await tx.conn.execute(select(schema.board).where(one_of(_board.no, part)))).all():
             same = (_board.scope == row.scope, _board.owner_no == row.owner_no, _board.name == row.name)
             await tx.conn.execute(delete(schema.board).where(*same, _board.digest == ""))
             await tx.conn.execute(update(schema.board).where(_board.no == row.no).values(digest=""))
@@ -292,7 +293,7 @@ async def places(conn: AsyncConnection, boards: Sequence[int], *, beside: int | 
     beside  the number of a checkpoint: of what is remembered only its row
     """
     found: dict[int, list[Place]] = {no: [] for no in boards}
-    asked = {"boards": list(boards)}
+    asked = {"boards": padded(boards)}
     rows = await (conn.execute(_PLACES, asked) if beside is None else conn.execute(_TOP, {**asked, "beside": beside}))
     for row in rows:
         found[row.board_no].append(
@@ -319,7 +320,7 @@ async def record(tx: Tx, board: Board, before: Iterable[Place], after: Iterable[
     gone = [no for no in old if no not in new]
     for start in range(0, len(gone), ROWS_MAX):
         part = gone[start : start + ROWS_MAX]
-        await tx.conn.execute(delete(schema.best).where(_best.board_no == board.no, _best.checkpoint_no.in_(part)))
+        await tx.conn.execute(delete(schema.best).where(_best.board_no == board.no, one_of(_best.checkpoint_no, part)))
     now = tx.clock.now()
     added = [_values(board.no, place, now) for no, place in new.items() if no not in old]
     if added:
@@ -382,7 +383,7 @@ async def _tell(tx: Tx, board: Board, first: Place) -> None:
 
 
 def _asked(where: Whereabouts) -> dict[str, Any]:
-    return {"experiment": where.experiment_no, "project": where.project_no, "line": list(where.line)}
+    return {"experiment": where.experiment_no, "project": where.project_no, "line": padded(where.line)}
 
 
 def _as_board(row: Row[Any]) -> Board:

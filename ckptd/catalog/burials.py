@@ -7,6 +7,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ckptd.catalog import schema
 from ckptd.catalog.checkpoint_rows import get_many
+from ckptd.catalog.keys import one_of
 from ckptd.catalog.tx import Tx
 from ckptd.model import State, check_transition
 
@@ -29,7 +30,7 @@ async def bury(tx: Tx, why: Mapping[str, str]) -> None:
     for one in found.values():
         check_transition(one.state, State.TRASHED)
     now = tx.clock.now()
-    gone = update(schema.checkpoint).where(_row.id.in_(list(found)))
+    gone = update(schema.checkpoint).where(one_of(_row.id, found))
     await tx.conn.execute(gone.values(state=State.TRASHED, is_good=False, trash=_row.id, trashed_at=now))
     deeds = [
         {"at": now, "uid": RETENTION_UID, "pid": 0, "verb": "retention", "subject": one, "note": why[one]}
@@ -54,6 +55,6 @@ async def bearing(conn: AsyncConnection, checkpoint_ids: Sequence[str], tags: Co
     wanted = (
         select(_row.id)
         .join(schema.checkpoint_tag, _own_tag.checkpoint_no == _row.sequence)
-        .where(_row.id.in_(checkpoint_ids), _own_tag.tag.in_(list(tags)))
+        .where(one_of(_row.id, checkpoint_ids), one_of(_own_tag.tag, tags))
     )
     return set((await conn.execute(wanted)).scalars())

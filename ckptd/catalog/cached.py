@@ -8,6 +8,7 @@ from sqlalchemy import delete, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ckptd.catalog import schema
+from ckptd.catalog.keys import one_of
 from ckptd.catalog.tx import Tx
 
 _row = schema.cached.c
@@ -78,11 +79,11 @@ async def forget(tx: Tx, keys: Sequence[str], *, lost: bool = False) -> list[str
     held = (
         set()
         if lost
-        else set((await tx.conn.execute(select(_use.key).where(_use.key.in_(keys), _use.until > now))).scalars())
+        else set((await tx.conn.execute(select(_use.key).where(one_of(_use.key, keys), _use.until > now))).scalars())
     )
     gone = [key for key in keys if key not in held]
-    await tx.conn.execute(delete(schema.cached_use).where(_use.key.in_(gone)))
-    await tx.conn.execute(delete(schema.cached).where(_row.key.in_(gone)))
+    await tx.conn.execute(delete(schema.cached_use).where(one_of(_use.key, gone)))
+    await tx.conn.execute(delete(schema.cached).where(one_of(_row.key, gone)))
     return gone
 
 

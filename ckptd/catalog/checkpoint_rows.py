@@ -7,6 +7,7 @@ from sqlalchemy import Row, Select, bindparam, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ckptd.catalog import schema
+from ckptd.catalog.keys import one_of
 from ckptd.errors import NotFound
 from ckptd.model import Checkpoint, FileEntry, Identity, Level, Origin, State
 
@@ -67,7 +68,7 @@ async def get_many(conn: AsyncConnection, checkpoint_ids: Sequence[str]) -> dict
     found: dict[str, Checkpoint] = {}
     for start in range(0, len(checkpoint_ids), _PARTS_MAX):
         part = checkpoint_ids[start : start + _PARTS_MAX]
-        for row in await conn.execute(SELECT.where(_row.id.in_(part))):
+        for row in await conn.execute(SELECT.where(one_of(_row.id, part))):
             found[row.id] = from_row(row)
     return found
 
@@ -128,7 +129,7 @@ async def newest_good(conn: AsyncConnection, experiment_id: str) -> Checkpoint |
 
 async def newest_good_ids(conn: AsyncConnection, experiment_ids: Sequence[str]) -> set[str]:
     """Return what `newest_good` would for each of these experiments (those of a page), by id alone."""
-    wanted = select(_NEWEST_GOOD_ID).where(schema.experiment.c.id.in_(experiment_ids))
+    wanted = select(_NEWEST_GOOD_ID).where(one_of(schema.experiment.c.id, experiment_ids))
     return {found for found in (await conn.execute(wanted)).scalars() if found is not None}
 
 

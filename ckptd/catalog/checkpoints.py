@@ -30,6 +30,7 @@ from ckptd.catalog.checkpoint_rows import (
     whole,
 )
 from ckptd.catalog.columns import split_float
+from ckptd.catalog.keys import one_of
 from ckptd.catalog.tx import Tx
 from ckptd.errors import Bug, NotFound
 from ckptd.model import Checkpoint, Damage, FileEntry, Identity, Level, Origin, State, check_transition
@@ -304,7 +305,7 @@ async def add_metrics(tx: Tx, checkpoint_id: str, metrics: dict[str, float]) -> 
     if metrics:
         stored = schema.checkpoint_metric.c
         again = delete(schema.checkpoint_metric).where(
-            stored.checkpoint_no == row.sequence, stored.name.in_(list(metrics))
+            stored.checkpoint_no == row.sequence, one_of(stored.name, metrics)
         )
         await tx.conn.execute(again)
         await _add_metric_rows(tx, row.sequence, row.experiment_no, metrics)

@@ -9,6 +9,7 @@ from sqlalchemy import Row, delete, func, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ckptd.catalog import schema
+from ckptd.catalog.keys import one_of
 from ckptd.catalog.owners import events_of
 from ckptd.catalog.tx import Tx
 from ckptd.events import Event
@@ -48,7 +49,7 @@ async def page(
 
 async def named(conn: AsyncConnection, names: Collection[str], after: int, limit: int) -> list[Logged]:
     """Return events of these names with a sequence above `after`, oldest first."""
-    mine = _event.name.in_(list(names))
+    mine = one_of(_event.name, names)
     wanted = select(schema.event_log).where(_event.sequence > after, mine).order_by(_event.sequence).limit(limit)
     return [_from_row(row) for row in await conn.execute(wanted)]
 

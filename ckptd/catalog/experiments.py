@@ -9,6 +9,7 @@ from sqlalchemy import Row, delete, func, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ckptd.catalog import recovery, schema
+from ckptd.catalog.keys import one_of
 from ckptd.catalog.tx import Tx
 from ckptd.errors import Ambiguous, BadRequest, NotFound
 from ckptd.model import ExperimentStatus, Level, State
@@ -228,7 +229,7 @@ async def page(
         tagged = schema.experiment_tag.c
         wanted = wanted.where(_experiment.no.in_(select(tagged.experiment_no).where(tagged.tag == which.tag)))
     if which.parents is not None:
-        wanted = wanted.where(_experiment.parent_id.in_(which.parents))
+        wanted = wanted.where(one_of(_experiment.parent_id, which.parents))
     if after is not None:
         wanted = wanted.where(_experiment.no < after)
     found = [_from_row(row) for row in await conn.execute(wanted)]

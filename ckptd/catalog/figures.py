@@ -6,6 +6,7 @@ from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ckptd.catalog import schema
+from ckptd.catalog.keys import one_of
 from ckptd.model import ExperimentStatus, Level, State
 
 _row = schema.checkpoint.c
@@ -54,7 +55,7 @@ async def on_disk_each(conn: AsyncConnection, numbers: Sequence[int]) -> dict[in
     """
     wanted = (
         select(_row.experiment_no, func.count(), func.coalesce(func.sum(_row.size_bytes), 0))
-        .where(_row.experiment_no.in_(numbers), _row.state.in_(_ON_DISK))
+        .where(one_of(_row.experiment_no, numbers), _row.state.in_(_ON_DISK))
         .group_by(_row.experiment_no)
     )
     found = {no: (int(count), int(size_bytes)) for no, count, size_bytes in await conn.execute(wanted)}
@@ -117,6 +118,6 @@ async def in_status(conn: AsyncConnection, experiment_ids: Sequence[str], status
     found: set[str] = set()
     for start in range(0, len(experiment_ids), IDS_MAX):
         part = list(experiment_ids[start : start + IDS_MAX])
-        wanted = select(experiment.id).where(experiment.id.in_(part), experiment.status == status)
+        wanted = select(experiment.id).where(one_of(experiment.id, part), experiment.status == status)
         found.update((await conn.execute(wanted)).scalars())
     return found

@@ -10,6 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ckptd.catalog import schema
 from ckptd.catalog.checkpoint_rows import one
+from ckptd.catalog.keys import one_of
 from ckptd.catalog.tx import Tx
 from ckptd.model import State
 
@@ -93,7 +94,7 @@ async def of_experiment(conn: AsyncConnection, experiment_id: str, now: datetime
 
 async def of_checkpoints(conn: AsyncConnection, checkpoint_ids: Sequence[str], now: datetime) -> list[Hold]:
     """Return everything that holds these checkpoints (a page of them) at `now`."""
-    return await _found(conn, _checkpoint.id.in_(checkpoint_ids), now)
+    return await _found(conn, one_of(_checkpoint.id, checkpoint_ids), now)
 
 
 async def expire(tx: Tx, now: datetime) -> int:

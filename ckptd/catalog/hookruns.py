@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ckptd.catalog import schema
 from ckptd.catalog.hooktables import finding, hook, hook_run
+from ckptd.catalog.keys import one_of
 from ckptd.catalog.tx import Tx
 from ckptd.errors import NotFound
 
@@ -113,9 +114,9 @@ async def enter(tx: Tx, names: Iterable[str]) -> dict[str, Kept]:
     gone = [row for name, row in known.items() if name not in wanted and not name.startswith(heads)]
     away = [row.no for row in gone if row.cursor is not None]
     if back:
-        await tx.conn.execute(update(hook).where(_hook.no.in_(back)).values(cursor=newest))
+        await tx.conn.execute(update(hook).where(one_of(_hook.no, back)).values(cursor=newest))
     if away:
-        await tx.conn.execute(update(hook).where(_hook.no.in_(away)).values(cursor=None))
+        await tx.conn.execute(update(hook).where(one_of(_hook.no, away)).values(cursor=None))
     return {one.name: one for one in await every(tx.conn) if one.name in wanted}
 
 

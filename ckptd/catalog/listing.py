@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ckptd.catalog import schema
 from ckptd.catalog.checkpoint_rows import SELECT, from_row, identity_of, newest_good, newest_good_ids
+from ckptd.catalog.keys import one_of
 from ckptd.catalog.selectors import Scope, resolve
 from ckptd.errors import BadRequest
 from ckptd.model import Checkpoint, Identity, Level, Origin, State
@@ -206,7 +207,7 @@ async def _narrow(conn: AsyncConnection, wanted: Filter) -> Select[Any] | None:
     # One number, the usual case, is an equality: then the index has the order too.
     if len(found) == 1:
         return query.where(await _equal(conn, wanted, column, found[0], 0))
-    return query.where(column.in_(found))
+    return query.where(one_of(column, found))
 
 
 async def _equal(conn: AsyncConnection, wanted: Filter, column: Any, value: Any, nothing: Any) -> ColumnElement[bool]:

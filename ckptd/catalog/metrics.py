@@ -11,6 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ckptd.catalog import schema
 from ckptd.catalog.columns import join_float, split_float
+from ckptd.catalog.keys import one_of
 from ckptd.catalog.tx import Tx
 from ckptd.errors import NotFound
 
@@ -225,7 +226,7 @@ def _order(segment: int, step: int | None) -> tuple[int, int]:
 
 
 async def _running(conn: AsyncConnection, experiment_no: int, names: set[str]) -> dict[str, _Running]:
-    wanted = select(schema.metric_summary).where(_summary.experiment_no == experiment_no, _summary.name.in_(names))
+    wanted = select(schema.metric_summary).where(_summary.experiment_no == experiment_no, one_of(_summary.name, names))
     known = {row.name: row for row in await conn.execute(wanted)}
     return {name: _Running(known.get(name)) for name in names}
 

@@ -6,6 +6,7 @@ from sqlalchemy import ColumnElement, or_, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ckptd.catalog import schema
+from ckptd.catalog.keys import one_of
 
 _PARTS_MAX = 500  # ids in one statement
 
@@ -16,7 +17,7 @@ async def owners_of(conn: AsyncConnection, ids: Sequence[str]) -> dict[str, int]
     for start in range(0, len(ids), _PARTS_MAX):
         part = ids[start : start + _PARTS_MAX]
         for table in (schema.experiment, schema.checkpoint):
-            for row in await conn.execute(select(table.c.id, table.c.uid).where(table.c.id.in_(part))):
+            for row in await conn.execute(select(table.c.id, table.c.uid).where(one_of(table.c.id, part))):
                 found[row.id] = row.uid
     return found
 

@@ -10,6 +10,7 @@ from sqlalchemy import ColumnElement, Row, and_, delete, exists, func, insert, s
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ckptd.catalog import schema
+from ckptd.catalog.keys import one_of
 from ckptd.catalog.tx import Tx
 from ckptd.model import JobState, State
 
@@ -146,7 +147,7 @@ async def running_of(conn: AsyncConnection, numbers: Collection[int]) -> list[Jo
     """Return those of some jobs that are running, oldest first; what became of the others is no matter."""
     if not numbers:
         return []
-    wanted = select(schema.job).where(_job.no.in_(numbers), _job.state == JobState.RUNNING).order_by(_job.no)
+    wanted = select(schema.job).where(one_of(_job.no, numbers), _job.state == JobState.RUNNING).order_by(_job.no)
     return [_from_row(row) for row in await conn.execute(wanted)]
 
 
@@ -186,7 +187,7 @@ async def change(tx: Tx, job: Job, values: dict[str, Any]) -> bool:
 async def lease(tx: Tx, numbers: Sequence[int], until: datetime) -> None:
     """Make jobs RUNNING under their next claim."""
     if numbers:
-        taken = update(schema.job).where(_job.no.in_(numbers))
+        taken = update(schema.job).where(one_of(_job.no, numbers))
         values = {"state": JobState.RUNNING, "claim": _job.claim + 1, "lease_until": until}
         await tx.conn.execute(taken.values(values))
 

@@ -19,6 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from ckptd.catalog import schema, striptable
 from ckptd.catalog.checkpoint_rows import one
 from ckptd.catalog.checkpoints import set_identity
+from ckptd.catalog.keys import one_of
 from ckptd.catalog.tx import Tx
 from ckptd.errors import Bug, NotFound
 from ckptd.model import Identity
@@ -124,7 +125,7 @@ async def undone(tx: Tx, strip: Strip, found: Identity) -> None:
 
 async def purge(tx: Tx, checkpoint_ids: Sequence[str]) -> list[str]:
     """STRIPPED -> PURGING for those that still are; return which."""
-    numbers = select(_row.sequence).where(_row.id.in_(checkpoint_ids))
+    numbers = select(_row.sequence).where(one_of(_row.id, checkpoint_ids))
     still = (_strip.checkpoint_no.in_(numbers), _strip.state.in_((StripState.STRIPPED, StripState.PURGING)))
     wanted = select(_row.id).join(striptable.strip, _strip.checkpoint_no == _row.sequence).where(*still)
     found = list((await tx.conn.execute(wanted)).scalars())
@@ -141,7 +142,7 @@ async def found(tx: Tx, checkpoint_id: str, files: Sequence[str]) -> None:
     """Note what a rebuild read beside a manifest: these files were taken out, before this catalog was. Nothing is told."""
     row = await one(tx.conn, checkpoint_id)
     wanted = select(_file.path, _file.size_bytes).where(
-        _file.checkpoint_no == row.sequence, _file.path.in_(list(files))
+        _file.checkpoint_no == row.sequence, one_of(_file.path, list(files))
     )
     known = {each.path: each.size_bytes for each in await tx.conn.execute(wanted)}
     if known:
@@ -179,7 +180,7 @@ async def _advance(tx: Tx, row: Row[Any], old: StripState, new: StripState | Non
 
 
 async def _mark(tx: Tx, sequence: int, files: Iterable[str], *, stripped: bool) -> None:
-    mine = (_file.checkpoint_no == sequence, _file.path.in_(list(files)))
+    mine = (_file.checkpoint_no == sequence, one_of(_file.path, list(files)))
     await tx.conn.execute(update(schema.file).where(*mine).values(stripped=stripped))
 
 

@@ -8,6 +8,7 @@ from sqlalchemy import Row, Select, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ckptd.catalog import schema
+from ckptd.catalog.keys import one_of
 from ckptd.catalog.tx import Tx
 from ckptd.model import State
 
@@ -63,8 +64,8 @@ async def give_up_inodes(tx: Tx, checkpoint_ids: list[str]) -> list[str]:
     From here on no inode is meant by the row: its number may be another file's in a moment. And whoever
     finds a row like this after a crash knows that its files were in the trash, not that they got lost.
     """
-    trashed = select(_row.id).where(_row.id.in_(checkpoint_ids), _row.state == State.TRASHED)
+    trashed = select(_row.id).where(one_of(_row.id, checkpoint_ids), _row.state == State.TRASHED)
     found = list((await tx.conn.execute(trashed)).scalars())
     nowhere = {"dev": None, "ino": None, "inode_size_bytes": None, "mtime_ns": None, "ctime_ns": None}
-    await tx.conn.execute(update(schema.checkpoint).where(_row.id.in_(found)).values(nowhere))
+    await tx.conn.execute(update(schema.checkpoint).where(one_of(_row.id, found)).values(nowhere))
     return found

@@ -16,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from ckptd.catalog import experiments, schema
 from ckptd.catalog.columns import join_float
 from ckptd.catalog.experiments import Experiment, Which
+from ckptd.catalog.keys import one_of
 from ckptd.errors import NotFound
 from ckptd.model import ExperimentStatus, is_id
 from ckptd_client.wire import number
@@ -250,7 +251,7 @@ async def _facts(conn: AsyncConnection, shown: Sequence[Experiment], metric: str
                 schema.experiment,
                 and_(_experiment.no == _segment.experiment_no, _experiment.segment == _segment.number),
             )
-            .where(_segment.experiment_no.in_(numbers))
+            .where(one_of(_segment.experiment_no, numbers))
         )
     }
     stalled = await _stalled(conn, ids)
@@ -271,7 +272,7 @@ async def _facts(conn: AsyncConnection, shown: Sequence[Experiment], metric: str
 async def _stalled(conn: AsyncConnection, ids: Sequence[str]) -> dict[str, tuple[datetime, int | None]]:
     last = (
         select(func.max(_event.sequence))
-        .where(_event.experiment_id.in_(ids), _event.name == STALLED)
+        .where(one_of(_event.experiment_id, ids), _event.name == STALLED)
         .group_by(_event.experiment_id)
     )
     wanted = select(_event.experiment_id, _event.at, _event.data).where(_event.sequence.in_(last))
@@ -282,7 +283,7 @@ async def _epochs(conn: AsyncConnection, numbers: Sequence[int]) -> dict[int, fl
     row = schema.checkpoint.c
     last = (
         select(func.max(row.sequence))
-        .where(row.experiment_no.in_(numbers), row.epoch.is_not(None))
+        .where(one_of(row.experiment_no, numbers), row.epoch.is_not(None))
         .group_by(row.experiment_no)
     )
     wanted = select(row.experiment_no, row.epoch).where(row.sequence.in_(last))
@@ -292,7 +293,7 @@ async def _epochs(conn: AsyncConnection, numbers: Sequence[int]) -> dict[int, fl
 async def _values(conn: AsyncConnection, numbers: Sequence[int], metric: str | None) -> dict[int, Row]:
     if metric is None:
         return {}
-    wanted = select(schema.metric_summary).where(_series.experiment_no.in_(numbers), _series.name == metric)
+    wanted = select(schema.metric_summary).where(one_of(_series.experiment_no, numbers), _series.name == metric)
     return {
         row.experiment_no: {
             "name": metric,

@@ -97,7 +97,8 @@ async def test_dying_again_and_again_leaks_no_descriptor_and_no_process(running)
             await place.ready.wait()
             counts.append((len(os.listdir("/proc/self/fd")), len(os.listdir(f"/proc/{place.host.pid}/fd"))))
             assert len(tree.below(place.host.pid)) == 1
-        assert counts[1] == counts[-1]
+        # What each death left would be there 13 times; on a busy machine the last one is still being cleared away.
+        assert all(last - second < 5 for second, last in zip(counts[1], counts[-1], strict=True)), counts
 
 
 @pytest.mark.faults

@@ -1,0 +1,45 @@
+"""Many keys, few statements."""
+
+from typing import Any
+
+import pytest
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
+
+from ckptd.catalog import Catalog, bests, checkpoint_rows, holds
+from ckptd.catalog.keys import LENGTHS, padded
+from ckptd.model import new_id
+from tests.support.catalog import StillClock, experiment, saved
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 8, 9, 64, 500, 512, 700])
+def test_a_list_is_filled_up_with_what_it_holds_already(count: int) -> None:
+    keys = list(range(count))
+    filled = padded(keys)
+    assert filled[:count] == keys
+    assert set(filled) == set(keys)
+    assert len(filled) in {0, *LENGTHS, 700}
+
+
+async def test_pages_of_any_length_are_asked_for_in_a_few_statements(catalog: Catalog, clock: StillClock) -> None:
+    """Each length was a statement of its own, kept compiled by each connection: 40 MB after some hours."""
+    known = await experiment(catalog)
+    ids = [(await saved(catalog, known, step)).id for step in range(1, 4)] + [new_id() for _ in range(97)]
+    await catalog.write(lambda tx: holds.pin(tx, ids[2], 0))
+    statements: set[str] = set()
+
+    def note(*args: Any) -> None:
+        statements.add(args[2])
+
+    event.listen(Engine, "before_cursor_execute", note)
+    try:
+        for count in range(1, 101):
+            page = ids[:count]
+            found = await catalog.read(lambda conn, page=page: checkpoint_rows.get_many(conn, page))
+            assert set(found) == set(ids[: min(count, 3)])
+            held = await catalog.read(lambda conn, page=page: holds.of_checkpoints(conn, page, clock.now()))
+            assert [one.checkpoint_id for one in held] == ids[2:3] * (count > 2)
+            assert await catalog.read(lambda conn, page=page: bests.of_checkpoints(conn, page)) == []
+    finally:
+        event.remove(Engine, "before_cursor_execute", note)
+    assert len(statements) < 10 * len(LENGTHS), len(statements)
