@@ -22,7 +22,7 @@ import msgspec
 
 from ckptd import failpoint
 from ckptd.errors import BadRequest, Bug, Busy, CkptdError
-from ckptd.worker import fetching, kernel, protocol, verbs
+from ckptd.worker import fetching, heap, kernel, protocol, verbs
 from ckptd.worker.context import Context, Limits, TakesLong
 from ckptd.worker.fault import coded
 from ckptd.worker.lane import Lane
@@ -308,6 +308,7 @@ def main() -> NoReturn:
     # SIGTERM reach the whole group while the daemon drains: it ends us by the socket, when done.
     for number in (signal.SIGIO, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    heap.bound()
     _yield_to_training(arguments.nice)
     if arguments.idle_io:
         kernel.idle_io()

@@ -1,0 +1,30 @@
+"""The C library's heaps of a process, daemon or worker: few of them, and what is free goes back to the kernel.
+
+glibc gives each thread a heap of its own. What was freed below something that stays is kept there for as long as
+the process lives: so it would hold the most that it ever needed, in each thread, and grow for hours.
+"""
+
+import ctypes
+
+HEAPS_MAX = 2  # not eight for each core: threads here wait for disks and databases, not for malloc
+MAPPED_FROM_BYTES = (
+    128 << 10
+)  # a block of this size is a mapping of its own; else glibc raises that to 32 MiB by and by
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # malloc.h of glibc
+
+_libc = ctypes.CDLL(None)
+TRIM = getattr(_libc, "malloc_trim", None)  # glibc's alone
+
+
+def bound() -> bool:
+    """Let all threads share a few heaps; say whether the C library does so. To be called before there are threads."""
+    if TRIM is None:
+        return False  # another C library, whose numbers mean something else
+    shared = _libc.mallopt(_M_ARENA_MAX, HEAPS_MAX)
+    mapped = _libc.mallopt(_M_MMAP_THRESHOLD, MAPPED_FROM_BYTES)
+    return bool(shared and mapped)
+
+
+def give_back() -> bool:
+    """Return what is free to the kernel, of all heaps; say whether it was anything. Blocks for some milliseconds, without the GIL."""
+    return TRIM is not None and bool(TRIM(ctypes.c_size_t(0)))
