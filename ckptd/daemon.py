@@ -38,7 +38,7 @@ from ckptd.clock import Clock, SystemClock, tick
 from ckptd.config import Settings
 from ckptd.errors import BadConfig, CkptdError
 from ckptd.events import Bus, Event
-from ckptd.intake import premises, recover, trimming
+from ckptd.intake import premises, recover
 from ckptd.intake.admit import Admission
 from ckptd.intake.alarm import announce
 from ckptd.intake.arenas import ArenaPool, Use
@@ -143,7 +143,6 @@ async def run(loaded: origins.Loaded, passed: list[tuple[str, int]], options: ar
                         front.start_soon(task)
                     front.start_soon(_reap, parts)
                     front.start_soon(_tend, parts)
-                    front.start_soon(trimming.run)
                     front.start_soon(parts.troubles.pulse.run)
                     notifier.ready()
                     notifier.status(parts.troubles.line())

@@ -29,6 +29,8 @@ _JOURNAL_BYTE = 18  # of the file's header: how it is journalled, https://sqlite
 _ROLLBACK = b"\x01"
 # Of each of the few connections, and the daemon's own memory until it ends. What is not in it the kernel has.
 CACHE_KIB = 2 * 1024
+# Compiled ones that the writer keeps, 4 KB each: it uses some 150, and the driver's own limit of 128 made it compile without end.
+STATEMENTS = 256
 ALLOW_NETWORK = "network"  # in the URL's query: "allow" accepts a network file system
 
 
@@ -46,7 +48,7 @@ def url_of(path: Path) -> URL:
 
 def writing_engine(url: URL, settings: config.Catalog) -> AsyncEngine:
     """Return an engine with exactly one connection, which writes."""
-    engine = create_async_engine(url, poolclass=StaticPool)
+    engine = create_async_engine(url, poolclass=StaticPool, connect_args={"cached_statements": STATEMENTS})
     pragmas = (
         "PRAGMA journal_mode=WAL",
         "PRAGMA synchronous=FULL",

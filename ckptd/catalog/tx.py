@@ -13,6 +13,9 @@ from ckptd.clock import Clock
 from ckptd.errors import Bug
 from ckptd.events import Event
 
+# Rows in one INSERT of events: each number of them is a statement of its own, which the connection keeps.
+_A_FEW = {"insertmanyvalues_page_size": 16}
+
 
 @dataclass(slots=True)
 class Tx:
@@ -65,7 +68,7 @@ class Tx:
         ]
         if len(rows) > 1 and self.conn.dialect.name == "sqlite":
             # One statement numbers its rows in their order; only RETURNING may list them in another.
-            adding = insert(schema.event_log).returning(schema.event_log.c.sequence)
+            adding = insert(schema.event_log).returning(schema.event_log.c.sequence).execution_options(**_A_FEW)
             numbers = sorted((await self.conn.execute(adding, rows)).scalars())
         else:
             numbers = [await self.add(schema.event_log, **row) for row in rows]

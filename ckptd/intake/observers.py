@@ -9,6 +9,7 @@ import anyio
 from ckptd import __version__
 from ckptd.events import Bus
 from ckptd.intake import requests as ask
+from ckptd.intake import trimming
 from ckptd.intake.alerts import NAMES, Alerts
 from ckptd.intake.fetchedfiles import FetchedFiles
 from ckptd.intake.hotcopies import HotCopies
@@ -63,6 +64,7 @@ class Observers:
                 group.start_soon(self.meter.run)
                 group.start_soon(self.hot.run)
                 group.start_soon(self.alerts.run)
+                group.start_soon(trimming.run, self.recall.sweep)
                 group.start_soon(Web(sources, self.doors, settings.web.connections_max).run)
         finally:
             for door in self.doors:

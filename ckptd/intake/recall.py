@@ -49,6 +49,10 @@ class Recall:
         """Return the edition to hand to `read`, taken before anything is read; an answer shows no table of `without`."""
         return self._catalog.edition(without)
 
+    def sweep(self) -> None:
+        """Drop the answers that are over."""
+        self.answers.sweep(self._clock.monotonic_s())
+
     async def read(
         self,
         key: bytes,

@@ -60,6 +60,11 @@ class Answers:
         while self.bytes_used > self.bytes_max or len(self._kept) > self.entries_max:
             self._drop(next(iter(self._kept)))
 
+    def sweep(self, now_s: float) -> None:
+        """Drop what is over. Nobody asks for the page after a row that has gone: it would stay until room ran out."""
+        for key in [key for key, kept in self._kept.items() if kept.until_s <= now_s]:
+            self._drop(key)
+
     def _drop(self, key: bytes) -> None:
         kept = self._kept.pop(key, None)
         if kept is not None:

@@ -24,8 +24,8 @@ from ckptd.rules import Rules
 from tests.support.catalog import a_checkpoint, an_experiment, an_identity, climb, opened
 
 ACTS, ACTS_SHORT = 45, 26
-SEEDS_SHORT, SEEDS_LONG = 2, 200
-LOOKS_SHORT = 12  # acts from one look to the next, which costs ten times what an act does
+SEEDS_SHORT, SEEDS_LONG = 2, 120
+LOOKS_SHORT, LOOKS_LONG = 12, 3  # acts from one look to the next, which costs ten times what an act does
 
 
 def the_rules() -> list[BestRule]:
@@ -285,4 +285,4 @@ async def test_an_earlier_bar_that_stands_in_for_the_retired_last_one_is_passed_
 async def test_the_live_answer_is_what_a_recomputation_says_over_many_histories(tmp_path: Path) -> None:
     """M102, M103, M105, M106."""
     for start in range(0, SEEDS_LONG, 20):
-        await _live_through(tmp_path / f"catalog-{start}.sqlite", range(1000 + start, 1000 + start + 20))
+        await _live_through(tmp_path / f"catalog-{start}.sqlite", range(1000 + start, 1000 + start + 20), LOOKS_LONG)

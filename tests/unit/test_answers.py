@@ -152,3 +152,12 @@ def test_an_edition_holds_until_it_is_bumped_and_never_goes_down():
     edition.bump()
     assert edition.of() == 1
     assert edition.of(frozenset({"pin"})) == 0
+
+
+def test_what_is_over_is_dropped_although_nobody_asks_for_it_again():
+    cache = Answers(entries_max=100, bytes_max=1 << 20)
+    for number in range(10):
+        cache.put(b"%d" % number, 1, b"page", until_s=float(number))
+    cache.sweep(4.0)
+    assert [cache.get(b"%d" % number, 1, 4.0) for number in range(10)] == [None] * 5 + [b"page"] * 5
+    assert (len(cache), cache.bytes_used) == (5, 5 * (1 + 4 + ENTRY_BYTES))

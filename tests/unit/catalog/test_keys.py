@@ -6,8 +6,9 @@ import pytest
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
-from ckptd.catalog import Catalog, bests, checkpoint_rows, holds
+from ckptd.catalog import Catalog, bests, checkpoint_rows, eventlog, holds
 from ckptd.catalog.keys import LENGTHS, padded
+from ckptd.catalog.tx import Tx
 from ckptd.model import new_id
 from tests.support.catalog import StillClock, experiment, saved
 
@@ -43,3 +44,25 @@ async def test_pages_of_any_length_are_asked_for_in_a_few_statements(catalog: Ca
     finally:
         event.remove(Engine, "before_cursor_execute", note)
     assert len(statements) < 10 * len(LENGTHS), len(statements)
+
+
+async def test_events_of_any_number_are_written_in_a_few_statements_and_in_their_order(catalog: Catalog) -> None:
+    statements: set[str] = set()
+
+    def note(*args: Any) -> None:
+        statements.add(args[2])
+
+    event.listen(Engine, "before_cursor_execute", note)
+    try:
+        for count in (2, 15, 16, 17, 33, 50, 100):
+
+            async def tell(tx: Tx, count: int = count) -> None:
+                for number in range(count):
+                    tx.tell("config.reloaded", {"changed": [str(number)]})
+
+            await catalog.write(tell)
+            logged = (await catalog.read(eventlog.page))[-count:]
+            assert [one.event.data["changed"] for one in logged] == [[str(number)] for number in range(count)]
+    finally:
+        event.remove(Engine, "before_cursor_execute", note)
+    assert max(statement.count("?") for statement in statements) <= 16 * 5
