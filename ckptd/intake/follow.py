@@ -23,7 +23,7 @@ log = structlog.get_logger()
 
 QUEUED_MAX = 8192
 BATCH_MAX = 256
-OWNERS_MAX = 4096
+OWNERS_MAX = 512  # what events are about again and again is what was saved last
 _ENDED = {State.FAILED, State.REPLACED, State.TRASHED, State.DROPPED}
 
 

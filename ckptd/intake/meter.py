@@ -28,7 +28,7 @@ from ckptd.query.answers import Answers
 from ckptd.query.statistics import MEASURES, Period
 
 QUEUED_MAX = 8192
-FOLLOWED_MAX = 4096  # saves on their way whose beginning is remembered, and commits whose stall was counted
+FOLLOWED_MAX = 512  # saves on their way whose beginning is remembered, and commits whose stall was counted
 STALL_S_MAX = 86400.0  # what a client may claim
 _STATM = "/proc/self/statm"
 _PAGE = os.sysconf("SC_PAGE_SIZE")

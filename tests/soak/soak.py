@@ -27,6 +27,7 @@ from tests.soak.faults import Stage, act, faults, schedule
 from tests.soak.ground import Ground
 from tests.soak.ledger import Ledger
 from tests.soak.meter import Meter, Sample
+from tests.soak.run_daemon import GIVEN_BACK_S
 from tests.support.node import NotAnswering
 from tests.support.trainer import Nursery
 
@@ -88,6 +89,7 @@ class Soak:
         self._broken: set[str] = set()  # members that can't go on, each told of once
         self._stack = contextlib.ExitStack()
         self._began_s = self._said_s = time.monotonic()
+        self._until_s = plan.seconds
         self._dice = random.Random(f"{plan.seed}/faults")
 
     def __enter__(self) -> Self:
@@ -160,7 +162,8 @@ class Soak:
         late = plan.seconds * DEADLY_SHARE if plan.lives_on else plan.seconds
         out.steady_from_s = plan.seconds * STEADY_SHARE if plan.calm else 0.0
         mild = plan.calm
-        while self._passed_s() < plan.seconds:
+        self._until_s = max(plan.seconds, self._passed_s() + plan.phase_s)  # on a busy machine one phase all the same
+        while self._passed_s() < self._until_s:
             if not mild and self._passed_s() >= late:
                 mild = True
                 self.ground.stir()
@@ -181,7 +184,7 @@ class Soak:
         """A while of load and faults, then a rest in which everything must be right."""
         end_s = self._passed_s() + self.plan.phase_s
         stage = Stage(self.ground, self.trainers, self._dice, self.plan.fault_s)
-        while (left_s := min(end_s, self.plan.seconds) - self._passed_s()) > 0:
+        while (left_s := min(end_s, self._until_s) - self._passed_s()) > 0:
             if self.plan.calm:
                 self._wait(left_s)
                 continue
@@ -192,6 +195,7 @@ class Soak:
             else:
                 self.outcome.nobody_there += 1
         with self._at_rest():
+            time.sleep(2 * GIVEN_BACK_S if self.plan.lives_on or self.plan.calm else 0.0)
             self.outcome.at_rest.append(self.meter.now())
         self.outcome.phases += 1
 
