@@ -27,8 +27,9 @@ READ_WAIT_S = 10.0  # how long a read waits for a connection
 VERSION_TABLE = "alembic_version"  # alembic's own; what has it is a catalog
 _JOURNAL_BYTE = 18  # of the file's header: how it is journalled, https://sqlite.org/fileformat.html
 _ROLLBACK = b"\x01"
-# Of each of the few connections, and the daemon's own memory until it ends. What is not in it the kernel has.
-CACHE_KIB = 2 * 1024
+# Of the connection that writes, and of each that reads: the daemon's own memory. What is not in it the kernel has, and
+# whatever a reader has in it is void with the next commit.
+WRITER_CACHE_KIB, READER_CACHE_KIB = 2048, 1024
 # Compiled ones that the writer keeps, 4 KB each: it uses some 150, and the driver's own limit of 128 made it compile without end.
 STATEMENTS = 256
 ALLOW_NETWORK = "network"  # in the URL's query: "allow" accepts a network file system
@@ -55,7 +56,7 @@ def writing_engine(url: URL, settings: config.Catalog) -> AsyncEngine:
         "PRAGMA foreign_keys=ON",
         f"PRAGMA journal_size_limit={settings.wal_bytes_max}",
     )
-    _prepare(engine, pragmas, "BEGIN IMMEDIATE")
+    _prepare(engine, (*pragmas, f"PRAGMA cache_size=-{WRITER_CACHE_KIB}"), "BEGIN IMMEDIATE")
     return engine
 
 
@@ -65,7 +66,7 @@ def reading_engine(url: URL, settings: config.Catalog) -> AsyncEngine:
     engine = create_async_engine(
         url, pool_size=settings.readers, max_overflow=0, pool_timeout=READ_WAIT_S, pool_use_lifo=True
     )
-    _prepare(engine, ("PRAGMA query_only=ON",), "BEGIN")
+    _prepare(engine, ("PRAGMA query_only=ON", f"PRAGMA cache_size=-{READER_CACHE_KIB}"), "BEGIN")
     return engine
 
 
@@ -75,7 +76,7 @@ def _prepare(engine: AsyncEngine, pragmas: tuple[str, ...], begin: str) -> None:
         connection.isolation_level = None  # the driver begins nothing by itself; "begin" below does
         cursor = connection.cursor()
         # Temporary files in memory: a statement must not fail because no descriptor is left for its journal.
-        ours = (f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}", f"PRAGMA cache_size=-{CACHE_KIB}", "PRAGMA temp_store=MEMORY")
+        ours = (f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}", "PRAGMA temp_store=MEMORY")
         for pragma in (*ours, *pragmas):
             cursor.execute(pragma)
         cursor.close()

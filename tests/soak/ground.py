@@ -49,6 +49,7 @@ class Ground(Node):
     """A node that is asked while it may be dead, stopped or locked."""
 
     more: str = RULES
+    answers_bytes: int = 1 << 20  # full from the first look at all rows on; each look at more of them would else keep more
     small_is_mounted: bool = False
     _log_at: int = 0
 
@@ -77,8 +78,6 @@ class Ground(Node):
         self.watched.mkdir()
         self.small.mkdir()
         os.environ["SOAK_CLOCK"] = str(self.clock)
-        # Full from the first look at all rows on; each look at more of them would else keep more pages.
-        os.environ["CKPTD_CATALOG__ANSWERS_BYTES_MAX"] = "1M"
         if os.geteuid() == 0:
             mount = ["mount", "-t", "tmpfs", "-o", f"size={SMALL_MIB}m", "tmpfs", str(self.small)]
             self.small_is_mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0

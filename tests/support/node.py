@@ -30,7 +30,7 @@ BROKEN_MAX = 3
 SCRIPT = Path(__file__).with_name("run_node.py")
 TIMING = {"restart_s": 0.02, "good_run_s": 0.0}  # every crash counts as the first: no growing pauses
 
-_FIGURES = ("drain_s", "arena_bytes", "ballast_bytes", "idle_s", "reconcile_s")
+_FIGURES = ("drain_s", "arena_bytes", "ballast_bytes", "answers_bytes", "idle_s", "reconcile_s")
 # Quick where a production value only costs the tests time. The retention rules are those of projects that ask for them.
 CONFIG = """\
 orphan_age_s = 4
@@ -48,6 +48,7 @@ backoff_s_max = 0.5
 lost_after_s = 3
 [catalog]
 ballast_bytes = {ballast_bytes}
+answers_bytes_max = {answers_bytes}
 [watching]
 reconcile_s = {reconcile_s}
 reconcile_max_s = {reconcile_s}
@@ -107,6 +108,7 @@ class Node:
     drain_s: float = 20.0
     arena_bytes: int = 1 << 30
     ballast_bytes: int = 1 << 20
+    answers_bytes: int = 8 << 20
     idle_s: float = 600.0
     reconcile_s: float = 2.0
     more: str = ""  # of the configuration
