@@ -9,26 +9,30 @@ leaves a row that trash.resume() carries on from: a tombstone whose files still 
 or a purge to be repeated.
 """
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
+import anyio
 import structlog
 
 from ckptd import failpoint, retention
 from ckptd.catalog import audits, bests, burials, checkpoints, holds, listing
 from ckptd.catalog.tx import Tx
-from ckptd.errors import Busy, Changed, Held, NotFound
+from ckptd.errors import Busy, Changed, CkptdError, Held, NotFound
 from ckptd.jobs import Job
 from ckptd.model import Checkpoint, State
 from ckptd.pipeline import asking, braking, strip, trash
 from ckptd.pipeline.history import History, planned, read, still_holds
-from ckptd.pipeline.tools import Ended, Outcome, Tools
+from ckptd.pipeline.tools import Ended, LeftOver, Outcome, Tools
 from ckptd.retention import Dropped, Kept, Plan
 from ckptd.rules import Rules
 
 log = structlog.get_logger()
 
-TOMBSTONES_MAX = 100  # in one transaction: some ten milliseconds, for which no save can be recorded
+TOMBSTONES_MAX = 20  # in one transaction: some ten milliseconds, for which no save can be recorded
+REST_TIMES = 4.0  # as long as a transaction took, its wait for others included, none of ours follows: saves go first
+REST_S_MAX = 1.0
 MOVES_MAX = 16  # renames before a job goes on to the next save; the rest follow beside it
 TRIES_MAX = 8  # plans made for one call, each because what the one before was made from had changed
 
@@ -42,12 +46,14 @@ class Wanted:
     linked  where links lead: a metric that came since they were placed must not leave one dangling, so
             these stay until the links have followed
     by_itself  nobody asked for it: the brake may hold it (pipeline/braking.py)
+    at_once  how many, the oldest, are retired now; upkeep carries on with the rest, so that no save waits behind it
     """
 
     only: Sequence[str] | None = None
     digest: str | None = None
     linked: Sequence[str] = ()
     by_itself: bool = False
+    at_once: int | None = None
 
     def narrowed(self, decided: Plan) -> Plan:
         """Leave out of a plan what it may not do. What is left out of `drop` is in neither list."""
@@ -66,15 +72,44 @@ async def run(job: Job, tools: Tools) -> Outcome:
     """Apply the rules of the job's experiment; the last stage of every job."""
     checkpoint = await tools.catalog.read(lambda conn: checkpoints.get(conn, job.checkpoint_id))
     rules = tools.settings().rules_for(checkpoint.project, checkpoint.experiment)
-    if rules.deletes:
-        await apply(
-            tools, checkpoint.experiment_id, rules, Wanted(linked=job.payload.get("linked", ()), by_itself=True)
-        )
+    linked = tuple(job.payload.get("linked", ()))
+    if rules.deletes and checkpoint.experiment_id in tools.left_over:
+        _leave(tools, checkpoint, linked)
+    elif rules.deletes:
+        wanted = Wanted(linked=linked, by_itself=True, at_once=TOMBSTONES_MAX)
+        done = await apply(tools, checkpoint.experiment_id, rules, wanted)
+        if len(done.drop) >= TOMBSTONES_MAX:
+            _leave(tools, checkpoint, linked)
     else:
         braking.forget(tools, checkpoint.experiment_id)
     tools.space.ring()
     await tools.catalog.write(lambda tx: tools.jobs.finish(tx, job))
     return Ended()
+
+
+def _leave(tools: Tools, checkpoint: Checkpoint, linked: tuple[str, ...]) -> None:
+    tools.left_over[checkpoint.experiment_id] = LeftOver(checkpoint.project, checkpoint.experiment, linked)
+    tools.left.ring()
+
+
+async def carry_on(tools: Tools) -> None:
+    """Retire what jobs have left over, one experiment after another; what fails is left to the next save of it.
+
+    An entry stays until its plan is carried out: a save meanwhile puts another in its place, and it is planned anew.
+    """
+    while tools.left_over:
+        experiment_id, one = next(iter(tools.left_over.items()))
+        rules = tools.settings().rules_for(one.project, one.name)
+        try:
+            if rules.deletes:
+                await apply(tools, experiment_id, rules, Wanted(linked=one.linked, by_itself=True))
+        except CkptdError as error:
+            log.warning("retention.delayed", experiment=experiment_id, **error.to_wire())
+            del tools.left_over[experiment_id]
+        else:
+            newer = tools.left_over.pop(experiment_id)
+            if newer is not one:
+                tools.left_over[experiment_id] = newer
 
 
 async def plan(tools: Tools, experiment_id: str, rules: Rules) -> Plan:
@@ -101,6 +136,8 @@ async def apply(tools: Tools, experiment_id: str, rules: Rules, wanted: Wanted =
     if wanted.by_itself and await braking.stops(tools, experiment_id, decided, rules):
         return Plan(decided.keep, ())
     narrowed = wanted.narrowed(decided)
+    if wanted.at_once is not None:
+        narrowed = replace(narrowed, drop=narrowed.drop[-wanted.at_once :])
     allowed = await _allowed(tools, experiment_id, narrowed)
     if allowed.drop:
         failpoint.hit("retain.planned")
@@ -168,7 +205,9 @@ async def _bury(tools: Tools, history: History, rules: Rules, drops: list[Droppe
     for _ in range(TRIES_MAX):
         while left:
             batch = left[:TOMBSTONES_MAX]
-            if not await _bury_some(tools, history, rules, batch, buried):
+            async with _turn(tools, is_last=len(left) <= TOMBSTONES_MAX):
+                stands = await _bury_some(tools, history, rules, batch, buried)
+            if not stands:
                 break
             done += batch
             buried += len(batch)
@@ -187,6 +226,18 @@ async def _bury(tools: Tools, history: History, rules: Rules, drops: list[Droppe
 
 def _names(drops: Sequence[Dropped]) -> tuple[str, str]:
     return drops[0].checkpoint.project, drops[0].checkpoint.experiment
+
+
+@asynccontextmanager
+async def _turn(tools: Tools, *, is_last: bool) -> AsyncIterator[None]:
+    """One transaction of a large plan at a time, and a rest after it. A small plan, and the end of one, waits for nobody."""
+    if is_last:
+        yield
+        return
+    async with tools.burying:
+        begun_s = tools.clock.monotonic_s()
+        yield
+        await anyio.sleep(min(REST_TIMES * (tools.clock.monotonic_s() - begun_s), REST_S_MAX))
 
 
 async def _bury_some(tools: Tools, history: History, rules: Rules, batch: Sequence[Dropped], buried: int) -> bool:

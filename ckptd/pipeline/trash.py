@@ -8,6 +8,7 @@ for whoever comes after a crash: it is written while the files are known to lie 
 from collections.abc import Sequence
 from datetime import timedelta
 
+import anyio
 import structlog
 
 from ckptd import failpoint
@@ -24,7 +25,8 @@ from ckptd.worker.protocol import IdentityRecord, Purge, Restore, Settle, Settle
 
 log = structlog.get_logger()
 
-MOVES_MAX = 100  # renames per call of resume()
+MOVES_MAX = 5  # renames in a row; then saves go first
+REST_S = 0.05  # after these
 PURGES_MAX = 100  # unlinked per round, so that deleting never delays saving
 NOTED_MAX = 20  # unlinked before that is written down, all of them in one transaction
 
@@ -81,14 +83,16 @@ async def try_to_move(tools: Tools, checkpoint: Checkpoint) -> None:
 async def resume(tools: Tools) -> int:
     """Carry out tombstones whose files may still stand under their final name; return how many were looked at.
 
-    After a start that is all of them, MOVES_MAX per call; later what a large plan left over, and those that failed.
+    After a start that is all of them; later what a large plan left over, and those that failed.
     """
     horizon = tools.clock.now()
     wanted = await tools.catalog.read(lambda conn: tombstones_before(conn, horizon))
     here = {one.id for one in wanted}
     tools.moved.intersection_update(here)
-    waiting = [one for one in wanted if one.id not in tools.moved][:MOVES_MAX]
-    for one in waiting:
+    waiting = [one for one in wanted if one.id not in tools.moved]
+    for number, one in enumerate(waiting, 1):
+        if number % MOVES_MAX == 0:
+            await anyio.sleep(REST_S)
         await try_to_move(tools, await tools.catalog.read(lambda conn, of=one.id: checkpoints.get(conn, of)))  # type: ignore[misc]
     return len(waiting)
 

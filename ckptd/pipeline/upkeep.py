@@ -4,13 +4,13 @@ import anyio
 import structlog
 
 from ckptd.errors import CkptdError
-from ckptd.pipeline import braking, relieve, strip, trash
+from ckptd.pipeline import braking, relieve, retain, strip, trash
 from ckptd.pipeline.tools import Tools
 
 log = structlog.get_logger()
 
 MOVE_S = 10.0  # between two looks at what could not be moved
-MOVE_AGAIN_S = 0.05  # between two rounds of a plan that retires many: saves go first
+MOVE_AGAIN_S = 0.05  # between two rounds of a plan that strips many: saves go first
 PURGE_S = 30.0
 PURGE_AGAIN_S = 1.0  # between two rounds of a full trash; the first pause before what was put off is tried again
 SPACE_S_MIN = 1.0  # between two looks at budgets, however often saves ask for one
@@ -20,8 +20,15 @@ async def run(tools: Tools) -> None:
     """Work until cancelled. Errors of one round are logged, and the next round tries again."""
     async with anyio.create_task_group() as group:
         group.start_soon(braking.recall, tools)
-        for task in (_move, _purge, _watch_space):
+        for task in (_retire, _move, _purge, _watch_space):
             group.start_soon(task, tools)
+
+
+async def _retire(tools: Tools) -> None:
+    """Carry on with plans of which a job has retired the oldest."""
+    while True:
+        await tools.left.heard(MOVE_S)
+        await retain.carry_on(tools)
 
 
 async def _move(tools: Tools) -> None:
@@ -29,8 +36,8 @@ async def _move(tools: Tools) -> None:
     while True:
         full = False
         try:
-            moved, stripped = await trash.resume(tools), await strip.resume(tools)
-            full = moved >= trash.MOVES_MAX or stripped >= strip.STRIPS_MAX
+            await trash.resume(tools)
+            full = await strip.resume(tools) >= strip.STRIPS_MAX
         except CkptdError as error:
             log.warning("trash.failed", **error.to_wire())
         if full:

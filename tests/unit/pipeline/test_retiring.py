@@ -80,8 +80,7 @@ async def test_a_restart_looks_at_every_tombstone_once_however_many_there_are(sh
         await node.write(tombstones)  # and the daemon dies before it moves anything
         assert experiment
     async with daemon(short_dir, front=False) as node:
-        looked = [await trash.resume(node.parts.tools) for _ in range(4)]
-        assert looked == [2, 2, 1, 0]
+        assert [await trash.resume(node.parts.tools) for _ in range(2)] == [5, 0]
         assert sorted(os.listdir(node.runs / ".ckptd-trash")) == sorted(ids)
 
 
