@@ -49,7 +49,7 @@ class Ground(Node):
     """A node that is asked while it may be dead, stopped or locked."""
 
     more: str = RULES
-    answers_bytes: int = 1 << 20  # full from the first look at all rows on; each look at more of them would else keep more
+    answers_bytes: int = 1 << 20  # full from the first look on: each look at more rows would else keep more of them
     small_is_mounted: bool = False
     _log_at: int = 0
 
