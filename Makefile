@@ -26,7 +26,7 @@ check: $(STAMP)  ## lint, types, layers
 	$(BIN)/lint-imports --no-cache
 
 test: check  ## everything that must hold on every commit, under ten minutes on two cores
-	$(BIN)/python -m pytest -n 3 --dist loadgroup -m "not faults"
+	$(BIN)/python -m pytest -n 4 --dist loadgroup -m "not faults"
 
 quick: $(STAMP)  ## the fast loop
 	$(BIN)/python -m pytest -n 2 -q -m "not slow and not faults" tests/unit tests/search

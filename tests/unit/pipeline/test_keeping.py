@@ -2,6 +2,7 @@
 
 import os
 from types import SimpleNamespace
+from unittest.mock import AsyncMock
 
 import anyio
 import pytest
@@ -342,19 +343,15 @@ async def test_what_a_save_leaves_over_of_a_large_plan_is_retired_without_anothe
         ids = await saved_alone(node, line, 8)
         monkeypatch.setattr(retain, "TOMBSTONES_MAX", 2)
         rules = follow(node, keep_last=2)
-        tools, rested = node.parts.tools, []
+        tools, rest = node.parts.tools, AsyncMock()
         experiment = (await row(node, ids[0])).experiment_id
         decided = await retain.apply(tools, experiment, rules, retain.Wanted(by_itself=True, at_once=2))
         assert ([one.checkpoint.id for one in decided.drop], await states(node, ids)) == (ids[:2], "ttllllll")
         tools.left_over[experiment] = LeftOver("demo", "run", (ids[3],))
-
-        async def rest(for_s):
-            rested.append(for_s)
-
         monkeypatch.setattr(retain, "anyio", SimpleNamespace(sleep=rest))
         await retain.carry_on(tools)
         assert (await states(node, ids), tools.left_over) == ("tttlttll", {}), "what a link leads to stays"
-        assert len(rested) == 1, "after every transaction but the last"
+        assert rest.await_count == 1, "after every transaction but the last"
 
 
 async def test_why_a_checkpoint_stays_or_goes_is_said_with_what_would_change_it(short_dir):
