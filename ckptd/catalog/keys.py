@@ -1,8 +1,8 @@
 """A column's value is one of many keys: in statements of four lengths, not in one of each length.
 
-Every statement is compiled and kept by each connection. A page of 500 ids is one of 80 KB in SQLite, and the next page,
-of 499, would be another: in a few hours they would fill the caches of all connections (measured: 40 MB of 128 statements
-in each of four). So a list is filled up with its last key, which changes no answer.
+Every statement is compiled and kept by each connection, 128 of them. A page of 500 ids is one of some 100 KB in SQLite,
+and the next page, of 499, would be another: they went on filling the caches of all connections for as long as a daemon
+lived. So a list is filled up with its last key, which changes no answer.
 """
 
 from collections.abc import Collection

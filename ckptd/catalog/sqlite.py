@@ -30,8 +30,6 @@ _ROLLBACK = b"\x01"
 # Of the connection that writes, and of each that reads: the daemon's own memory. What is not in it the kernel has, and
 # whatever a reader has in it is void with the next commit.
 WRITER_CACHE_KIB, READER_CACHE_KIB = 2048, 1024
-# Compiled ones that the writer keeps, 4 KB each: it uses some 150, and the driver's own limit of 128 made it compile without end.
-STATEMENTS = 256
 ALLOW_NETWORK = "network"  # in the URL's query: "allow" accepts a network file system
 
 
@@ -49,7 +47,7 @@ def url_of(path: Path) -> URL:
 
 def writing_engine(url: URL, settings: config.Catalog) -> AsyncEngine:
     """Return an engine with exactly one connection, which writes."""
-    engine = create_async_engine(url, poolclass=StaticPool, connect_args={"cached_statements": STATEMENTS})
+    engine = create_async_engine(url, poolclass=StaticPool)
     pragmas = (
         "PRAGMA journal_mode=WAL",
         "PRAGMA synchronous=FULL",

@@ -28,7 +28,8 @@ from ckptd.query.answers import Answers
 from ckptd.query.statistics import MEASURES, Period
 
 QUEUED_MAX = 8192
-FOLLOWED_MAX = 512  # saves on their way whose beginning is remembered, and commits whose stall was counted
+FOLLOWED_MAX = 4096  # saves on their way whose beginning is remembered
+STALLS_MAX = 512  # commits whose stall was counted: one is sent again soon or never
 STALL_S_MAX = 86400.0  # what a client may claim
 _STATM = "/proc/self/statm"
 _PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -79,7 +80,7 @@ class Meter:
             return
         self._statistics.count(name, now_s)
         if name == "checkpoint.staged":
-            _remember(self._staged_s, event.checkpoint, now_s)
+            _remember(self._staged_s, event.checkpoint, now_s, FOLLOWED_MAX)
         elif name == "checkpoint.published":
             self._published(event, now_s)
         elif name == "checkpoint.verified" and event.checkpoint in self._staged_s:
@@ -104,7 +105,7 @@ class Meter:
             stall_s = request.stall_s
             known = request.checkpoint in self._stalls  # a commit is sent again after a reconnect
             if stall_s is not None and not known and math.isfinite(stall_s) and 0 <= stall_s <= STALL_S_MAX:
-                _remember(self._stalls, request.checkpoint, None)
+                _remember(self._stalls, request.checkpoint, None, STALLS_MAX)
                 self._statistics.stalled(request.experiment, stall_s, now_s)
         elif isinstance(request, ask.MetricPoints):
             steps = [step for _, step, _, _ in request.points if step is not None]
@@ -242,7 +243,7 @@ def rss_bytes() -> int:
     return int(os.pread(_statm(), 256, 0).split()[1]) * _PAGE
 
 
-def _remember(of: "OrderedDict[str, Any]", key: str, value: object) -> None:
+def _remember(of: "OrderedDict[str, Any]", key: str, value: object, at_most: int) -> None:
     of[key] = value
-    if len(of) > FOLLOWED_MAX:
+    if len(of) > at_most:
         of.popitem(last=False)

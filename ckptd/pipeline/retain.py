@@ -77,9 +77,7 @@ async def run(job: Job, tools: Tools) -> Outcome:
         _leave(tools, checkpoint, linked)
     elif rules.deletes:
         wanted = Wanted(linked=linked, by_itself=True, at_once=TOMBSTONES_MAX)
-        done = await apply(tools, checkpoint.experiment_id, rules, wanted)
-        if len(done.drop) >= TOMBSTONES_MAX:
-            _leave(tools, checkpoint, linked)
+        await apply(tools, checkpoint.experiment_id, rules, wanted)
     else:
         braking.forget(tools, checkpoint.experiment_id)
     tools.space.ring()
@@ -136,8 +134,9 @@ async def apply(tools: Tools, experiment_id: str, rules: Rules, wanted: Wanted =
     if wanted.by_itself and await braking.stops(tools, experiment_id, decided, rules):
         return Plan(decided.keep, ())
     narrowed = wanted.narrowed(decided)
-    if wanted.at_once is not None:
-        narrowed = replace(narrowed, drop=narrowed.drop[-wanted.at_once :])
+    leaves = wanted.at_once is not None and len(narrowed.drop) > wanted.at_once
+    if leaves:
+        narrowed = replace(narrowed, drop=narrowed.drop[-wanted.at_once :])  # type: ignore[operator]
     allowed = await _allowed(tools, experiment_id, narrowed)
     if allowed.drop:
         failpoint.hit("retain.planned")
@@ -152,6 +151,8 @@ async def apply(tools: Tools, experiment_id: str, rules: Rules, wanted: Wanted =
     stripped = await strip.begin_all(tools, allowed.strip, rules)
     if not wanted.by_itself:
         await braking.look_again(tools, [experiment_id])
+    if leaves:  # whatever hooks said of these: an objection to the oldest must not keep all behind it
+        _leave(tools, narrowed.drop[0].checkpoint, tuple(wanted.linked))
     return Plan(allowed.keep, tuple(done), stripped)
 
 

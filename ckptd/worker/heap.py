@@ -7,9 +7,8 @@ the process lives: so it would hold the most that it ever needed, in each thread
 import ctypes
 
 HEAPS_MAX = 2  # not eight for each core: threads here wait for disks and databases, not for malloc
-MAPPED_FROM_BYTES = (
-    128 << 10
-)  # a block of this size is a mapping of its own; else glibc raises that to 32 MiB by and by
+# A block of this size is a mapping of its own. glibc would raise that to 32 MiB by and by.
+MAPPED_FROM_BYTES = 128 << 10
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # malloc.h of glibc
 
 _libc = ctypes.CDLL(None)

@@ -23,7 +23,7 @@ def test_a_list_is_filled_up_with_what_it_holds_already(count: int) -> None:
 
 
 async def test_pages_of_any_length_are_asked_for_in_a_few_statements(catalog: Catalog, clock: StillClock) -> None:
-    """Each length was a statement of its own, kept compiled by each connection: 40 MB after some hours."""
+    """Each length was a statement of its own, kept compiled by each connection."""
     known = await experiment(catalog)
     ids = [(await saved(catalog, known, step)).id for step in range(1, 4)] + [new_id() for _ in range(97)]
     await catalog.write(lambda tx: holds.pin(tx, ids[2], 0))

@@ -58,6 +58,7 @@ async def test_what_a_process_says_of_itself_is_its_experiments(short_dir):
 
 async def test_what_is_remembered_of_saves_on_their_way_is_bounded(short_dir, monkeypatch):
     monkeypatch.setattr(meter, "FOLLOWED_MAX", 8)
+    monkeypatch.setattr(meter, "STALLS_MAX", 8)
     async with daemon(short_dir, front=False) as node:
         counting, now = node.parts.observers.meter, node.parts.clock.now()
         for number in range(50):
