@@ -100,8 +100,15 @@ class Jobs:
             await self.enqueue_new(tx, [replace(new, lane=known.lane)])
 
     async def enqueue_aside(self, tx: Tx, new: NewJob) -> None:
-        """Add a job that is not the checkpoint's own and in nobody's way; one waiting in its lane is enough."""
-        if all(job.state is JobState.RUNNING for job in await queue.in_lane(tx.conn, new.lane)):
+        """Add a job that is not the checkpoint's own and in nobody's way; one waiting in its lane is enough.
+
+        A parked one gives way to the new one.
+        """
+        there = await queue.in_lane(tx.conn, new.lane)
+        for job in there:
+            if job.state is JobState.PARKED:
+                await self._change(tx, job, state=JobState.DONE)
+        if not any(job.state is JobState.QUEUED for job in there):
             await self.enqueue_new(tx, [new])
 
     async def try_parked(self, limit: int = 100) -> int:

@@ -18,7 +18,7 @@ LANE_MAX = 64  # a longer lane (a path) is stored as its digest
 
 UNFINISHED = (JobState.QUEUED, JobState.RUNNING, JobState.PARKED)
 
-ASIDE = ("amend",)  # stages beside a checkpoint's way: a job of these is not the checkpoint's own
+ASIDE = ("amend", "rest")  # stages beside a checkpoint's way: a job of these is not the checkpoint's own
 
 _job = schema.job.c
 _other = schema.job.alias("other")

@@ -4,6 +4,7 @@
     file hand-off, watched     settle ─► publish ─► verify ─► link ─► retain
     (damage while an arena still holds the bytes: verify ─► repair ─► verify)
     said after the publish     amend, beside all of these
+    more to retire than a save waits for    rest, beside all of these
 
 Stages know nothing of one another; only this table knows what there is. A stage records its result
 and the job's next stage in one transaction, so a crash repeats at most one stage, and each stage
@@ -22,7 +23,7 @@ from ckptd.catalog.tx import Tx
 from ckptd.errors import Bug, CatalogFault, CkptdError, Denied, DiskFault, NoSpace, RootDegraded, TimedOut, Weather
 from ckptd.jobs import Job
 from ckptd.model import Origin, State
-from ckptd.pipeline import amend, link, publish, repair, retain, settle, upkeep, verify
+from ckptd.pipeline import amend, link, publish, repair, rest, retain, settle, upkeep, verify
 from ckptd.pipeline.tools import Ended, Outcome, Stage, Tools
 from ckptd.pipeline.winners import follow_rules
 
@@ -36,6 +37,7 @@ STAGES: dict[str, Stage] = {
     "repair": repair.run,
     "link": link.run,
     "retain": retain.run,
+    "rest": rest.run,
     "amend": amend.run,
 }
 # What is no fault of the checkpoint passes. A catalog in trouble above all: it must not be what ends a hand-off.

@@ -15,16 +15,17 @@ from dataclasses import dataclass, replace
 
 import anyio
 import structlog
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ckptd import failpoint, retention
-from ckptd.catalog import audits, bests, burials, checkpoints, holds, listing
+from ckptd.catalog import audits, bests, burials, checkpoints, holds, listing, queue
 from ckptd.catalog.tx import Tx
-from ckptd.errors import Busy, Changed, CkptdError, Held, NotFound
-from ckptd.jobs import Job
-from ckptd.model import Checkpoint, State
+from ckptd.errors import Busy, Changed, Held, NotFound
+from ckptd.jobs import Job, NewJob
+from ckptd.model import Checkpoint, JobState, State
 from ckptd.pipeline import asking, braking, strip, trash
 from ckptd.pipeline.history import History, planned, read, still_holds
-from ckptd.pipeline.tools import Ended, LeftOver, Outcome, Tools
+from ckptd.pipeline.tools import Ended, Outcome, Tools
 from ckptd.retention import Dropped, Kept, Plan
 from ckptd.rules import Rules
 
@@ -46,7 +47,9 @@ class Wanted:
     linked  where links lead: a metric that came since they were placed must not leave one dangling, so
             these stay until the links have followed
     by_itself  nobody asked for it: the brake may hold it (pipeline/braking.py)
-    at_once  how many, the oldest, are retired now; upkeep carries on with the rest, so that no save waits behind it
+    at_once  how many, the oldest, are retired now; a job beside carries on with the rest (pipeline/rest.py), so that
+            no save waits behind it
+    past    of these, the oldest, hooks were asked already, and objected
     """
 
     only: Sequence[str] | None = None
@@ -54,60 +57,70 @@ class Wanted:
     linked: Sequence[str] = ()
     by_itself: bool = False
     at_once: int | None = None
+    past: int = 0
 
-    def narrowed(self, decided: Plan) -> Plan:
-        """Leave out of a plan what it may not do. What is left out of `drop` is in neither list."""
+    def narrowed(self, decided: Plan) -> tuple[Plan, bool]:
+        """Leave out of a plan what it may not do, and say whether `at_once` left something out.
+
+        What is left out of `drop` is in neither list.
+        """
 
         def may(one: Checkpoint) -> bool:
             return one.id not in self.linked and (self.only is None or one.id in self.only)
 
-        drop = tuple(each for each in decided.drop if may(each.checkpoint))
-        return replace(decided, drop=drop, strip=tuple(one for one in decided.strip if may(one)))
+        drop = [each for each in decided.drop if may(each.checkpoint)]
+        drop = drop[: max(0, len(drop) - self.past)]
+        first = 0 if self.at_once is None else max(0, len(drop) - self.at_once)
+        strip = tuple(one for one in decided.strip if may(one))
+        return replace(decided, drop=tuple(drop[first:]), strip=strip), first > 0
 
 
 ANYTHING = Wanted()
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """What an apply did: the plan with the drops and strips that were done, how many of those it tried hooks
+    objected to, and whether the plan holds more than it was to do at once.
+    """
+
+    plan: Plan
+    objected: int
+    leaves: bool
 
 
 async def run(job: Job, tools: Tools) -> Outcome:
     """Apply the rules of the job's experiment; the last stage of every job."""
     checkpoint = await tools.catalog.read(lambda conn: checkpoints.get(conn, job.checkpoint_id))
     rules = tools.settings().rules_for(checkpoint.project, checkpoint.experiment)
-    linked = tuple(job.payload.get("linked", ()))
-    if rules.deletes and checkpoint.experiment_id in tools.left_over:
-        _leave(tools, checkpoint, linked)
-    elif rules.deletes:
-        wanted = Wanted(linked=linked, by_itself=True, at_once=TOMBSTONES_MAX)
-        await apply(tools, checkpoint.experiment_id, rules, wanted)
+    leaves = False
+    if rules.deletes:
+        # A rest of this experiment is on its way: it, or one that follows it, sees to what this save makes spare.
+        leaves = await tools.catalog.read(lambda conn: _has_rest(conn, checkpoint.experiment_id))
+        if not leaves:
+            wanted = Wanted(linked=tuple(job.payload.get("linked", ())), by_itself=True, at_once=TOMBSTONES_MAX)
+            leaves = (await carry_out(tools, checkpoint.experiment_id, rules, wanted)).leaves
     else:
         braking.forget(tools, checkpoint.experiment_id)
     tools.space.ring()
-    await tools.catalog.write(lambda tx: tools.jobs.finish(tx, job))
+
+    async def end(tx: Tx) -> None:
+        if leaves:
+            lane = rest_lane(checkpoint.experiment_id)
+            await tools.jobs.enqueue_aside(tx, NewJob(checkpoint_id=checkpoint.id, lane=lane, stage="rest"))
+        await tools.jobs.finish(tx, job)
+
+    await tools.catalog.write(end)
     return Ended()
 
 
-def _leave(tools: Tools, checkpoint: Checkpoint, linked: tuple[str, ...]) -> None:
-    tools.left_over[checkpoint.experiment_id] = LeftOver(checkpoint.project, checkpoint.experiment, linked)
-    tools.left.ring()
+def rest_lane(experiment_id: str) -> str:
+    """Name the lane where what jobs leave over of an experiment's plans is carried out."""
+    return f"{experiment_id}/rest"
 
 
-async def carry_on(tools: Tools) -> None:
-    """Retire what jobs have left over, one experiment after another; what fails is left to the next save of it.
-
-    An entry stays until its plan is carried out: a save meanwhile puts another in its place, and it is planned anew.
-    """
-    while tools.left_over:
-        experiment_id, one = next(iter(tools.left_over.items()))
-        rules = tools.settings().rules_for(one.project, one.name)
-        try:
-            if rules.deletes:
-                await apply(tools, experiment_id, rules, Wanted(linked=one.linked, by_itself=True))
-        except CkptdError as error:
-            log.warning("retention.delayed", experiment=experiment_id, **error.to_wire())
-            del tools.left_over[experiment_id]
-        else:
-            newer = tools.left_over.pop(experiment_id)
-            if newer is not one:
-                tools.left_over[experiment_id] = newer
+async def _has_rest(conn: AsyncConnection, experiment_id: str) -> bool:
+    return any(job.state is not JobState.PARKED for job in await queue.in_lane(conn, rest_lane(experiment_id)))
 
 
 async def plan(tools: Tools, experiment_id: str, rules: Rules) -> Plan:
@@ -116,7 +129,12 @@ async def plan(tools: Tools, experiment_id: str, rules: Rules) -> Plan:
 
 
 async def apply(tools: Tools, experiment_id: str, rules: Rules, wanted: Wanted = ANYTHING) -> Plan:
-    """Plan and carry it out. Returns the plan with the drops and strips that were done.
+    """Plan and carry it out. Returns the plan with the drops and strips that were done; see carry_out."""
+    return (await carry_out(tools, experiment_id, rules, wanted)).plan
+
+
+async def carry_out(tools: Tools, experiment_id: str, rules: Rules, wanted: Wanted) -> Carried:
+    """Plan and carry it out.
 
     Changed  the plan is another one than `wanted.digest` names
     Busy     the experiment changed faster than it could be planned for; what was done stays done
@@ -132,11 +150,8 @@ async def apply(tools: Tools, experiment_id: str, rules: Rules, wanted: Wanted =
             "the plan is another one now than the one that was named", hint="look at it again, and name that one"
         )
     if wanted.by_itself and await braking.stops(tools, experiment_id, decided, rules):
-        return Plan(decided.keep, ())
-    narrowed = wanted.narrowed(decided)
-    leaves = wanted.at_once is not None and len(narrowed.drop) > wanted.at_once
-    if leaves:
-        narrowed = replace(narrowed, drop=narrowed.drop[-wanted.at_once :])  # type: ignore[operator]
+        return Carried(Plan(decided.keep, ()), 0, leaves=False)
+    narrowed, leaves = wanted.narrowed(decided)
     allowed = await _allowed(tools, experiment_id, narrowed)
     if allowed.drop:
         failpoint.hit("retain.planned")
@@ -151,9 +166,7 @@ async def apply(tools: Tools, experiment_id: str, rules: Rules, wanted: Wanted =
     stripped = await strip.begin_all(tools, allowed.strip, rules)
     if not wanted.by_itself:
         await braking.look_again(tools, [experiment_id])
-    if leaves:  # whatever hooks said of these: an objection to the oldest must not keep all behind it
-        _leave(tools, narrowed.drop[0].checkpoint, tuple(wanted.linked))
-    return Plan(allowed.keep, tuple(done), stripped)
+    return Carried(Plan(allowed.keep, tuple(done), stripped), len(narrowed.drop) - len(allowed.drop), leaves)
 
 
 async def retire_spare(

@@ -73,15 +73,6 @@ class OnHold:
     braked: Braked
 
 
-@dataclass(frozen=True, slots=True)
-class LeftOver:
-    """An experiment of whose plan a job has retired the oldest only. `linked` as in retain.Wanted."""
-
-    project: str
-    name: str
-    linked: tuple[str, ...]
-
-
 @dataclass(frozen=True)
 class Tools:
     """What every stage works with. `settings` is a call, so that a reload reaches running stages.
@@ -90,7 +81,7 @@ class Tools:
     moved    retired checkpoints known to lie in the trash already
     delayed  those that the last look at the trash could not unlink
     trashed  set when more is to be moved into the trash than a job waits for
-    left     rung when something is in `left_over`: experiments with more to retire than a job waits for, by id
+    resting  held while some of the rest of a large plan is carried out (pipeline/rest.py)
     burying  held while tombstones of a large plan are written, and for the rest after each of its transactions
     emptying  of each root: held while something of it moves into its trash, out of it, or is unlinked
     space    rung when budgets and free space should be looked at
@@ -108,8 +99,7 @@ class Tools:
     moved: set[str] = field(default_factory=set)
     delayed: set[str] = field(default_factory=set)
     trashed: Bell = field(default_factory=Bell)
-    left: Bell = field(default_factory=Bell)
-    left_over: dict[str, LeftOver] = field(default_factory=dict)
+    resting: anyio.Lock = field(default_factory=anyio.Lock)
     burying: anyio.Lock = field(default_factory=anyio.Lock)
     space: Bell = field(default_factory=Bell)
     low: Low = field(default_factory=Low)

@@ -4,7 +4,7 @@ import anyio
 import structlog
 
 from ckptd.errors import CkptdError
-from ckptd.pipeline import braking, relieve, retain, strip, trash
+from ckptd.pipeline import braking, relieve, strip, trash
 from ckptd.pipeline.tools import Tools
 
 log = structlog.get_logger()
@@ -20,15 +20,8 @@ async def run(tools: Tools) -> None:
     """Work until cancelled. Errors of one round are logged, and the next round tries again."""
     async with anyio.create_task_group() as group:
         group.start_soon(braking.recall, tools)
-        for task in (_retire, _move, _purge, _watch_space):
+        for task in (_move, _purge, _watch_space):
             group.start_soon(task, tools)
-
-
-async def _retire(tools: Tools) -> None:
-    """Carry on with plans of which a job has retired the oldest."""
-    while True:
-        await tools.left.heard(MOVE_S)
-        await retain.carry_on(tools)
 
 
 async def _move(tools: Tools) -> None:

@@ -1,8 +1,6 @@
 """Keeping and making room with real files: strips, restores, budgets, the free-space floor, plans that are named."""
 
 import os
-from types import SimpleNamespace
-from unittest.mock import AsyncMock
 
 import anyio
 import pytest
@@ -12,7 +10,6 @@ from ckptd.catalog import burials, checkpoints, eventlog, holds, strips
 from ckptd.catalog.strips import StripState
 from ckptd.errors import Changed, Held, NotFound
 from ckptd.pipeline import relieve, retain, strip, trash
-from ckptd.pipeline.tools import LeftOver
 from ckptd.retention import digest
 from ckptd.rules import Rules
 from ckptd.worker.protocol import Usage, Used
@@ -335,23 +332,6 @@ async def test_ten_thousand_are_retired_in_small_transactions(short_dir, monkeyp
         assert len(os.listdir(node.runs / ".ckptd-trash")) == 3
         assert await trash.resume(node.parts.tools) == 3
         assert len(os.listdir(node.runs / ".ckptd-trash")) == 6
-
-
-async def test_what_a_save_leaves_over_of_a_large_plan_is_retired_without_another_save(short_dir, monkeypatch):
-    """M097: the save's own job retires the oldest only; the next save waits for no more than that."""
-    async with daemon(short_dir, front=False) as node, node.connect() as line:
-        ids = await saved_alone(node, line, 8)
-        monkeypatch.setattr(retain, "TOMBSTONES_MAX", 2)
-        rules = follow(node, keep_last=2)
-        tools, rest = node.parts.tools, AsyncMock()
-        experiment = (await row(node, ids[0])).experiment_id
-        decided = await retain.apply(tools, experiment, rules, retain.Wanted(by_itself=True, at_once=2))
-        assert ([one.checkpoint.id for one in decided.drop], await states(node, ids)) == (ids[:2], "ttllllll")
-        tools.left_over[experiment] = LeftOver("demo", "run", (ids[3],))
-        monkeypatch.setattr(retain, "anyio", SimpleNamespace(sleep=rest))
-        await retain.carry_on(tools)
-        assert (await states(node, ids), tools.left_over) == ("tttlttll", {}), "what a link leads to stays"
-        assert rest.await_count == 1, "after every transaction but the last"
 
 
 async def test_why_a_checkpoint_stays_or_goes_is_said_with_what_would_change_it(short_dir):

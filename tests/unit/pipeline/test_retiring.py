@@ -225,27 +225,3 @@ def test_a_map_of_endless_damage_is_cut_so_that_it_can_be_told(mib, named):
     found = verify._damage(DamageRecord("model", "digest", "", list(range(mib))))
     assert len(found.mib) == named
     assert found.detail == ("" if mib == named else "5000 MiB in all")
-
-
-async def test_an_objection_to_the_oldest_of_a_large_plan_does_not_keep_the_rest(short_dir, monkeypatch):
-    """A save's own job asks about the oldest only; what is behind them is asked about beside it."""
-    async with daemon(short_dir) as node, node.connect() as line:
-        ids = await trashed(node, line, 6)
-        monkeypatch.setattr(retain, "TOMBSTONES_MAX", 2)
-        only_last(node)
-        tools = node.parts.tools
-
-        async def objects(_tools, rows, _why):
-            return {row.id: "a hook wants it" for row in rows if row.id in ids[:2]}
-
-        monkeypatch.setattr(retain.asking, "about_each", objects)
-        experiment = (await node.read(lambda conn: checkpoints.get(conn, ids[0]))).experiment_id
-        rules = node.parts.admission.settings().retention
-        await retain.apply(tools, experiment, rules, retain.Wanted(by_itself=True, at_once=2))
-        assert [await state(node, one) for one in ids[:2]] == [State.LIVE] * 2
-
-        async def gone() -> bool:
-            return all([await state(node, one) in {State.TRASHED, State.DROPPED} for one in ids[2:]])
-
-        await eventually(gone)  # upkeep carries on
-        assert [await state(node, one) for one in ids[:2]] == [State.LIVE] * 2
