@@ -18,6 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from sqlalchemy.pool import StaticPool
 
 from ckptd import config, failpoint
+from ckptd.catalog.cursor import Driver
 from ckptd.errors import Bug, CatalogFault
 from ckptd_client import places
 
@@ -47,7 +48,7 @@ def url_of(path: Path) -> URL:
 
 def writing_engine(url: URL, settings: config.Catalog) -> AsyncEngine:
     """Return an engine with exactly one connection, which writes."""
-    engine = create_async_engine(url, poolclass=StaticPool)
+    engine = create_async_engine(url, module=Driver.made(), poolclass=StaticPool)
     pragmas = (
         "PRAGMA journal_mode=WAL",
         "PRAGMA synchronous=FULL",
@@ -62,7 +63,12 @@ def reading_engine(url: URL, settings: config.Catalog) -> AsyncEngine:
     """Return an engine whose connections can't write, and so never truncate the WAL either."""
     # The connection that was used last is used next: its statements are compiled, and the others stay small.
     engine = create_async_engine(
-        url, pool_size=settings.readers, max_overflow=0, pool_timeout=READ_WAIT_S, pool_use_lifo=True
+        url,
+        module=Driver.made(),
+        pool_size=settings.readers,
+        max_overflow=0,
+        pool_timeout=READ_WAIT_S,
+        pool_use_lifo=True,
     )
     _prepare(engine, ("PRAGMA query_only=ON", f"PRAGMA cache_size=-{READER_CACHE_KIB}"), "BEGIN")
     return engine

@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 
+from ckptd.intake.waiting import WAITERS_PER_UID_MAX
 from ckptd_client import wire
 from tests.bench_load.outcome import Limit, Outcome, bounded
 from tests.bench_load.plant import Gauge, Plant, planted, rss_bytes
@@ -70,6 +71,7 @@ def _refusals(plant: Plant, scale: Scale) -> Iterator[Outcome]:
         for talker in others:
             # Taken before anything that comes later on the same connection.
             talker.sock.sendall(_requests(talker, WAITING_EACH))
+        eventually(lambda: _waiting(plant) == WAITERS_PER_UID_MAX, "the queue to be full")
         with Gauge(plant) as gauge:
             before = rss_bytes(plant.carriers())
             begun_s = time.monotonic()
@@ -88,6 +90,10 @@ def _refusals(plant: Plant, scale: Scale) -> Iterator[Outcome]:
         plant.status()
         alive_s = time.monotonic() - alive_s
         yield bounded("an answer to somebody else after it", [(Limit("took", 1.0, "s"), alive_s)], 1)
+
+
+def _waiting(plant: Plant) -> int:
+    return int(plant.ask("stats")["arenas"]["waiting"])
 
 
 def _requests(talker: Talker, count: int) -> bytes:
