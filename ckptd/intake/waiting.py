@@ -15,6 +15,7 @@ from ckptd.errors import NoArena
 from ckptd.intake.arena import Holder
 
 WAITERS_MAX, WAITERS_PER_UID_MAX = 4096, 1024
+RETRY_AFTER_S = 1.0  # for who came too late to wait
 SOME_MAX = 64  # waiters on whose behalf one look asks for arenas
 LOOK_S = 0.25  # what nobody is told of is looked for this often: a reader that died frees memory without a word
 
@@ -69,7 +70,8 @@ class Line:
         """Join at the end. NoArena when too many wait already, of all users or of this one."""
         same = self._by_uid[waiter.holder.uid]
         if len(self) >= WAITERS_MAX or same >= WAITERS_PER_UID_MAX:
-            raise NoArena(f"{len(self)} requests wait for an arena already, {same} of them yours")
+            crowd = f"{len(self)} requests wait for an arena already, {same} of them yours"
+            raise NoArena(crowd, retry_after_s=RETRY_AFTER_S)
         self._waiters[waiter] = None
         self._by_uid[waiter.holder.uid] = same + 1
 

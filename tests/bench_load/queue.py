@@ -20,6 +20,7 @@ TRAINERS = 64
 WAITING_EACH = 64  # what one connection may have waiting (intake/service.py)
 CHUNK = 250  # requests sent before their answers are read: less than a socket's buffer
 GROWTH_MIB = 20.0
+REFUSALS = {"busy", "no_arena"}  # too many of one connection, too many of one user
 FULL = """
 [watching]
 reconcile_s = 5
@@ -78,7 +79,7 @@ def _refusals(plant: Plant, scale: Scale) -> Iterator[Outcome]:
             answers = _pour(others, scale.refused)
             took_s = time.monotonic() - begun_s
         codes = Counter(code for code, _ in answers)
-        polite = sum(1 for code, after_s in answers if code == "busy" and after_s)
+        polite = sum(1 for code, after_s in answers if code in REFUSALS and after_s)
         grown_mib = (gauge.rss_bytes - before) / (1 << 20)
         pairs = [
             (Limit("not refused with a time to come back", 0, ""), float(scale.refused - polite)),

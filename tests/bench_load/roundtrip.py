@@ -54,13 +54,16 @@ def _sixty_four(plant: Plant, scale: Scale) -> Iterator[Outcome]:
             f"lease and return of an arena, every {ASK_PERIOD_S:g} s each",
         )
         took = swarm.run(Pace(SAVE_PERIOD_S, scale.seconds, saves=True, seed=1))
-        asked = [*took["lease"], *took["commit"]]
         yield bounded(
-            f"the same while they save every {SAVE_PERIOD_S:g} s",
-            milliseconds(asked, 2.0, 10.0),
-            len(asked),
-            "lease and commit; a commit is answered after its fsync in the catalog, while earlier saves are published and verified",
+            f"a lease while they save every {SAVE_PERIOD_S:g} s",
+            milliseconds(took["lease"], None, 10.0),
+            len(took["lease"]),
+            "what save() may wait for, while earlier saves are recorded, published and verified",
         )
+        commits = took["commit"]
+        figures = f"p50 {percentile(commits, 0.5) * 1e3:.1f} ms, p99 {percentile(commits, 0.99) * 1e3:.1f} ms"
+        note = "answered after its fsync in the catalog; no training waits for it, and its save is safe before"
+        yield told("a commit meanwhile", figures, len(commits), note)
         plant.wait_idle()
         yield _as_fast_as_it_goes(swarm, scale)
 

@@ -261,6 +261,7 @@ async def test_requests_that_wait_for_memory_are_counted_for_each_user(monkeypat
                 await pool.lease("a", MIB, Client(uid), 0.5)
             except NoArena as error:
                 refused.append(error.message)
+                assert ("of them yours" in error.message) == ("retry_after_s" in error.details)
 
         async with anyio.create_task_group() as group:
             for _ in range(6):
