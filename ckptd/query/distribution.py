@@ -18,7 +18,7 @@ class Distribution:
 
     def __init__(self) -> None:
         """Nothing was seen."""
-        self.counts = array("L", bytes(BUCKETS * array("L").itemsize))
+        self.counts = array("I", bytes(BUCKETS * array("I").itemsize))
         self.sum_s = 0.0
         self.min_s, self.max_s = math.inf, 0.0
 
