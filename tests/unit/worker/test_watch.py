@@ -1,5 +1,6 @@
 """The verb watch: hints are early, and what they miss they say. The scans they cause find everything."""
 
+import contextlib
 import os
 import queue
 import shutil
@@ -46,6 +47,15 @@ class Watched:
             seen.append(part)
             if wanted(part):
                 return part
+
+    def was_lost(self, within_s):
+        """Say whether a part that says so comes within this time."""
+        deadline = time.monotonic() + within_s
+        with contextlib.suppress(queue.Empty):
+            while True:
+                if self.parts.get(timeout=max(0.01, deadline - time.monotonic())).lost:
+                    return True
+        return False
 
     def hinted(self, directory):
         """Wait for a hint that makes a scan of `directory` happen."""
@@ -136,9 +146,12 @@ def test_of_nested_directories_made_in_a_burst_nothing_is_lost(watched):
 
 def test_a_burst_near_the_kernels_queue_is_lost(watched):
     """F12: several events make one path, so the queue may have overflowed without a word."""
-    for index in range(20_000):
-        (watched.root / f"{index}.pt").touch()
-    assert watched.until(lambda part: part.lost)
+    for attempt in range(5):  # a machine that is busy may make files no faster than they are read
+        for index in range(20_000):
+            (watched.root / f"{attempt}-{index}.pt").touch()
+        if watched.was_lost(within_s=3.0):
+            return
+    pytest.fail("five bursts, and none of them was taken for lost")
 
 
 def test_a_root_that_is_removed_and_made_again_is_watched_again(watched):
