@@ -188,7 +188,7 @@ def test_a_blocked_sink_blocks_nobody_and_the_losses_are_counted(scene):
         began = time.perf_counter()
         log.get().info("a.b", text="x" * 300)
         worst_s = max(worst_s, time.perf_counter() - began)
-    assert worst_s < 0.1
+    assert worst_s < 2.0, "a line that waits for a reader waits for ever"
     assert here.log.dropped > 1000
     # Once somebody reads, lines flow again and say what is missing.
     chunks = []

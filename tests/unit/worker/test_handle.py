@@ -214,7 +214,7 @@ async def test_after_stuck_max_silences_requests_are_refused_at_once_until_a_pro
         began = anyio.current_time()
         with pytest.raises(errors.RootDegraded):
             await node.workers.call(Usage(root=root))
-        assert anyio.current_time() - began < 0.1
+        assert anyio.current_time() - began < 0.3, "less than one more request would wait"
         await anyio.Path(root).write_text("")  # from now on the stand-in answers
         assert (await node.until("root.recovered")).data.keys() == set(EVENTS["root.recovered"].keys)
         assert node.state().state == "running"
