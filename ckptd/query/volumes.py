@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import and_, func, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from ckptd.catalog import schema
+from ckptd.catalog import schema, striptable
+from ckptd.catalog.strips import StripState
 from ckptd.model import JobState
 from ckptd.query.distribution import Distribution
 
@@ -17,6 +18,7 @@ SHOWN_MAX = 20
 
 _row = schema.checkpoint.c
 _experiment = schema.experiment.c
+_strip = striptable.strip.c
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,16 +31,21 @@ class Scope:
 
 
 async def volumes(conn: AsyncConnection, scope: Scope, since: datetime | None = None) -> list[dict[str, Any]]:
-    """Return checkpoints and bytes made durable since then by experiment, the largest first; retired ones count too."""
+    """Return checkpoints and bytes made durable since then by experiment, the largest first.
+
+    Retired ones count too, and what was taken out of one since: it was written all the same.
+    """
+    written = func.sum(_row.size_bytes + func.coalesce(_strip.size_bytes, 0))
     newest = (await conn.execute(select(func.max(_row.sequence)))).scalar_one() or 0
     wanted = (
         select(_experiment.id, schema.project.c.name.label("project"), _experiment.name, func.count().label("saves"))
-        .add_columns(func.sum(_row.size_bytes).label("bytes"))
+        .add_columns(written.label("bytes"))
         .join(schema.experiment, _experiment.no == _row.experiment_no)
         .join(schema.project, schema.project.c.no == _experiment.project_no)
+        .outerjoin(striptable.strip, and_(_strip.checkpoint_no == _row.sequence, _strip.state != StripState.STRIPPING))
         .where(_row.sequence > newest - RECENT_MAX, _row.durable_at.is_not(None))
         .group_by(_experiment.id, schema.project.c.name, _experiment.name)
-        .order_by(func.sum(_row.size_bytes).desc())
+        .order_by(written.desc())
         .limit(SHOWN_MAX)
     )
     if scope.uid is not None:

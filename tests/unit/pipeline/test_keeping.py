@@ -103,10 +103,18 @@ async def test_what_was_stripped_comes_back_while_the_trash_holds_it(short_dir):
         ids = await saves(node, line, 2)
         rules = follow(node, strip_after=1)
         experiment = (await row(node, ids[0])).experiment_id
+
+        async def written() -> int:
+            return (await line.ask("stats"))["experiments"][0]["written_bytes"]
+
+        before = await written()
         await retain.apply(node.parts.tools, experiment, rules)
+        assert (await row(node, ids[0])).size_bytes < (await row(node, ids[1])).size_bytes
+        assert await written() == before, "it was written all the same"
         back = await line.ask("restore", selector=ids[0])
         assert (back["restored"], back["pinned"]) == (["optimizer.safetensors"], True)
         assert on_disk(node, 1) == ["manifest.json", *sorted(FILES)]
+        assert await written() == before
         assert (await line.ask("verify", selector=ids[0]))["results"][0]["ok"]
         assert [f["path"] for f in (await line.ask("show", selector=ids[0]))["files"]] == list(FILES)
         assert (await retain.apply(node.parts.tools, experiment, rules)).strip == (), "a pinned one is never stripped"
