@@ -7,7 +7,7 @@ from ckptd import retention
 from ckptd.catalog import audits, figures, listing, strips, tags
 from ckptd.catalog.audits import Deed
 from ckptd.catalog.tx import Tx
-from ckptd.errors import Changed, CkptdError
+from ckptd.errors import Changed, CkptdError, NotFound
 from ckptd.intake import requests as ask
 from ckptd.intake import retentionrequests as keeping
 from ckptd.intake.follow import visible_to
@@ -110,6 +110,11 @@ class Retiring:
     async def explain(self, peer: Peer, request: keeping.Explain) -> Answer:
         """Say why one checkpoint stays or goes, which rules looked at it, and what would change that."""
         row = await select(self._front, peer, request)
+        if row.state is State.TRASHED:
+            raise NotFound(
+                f"checkpoint {row.id} is in the trash: retention has nothing to decide",
+                hint="`ckpt show ID` says why it went, `ckpt restore ID` brings it back",
+            )
         rules = self._front.settings().rules_for(row.project, row.experiment)
         found = await self._front.catalog.read(
             lambda conn: history.read(conn, self._front.clock, row.experiment_id, rules)

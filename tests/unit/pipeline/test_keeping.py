@@ -358,6 +358,10 @@ async def test_why_a_checkpoint_stays_or_goes_is_said_with_what_would_change_it(
         assert newer["changes"] == ["without keep_last: spare", "after 1 more verified save: drop"]
         goes = await line.ask("retention.explain", selector=ids[1])
         assert (goes["verdict"], goes["why"]) == ("drop", ["no rule keeps step 2"])
+        await line.ask("retention", apply=True)
+        with pytest.raises(NotFound, match="is in the trash") as gone:
+            await line.ask("retention.explain", selector=ids[1])
+        assert "ckpt restore" in gone.value.hint
 
 
 async def test_tags_are_given_and_taken_and_keep(short_dir):
