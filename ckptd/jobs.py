@@ -2,7 +2,8 @@
 
 Order: jobs of one lane run one at a time and in order of arrival; lanes run side by side. A memory
 hand-off's lane is its experiment, a file's lane is its path (it may wait long for its writer and
-must not hold up others). A parked job holds up nobody.
+must not hold up others). A parked job holds up nobody. What can wait, because its bytes are on the disk
+already, comes behind what a training's memory waits for: docs/decisions/0012-what-can-wait.md.
 
 Time: what is stored is wall time, because monotonic time ends with the machine. No wait is ever
 longer than jobs.backoff_s_max, so a stored time further away than that only says that the clock was
@@ -31,6 +32,7 @@ __all__ = ["Job", "Jobs", "NewJob"]
 
 DONE_KEPT = 1000  # finished jobs that stay for `ckpt status`; the event log has the rest
 TRIM_EVERY = 256
+SLOTS_KEPT = 2  # of jobs.running_max, for what a training's memory waits for
 JITTER = 0.5  # a pause is shortened by up to this share, so that jobs that failed together come back apart
 CRASHED = {"code": "worker_lost", "message": "the daemon ended while this job ran"}
 
@@ -51,6 +53,7 @@ class Jobs:
         self._random = random
         self._changed = anyio.Event()
         self._leases_s: dict[int, float] = {}  # job -> monotonic end of its lease; what this process runs
+        self._can_wait: set[int] = set()  # those of them that can wait
 
     async def recover(self) -> int:
         """At start, before anything is claimed: RUNNING -> QUEUED; return how many were running.
@@ -97,7 +100,7 @@ class Jobs:
             return
         behind = [job for job in await queue.in_lane(tx.conn, known.lane) if job.checkpoint_id == new.checkpoint_id]
         if not any(job.stage == new.stage and job.state is JobState.QUEUED for job in behind):
-            await self.enqueue_new(tx, [replace(new, lane=known.lane)])
+            await self.enqueue_new(tx, [replace(new, lane=known.lane, can_wait=known.can_wait)])
 
     async def enqueue_aside(self, tx: Tx, new: NewJob) -> None:
         """Add a job that is not the checkpoint's own and in nobody's way; one waiting in its lane is enough.
@@ -130,7 +133,11 @@ class Jobs:
         tx.after(self._wake)
 
     async def claim(self, limit: int = 1) -> list[Job]:
-        """Take up to `limit` due jobs, longest due first; they are RUNNING and leased to the caller."""
+        """Take up to `limit` due jobs, longest due first; they are RUNNING and leased to the caller.
+
+        What a training's memory waits for comes before what can wait, so that a burst of files holds up no save.
+        SLOTS_KEPT are never taken by what can wait; and while any of it waits, one slot is its own.
+        """
 
         async def take(tx: Tx) -> list[Job]:
             now = self._clock.now()
@@ -139,10 +146,23 @@ class Jobs:
             found = await queue.running_of(tx.conn, ended)
             for job_id in ended - {job.id for job in found}:  # it runs no more, and its row may be forgotten by now
                 tx.after(partial(self._let_go, job_id))
-            found += await queue.due(tx.conn, now, max(0, limit - len(found)))
+            found += await self._due(tx, now, max(0, limit - len(found)))
             return await self._lease_all(tx, found[:limit], now)
 
         return await self._catalog.write(take)
+
+    async def _due(self, tx: Tx, now: datetime, room: int) -> list[Job]:
+        if room <= 0:
+            return []
+        most = min(room, self._room_to_wait())
+        can_wait = await queue.due(tx.conn, now, most, can_wait=True) if most > 0 else []
+        shares = bool(can_wait) and not self._can_wait and self._settings.running_max > 1
+        first = await queue.due(tx.conn, now, room - shares, can_wait=False)
+        return [*first, *can_wait[: room - len(first)]]
+
+    def _room_to_wait(self) -> int:
+        """How many more of what can wait may run."""
+        return max(1, self._settings.running_max - SLOTS_KEPT) - len(self._can_wait)
 
     async def renew(self, job: Job) -> Job:
         """Extend the lease of a claimed job. TimedOut when the claim was lost."""
@@ -217,7 +237,8 @@ class Jobs:
 
     async def next_due(self) -> float | None:
         """Seconds until a job may be claimed: 0 when one is due, None when none waits for time alone."""
-        at = await self._catalog.read(queue.next_time)
+        of_all = self._room_to_wait() > 0
+        at = await self._catalog.read(lambda conn: queue.next_time(conn, of_all=of_all))
         waits_s = [max(0.0, end_s - self._clock.monotonic_s()) for end_s in self._leases_s.values()]
         if at is not None:
             wait_s = (at - self._clock.now()).total_seconds()
@@ -275,6 +296,8 @@ class Jobs:
         await queue.lease(tx, [job.id for job in found], until)
         for job in found:
             tx.after(partial(self._hold, job.id))
+            if job.can_wait:
+                tx.after(partial(self._can_wait.add, job.id))
         return [replace(job, state=JobState.RUNNING, claim=job.claim + 1, lease_until=until) for job in found]
 
     async def _lease(self, tx: Tx, job: Job, *, claim: int) -> Job:
@@ -300,6 +323,7 @@ class Jobs:
 
     def _let_go(self, job_id: int) -> None:
         self._leases_s.pop(job_id, None)
+        self._can_wait.discard(job_id)
         self._wake()
 
     def _wake(self) -> None:

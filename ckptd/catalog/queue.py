@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, and_, delete, exists, func, insert, select, update
+from sqlalchemy import ColumnElement, Row, and_, delete, exists, false, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ckptd.catalog import schema
@@ -32,11 +32,12 @@ _FREE = and_(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewJob:
-    """Work to enqueue."""
+    """Work to enqueue. `can_wait`: its bytes are on the disk already, and no training's memory waits for it."""
 
     checkpoint_id: str
     lane: str
     stage: str
+    can_wait: bool = False
     payload: dict[str, Any] = field(default_factory=dict)
 
 
@@ -48,6 +49,7 @@ class Job:
     checkpoint_id: str
     lane: str
     stage: str
+    can_wait: bool
     state: JobState
     attempts: int
     claim: int
@@ -73,6 +75,7 @@ async def add(tx: Tx, new: NewJob) -> Job:
         checkpoint_id=new.checkpoint_id,
         lane=lane_key(new.lane),
         stage=new.stage,
+        can_wait=new.can_wait,
         state=JobState.QUEUED,
         attempts=0,
         claim=0,
@@ -91,6 +94,7 @@ async def add_many(tx: Tx, new: Sequence[NewJob]) -> None:
             "checkpoint_id": one.checkpoint_id,
             "lane": lane_key(one.lane),
             "stage": one.stage,
+            "can_wait": one.can_wait,
             "state": JobState.QUEUED,
             "attempts": 0,
             "claim": 0,
@@ -123,22 +127,22 @@ async def in_lane(conn: AsyncConnection, lane: str) -> list[Job]:
     return [_from_row(row) for row in await conn.execute(wanted)]
 
 
-async def due(conn: AsyncConnection, now: datetime, limit: int) -> list[Job]:
-    """Return queued jobs that are due and whose lane is free, longest due first."""
+async def due(conn: AsyncConnection, now: datetime, limit: int, *, can_wait: bool) -> list[Job]:
+    """Return queued jobs of one kind that are due and whose lane is free, longest due first."""
     wanted = (
         select(schema.job)
-        .where(_job.state == JobState.QUEUED, _job.not_before <= now, _FREE)
+        .where(_job.state == JobState.QUEUED, _job.can_wait == can_wait, _job.not_before <= now, _FREE)
         .order_by(_job.not_before, _job.no)
         .limit(limit)
     )
     return [_from_row(row) for row in await conn.execute(wanted)]
 
 
-async def next_time(conn: AsyncConnection) -> datetime | None:
-    """Return when the next queued job of a free lane is due."""
-    wanted = (
-        select(_job.not_before).where(_job.state == JobState.QUEUED, _FREE).order_by(_job.not_before, _job.no).limit(1)
-    )
+async def next_time(conn: AsyncConnection, *, of_all: bool = True) -> datetime | None:
+    """Return when the next queued job of a free lane is due, of all or of those that can't wait."""
+    kinds = [] if of_all else [_job.can_wait == false()]
+    wanted = select(_job.not_before).where(_job.state == JobState.QUEUED, *kinds, _FREE)
+    wanted = wanted.order_by(_job.not_before, _job.no).limit(1)
     found: datetime | None = (await conn.execute(wanted)).scalar_one_or_none()
     return found
 
@@ -209,6 +213,7 @@ def _from_row(row: Row[Any]) -> Job:
         checkpoint_id=row.checkpoint_id,
         lane=row.lane,
         stage=row.stage,
+        can_wait=row.can_wait,
         state=JobState(row.state),
         attempts=row.attempts,
         claim=row.claim,

@@ -345,6 +345,7 @@ job = Table(
     Column("checkpoint_id", String(ID), nullable=False),
     Column("lane", String(NAME), nullable=False),
     Column("stage", String(WORD), nullable=False),
+    Column("can_wait", Boolean, nullable=False),  # its bytes are on the disk: nobody's memory waits for it
     Column("state", String(WORD), nullable=False),
     Column("attempts", Integer, nullable=False),
     Column("claim", Integer, nullable=False),
@@ -354,6 +355,7 @@ job = Table(
     Column("error", JSON),
     Column("queued_at", Utc, nullable=False),
     Index(None, "state", "not_before", "no"),
+    Index(None, "state", "can_wait", "not_before", "no"),
     Index(None, "lane", "state", "no"),
     Index(None, "checkpoint_id", "state"),
     sqlite_autoincrement=True,

@@ -277,7 +277,8 @@ class Admission:
         if held is not None and raw is not None:
             found = descriptors.decode(raw, held.size_bytes)
             payload = {"descriptor": {"files": msgspec.to_builtins(found.files)}}
-        job = NewJob(checkpoint_id=row.id, lane=f"{row.id}/recheck", stage="verify", payload=payload)
+        lane = f"{row.id}/recheck"
+        job = NewJob(checkpoint_id=row.id, lane=lane, stage="verify", can_wait=True, payload=payload)
         await self._catalog.write(lambda tx: self._jobs.enqueue_behind(tx, job))
 
 

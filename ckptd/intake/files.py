@@ -189,7 +189,7 @@ class Files:
         for configured in self._settings.roots:
             if str(configured.path) == root.path and configured.quiet_s is not None:
                 payload["quiet_s"] = configured.quiet_s
-        return NewJob(checkpoint_id=checkpoint_id, lane=path, stage="settle", payload=payload)
+        return NewJob(checkpoint_id=checkpoint_id, lane=path, stage="settle", can_wait=True, payload=payload)
 
     async def _root_of(self, path: str, uid: int) -> Root:
         known = await self._catalog.read(roots.all_roots)
@@ -333,7 +333,7 @@ def _claimed(candidate: Candidate) -> str:
 
 
 def _verify_again(checkpoint_id: str) -> NewJob:
-    return NewJob(checkpoint_id=checkpoint_id, lane=f"{checkpoint_id}/recheck", stage="verify")
+    return NewJob(checkpoint_id=checkpoint_id, lane=f"{checkpoint_id}/recheck", stage="verify", can_wait=True)
 
 
 def _identity(seen: IdentityRecord) -> Identity:

@@ -154,4 +154,4 @@ async def _enter_files(tx: Tx, jobs: Jobs, manifest: Manifest, found: Candidate)
     if found.stripped:
         await strips.found(tx, manifest.checkpoint, found.stripped)
     lane = f"{durable.experiment_id}/rebuild"
-    await jobs.enqueue(tx, NewJob(checkpoint_id=manifest.checkpoint, lane=lane, stage="verify"))
+    await jobs.enqueue(tx, NewJob(checkpoint_id=manifest.checkpoint, lane=lane, stage="verify", can_wait=True))

@@ -107,7 +107,8 @@ async def run(job: Job, tools: Tools) -> Outcome:
     async def end(tx: Tx) -> None:
         if leaves:
             lane = rest_lane(checkpoint.experiment_id)
-            await tools.jobs.enqueue_aside(tx, NewJob(checkpoint_id=checkpoint.id, lane=lane, stage="rest"))
+            rest = NewJob(checkpoint_id=checkpoint.id, lane=lane, stage="rest", can_wait=True)
+            await tools.jobs.enqueue_aside(tx, rest)
         await tools.jobs.finish(tx, job)
 
     await tools.catalog.write(end)

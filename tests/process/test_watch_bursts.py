@@ -16,6 +16,7 @@ import pytest
 
 from tests.support.node import eventually
 from tests.support.onlooker import Onlooker, end, make
+from tests.support.trainer import Nursery
 
 pytestmark = pytest.mark.xdist_group("watch_bursts")
 ROUNDS, DEPTH, FILES = 200, 3, 4
@@ -208,3 +209,17 @@ def test_twenty_thousand_files_written_while_no_daemon_runs_are_all_verified(tmp
         assert states(node, "many") == Counter(live=MANY)
     finally:
         end(node)
+
+
+def test_a_burst_of_files_holds_up_no_save(node: Onlooker, root: Path, nursery: Nursery) -> None:
+    """A training's memory waits for its save, and nobody's for files that lie on the disk."""
+    project, paths = root.parent.name, hurry(root, 150)
+    eventually(lambda: sum(states(node, project).values()) >= len(paths) // 2, "the files to be queued")
+    trainer = nursery.trainer(node.environ)
+    trainer.open(name="run", project="hurries", dir=str(node.runs))
+    saved = str(trainer.save(seed=1, step=1)["id"])
+    node.wait_level(saved)
+    left = len(paths) - levels(node, project)["verified"]
+    trainer.quit()
+    assert left > len(paths) // 4, "it did not wait for them"
+    check_all(node, project, paths)

@@ -8,32 +8,12 @@ from typing import Any
 import anyio
 import pytest
 
-from ckptd import config
-from ckptd.catalog import Catalog, queue
+from ckptd.catalog import Catalog
 from ckptd.errors import Bug, NoSpace, TimedOut
-from ckptd.jobs import DONE_KEPT, JITTER, Job, Jobs, NewJob
+from ckptd.jobs import DONE_KEPT, JITTER, NewJob
 from ckptd.model import JobState, new_id
 from tests.support.catalog import StillClock, Told, opened
-
-SETTINGS = config.Jobs(retries_max=3, backoff_s=1.0, backoff_s_max=60.0, lease_s=600.0)
-
-
-class Queue(Jobs):
-    """The queue with one-line writes for tests."""
-
-    async def put(self, lane: str = "a", checkpoint_id: str | None = None, **payload: Any) -> Job:
-        new = NewJob(checkpoint_id=checkpoint_id or new_id(), lane=lane, stage="publish", payload=payload)
-        return await self._catalog.write(lambda tx: self.enqueue(tx, new))
-
-    async def do(self, what: str, *arguments: Any, **named: Any) -> Any:
-        return await self._catalog.write(lambda tx: getattr(self, what)(tx, *arguments, **named))
-
-    async def one(self) -> Job:
-        (job,) = await self.claim()
-        return job
-
-    async def row(self, job: Job) -> Job:
-        return await self._catalog.read(lambda conn: queue.get(conn, job.id))
+from tests.support.queue import SETTINGS, Queue
 
 
 @pytest.fixture

@@ -49,6 +49,7 @@ def _queue_and_logs() -> None:
         sa.Column("checkpoint_id", sa.String(length=32), nullable=False),
         sa.Column("lane", sa.String(length=128), nullable=False),
         sa.Column("stage", sa.String(length=16), nullable=False),
+        sa.Column("can_wait", sa.Boolean(), nullable=False),
         sa.Column("state", sa.String(length=16), nullable=False),
         sa.Column("attempts", sa.Integer(), nullable=False),
         sa.Column("claim", sa.Integer(), nullable=False),
@@ -63,6 +64,7 @@ def _queue_and_logs() -> None:
     op.create_index("ix_job_checkpoint_id_state", "job", ["checkpoint_id", "state"])
     op.create_index("ix_job_lane_state_no", "job", ["lane", "state", "no"])
     op.create_index("ix_job_state_not_before_no", "job", ["state", "not_before", "no"])
+    op.create_index("ix_job_state_can_wait_not_before_no", "job", ["state", "can_wait", "not_before", "no"])
     op.create_table(
         "event",
         sa.Column("sequence", NUMBER, nullable=False),
