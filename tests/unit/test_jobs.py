@@ -13,7 +13,7 @@ from ckptd.errors import Bug, NoSpace, TimedOut
 from ckptd.jobs import DONE_KEPT, JITTER, NewJob
 from ckptd.model import JobState, new_id
 from tests.support.catalog import StillClock, Told, opened
-from tests.support.queue import SETTINGS, Queue
+from tests.support.lined_up import SETTINGS, Queue
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 from ckptd.catalog import Catalog, queue
 from ckptd.jobs import NewJob
 from tests.support.catalog import StillClock, Told, opened
-from tests.support.queue import SETTINGS, Queue
+from tests.support.lined_up import SETTINGS, Queue
 
 
 @pytest.fixture
