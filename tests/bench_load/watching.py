@@ -86,7 +86,8 @@ def _durations(ends: list[datetime]) -> list[float]:
 def _standing_by(plant: Plant, scale: Scale) -> Outcome:
     """From the end of one scan that finds what events missed to the end of the next."""
     looks = len(_done(plant))
-    eventually(lambda: len(_done(plant)) > looks, "a look after which it rests", FOUND_S)
+    # The first look after the reload may have ended already: then it is the next one, after its whole rest.
+    eventually(lambda: len(_done(plant)) > looks, "a look after which it rests", max(FOUND_S, scale.interval_s))
     looks = len(_done(plant))
     used = spent(plant.carriers(), scale.interval_s, lambda: len(_done(plant)) > looks)
     pairs = [
