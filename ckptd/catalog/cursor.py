@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import aiosqlite
 from sqlalchemy.connectors.asyncio import AsyncAdapt_dbapi_connection
 from sqlalchemy.dialects.sqlite.aiosqlite import (
     AsyncAdapt_aiosqlite_connection,
@@ -86,10 +87,10 @@ class Cursor(AsyncAdapt_aiosqlite_cursor):
 
     def _visit(self, sql: str, parameters: Any, *, many: bool) -> None:
         try:
-            self._done = await_(self._visited(sql, parameters, many=many))
+            done = await_(self._visited(sql, parameters, many=many))
         except Exception as error:  # noqa: BLE001 - the library's own sorting, which always raises
             self._adapt_connection._handle_exception(error)
-        self._rows = deque(self._done.rows)
+        self._rows, self._done = deque(done.rows), done._replace(rows=())  # a row that was fetched is nobody's
 
     async def _visited(self, sql: str, parameters: Any, *, many: bool) -> _Done:
         driver: Any = self._connection
@@ -112,12 +113,11 @@ class _Connection(AsyncAdapt_aiosqlite_connection):
 
 
 class Driver(AsyncAdapt_aiosqlite_dbapi):
-    """What create_async_engine(module=Driver.made()) connects with."""
+    """What create_async_engine(module=Driver()) connects with."""
 
-    @classmethod
-    def made(cls) -> "Driver":
+    def __init__(self) -> None:
         """Adapt the two modules, as the dialect does."""
-        return cls(__import__("aiosqlite"), sqlite3)
+        super().__init__(aiosqlite, sqlite3)
 
     def connect(self, *arg: Any, **kw: Any) -> _Connection:
         """Connect as the library does; only the cursors are others."""

@@ -48,7 +48,7 @@ def url_of(path: Path) -> URL:
 
 def writing_engine(url: URL, settings: config.Catalog) -> AsyncEngine:
     """Return an engine with exactly one connection, which writes."""
-    engine = create_async_engine(url, module=Driver.made(), poolclass=StaticPool)
+    engine = create_async_engine(url, module=Driver(), poolclass=StaticPool)
     pragmas = (
         "PRAGMA journal_mode=WAL",
         "PRAGMA synchronous=FULL",
@@ -64,7 +64,7 @@ def reading_engine(url: URL, settings: config.Catalog) -> AsyncEngine:
     # The connection that was used last is used next: its statements are compiled, and the others stay small.
     engine = create_async_engine(
         url,
-        module=Driver.made(),
+        module=Driver(),
         pool_size=settings.readers,
         max_overflow=0,
         pool_timeout=READ_WAIT_S,

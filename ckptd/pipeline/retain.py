@@ -91,24 +91,27 @@ class Carried:
 
 async def run(job: Job, tools: Tools) -> Outcome:
     """Apply the rules of the job's experiment; the last stage of every job."""
-    checkpoint = await tools.catalog.read(lambda conn: checkpoints.get(conn, job.checkpoint_id))
+
+    async def look(conn: AsyncConnection) -> tuple[Checkpoint, bool]:
+        row = await checkpoints.get(conn, job.checkpoint_id)
+        return row, await _has_rest(conn, row.experiment_id)
+
+    checkpoint, has_rest = await tools.catalog.read(look)
     rules = tools.settings().rules_for(checkpoint.project, checkpoint.experiment)
-    leaves = False
-    if rules.deletes:
-        # A rest of this experiment is on its way: it, or one that follows it, sees to what this save makes spare.
-        leaves = await tools.catalog.read(lambda conn: _has_rest(conn, checkpoint.experiment_id))
-        if not leaves:
-            wanted = Wanted(linked=tuple(job.payload.get("linked", ())), by_itself=True, at_once=TOMBSTONES_MAX)
-            leaves = (await carry_out(tools, checkpoint.experiment_id, rules, wanted)).leaves
-    else:
+    # A rest of this experiment on its way, or one that follows it, sees to what this save makes spare.
+    leaves = rules.deletes and has_rest
+    if not rules.deletes:
         braking.forget(tools, checkpoint.experiment_id)
+    elif not leaves:
+        wanted = Wanted(linked=tuple(job.payload.get("linked", ())), by_itself=True, at_once=TOMBSTONES_MAX)
+        leaves = (await carry_out(tools, checkpoint.experiment_id, rules, wanted)).leaves
     tools.space.ring()
 
     async def end(tx: Tx) -> None:
         if leaves:
             lane = rest_lane(checkpoint.experiment_id)
-            rest = NewJob(checkpoint_id=checkpoint.id, lane=lane, stage="rest", can_wait=True)
-            await tools.jobs.enqueue_aside(tx, rest)
+            # Not behind thousands of files: until it has run no save of this experiment makes a plan.
+            await tools.jobs.enqueue_aside(tx, NewJob(checkpoint_id=checkpoint.id, lane=lane, stage="rest"))
         await tools.jobs.finish(tx, job)
 
     await tools.catalog.write(end)

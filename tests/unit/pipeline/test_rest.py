@@ -191,6 +191,7 @@ async def test_a_rest_that_waits_for_another_takes_no_slot_and_ends_when_the_rul
         async def comes_back() -> bool:
             lane = retain.rest_lane((await node.read(lambda conn: checkpoints.get(conn, ids[0]))).experiment_id)
             jobs = await node.read(lambda conn: queue.in_lane(conn, lane))
+            assert not any(job.can_wait for job in jobs), "files must not stand before it: no save plans meanwhile"
             return any(job.claim > 1 for job in jobs)
 
         await eventually(comes_back)
