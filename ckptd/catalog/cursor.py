@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import aiosqlite
-from sqlalchemy.connectors.asyncio import AsyncAdapt_dbapi_connection
 from sqlalchemy.dialects.sqlite.aiosqlite import (
     AsyncAdapt_aiosqlite_connection,
     AsyncAdapt_aiosqlite_cursor,
@@ -33,10 +32,12 @@ class _Done(NamedTuple):
     lastrowid: int | None = None
 
 
-def _whole(driver: Any, sql: str, parameters: Any, *, many: bool) -> _Done:
+def _whole(driver: Any, sql: str, parameters: Any, *, many: bool, views: bool) -> _Done:
     """Run in the database's thread. sqlite3.Error; ValueError when the connection was closed."""
     cursor: sqlite3.Cursor = driver._conn.cursor()
     try:
+        if views and not driver._conn.in_transaction:
+            cursor.execute("BEGIN")
         if many:
             cursor.executemany(sql, parameters)
         elif parameters is None:
@@ -52,15 +53,16 @@ def _whole(driver: Any, sql: str, parameters: Any, *, many: bool) -> _Done:
 class Cursor(AsyncAdapt_aiosqlite_cursor):
     """Rows of the last statement. Nothing of it is left in the database when `execute` has returned."""
 
-    __slots__ = ("_done",)
+    __slots__ = ("_done", "_views")
 
-    def __init__(self, adapt_connection: AsyncAdapt_dbapi_connection) -> None:
+    def __init__(self, adapt_connection: Any) -> None:
         """Make none: each statement has one of its own."""
         self._adapt_connection = adapt_connection
         self._connection = adapt_connection._connection
         self._soft_closed_memoized = EMPTY_DICT
         self._rows = deque()
         self._done = _Done()
+        self._views = adapt_connection.views
 
     @property
     def description(self) -> Any:
@@ -95,7 +97,7 @@ class Cursor(AsyncAdapt_aiosqlite_cursor):
     async def _visited(self, sql: str, parameters: Any, *, many: bool) -> _Done:
         driver: Any = self._connection
         async with self._adapt_connection._execute_mutex:
-            done: _Done = await driver._execute(_whole, driver, sql, parameters, many=many)
+            done: _Done = await driver._execute(_whole, driver, sql, parameters, many=many, views=self._views)
         return done
 
     async def _async_soft_close(self) -> None:
@@ -107,9 +109,13 @@ class Cursor(AsyncAdapt_aiosqlite_cursor):
 
 
 class _Connection(AsyncAdapt_aiosqlite_connection):
-    __slots__ = ()
+    __slots__ = ("views",)
 
     _cursor_cls = Cursor
+
+    def __init__(self, dbapi: Any, connection: Any) -> None:
+        super().__init__(dbapi, connection)
+        self.views = False
 
 
 class Driver(AsyncAdapt_aiosqlite_dbapi):
@@ -122,3 +128,8 @@ class Driver(AsyncAdapt_aiosqlite_dbapi):
     def connect(self, *arg: Any, **kw: Any) -> _Connection:
         """Connect as the library does; only the cursors are others."""
         return _Connection(self, super().connect(*arg, **kw)._connection)
+
+
+def begin_views(connection: _Connection) -> None:
+    """Let a connection that only reads begin its view in the visit of the first statement: a BEGIN asks nobody."""
+    connection.views = True

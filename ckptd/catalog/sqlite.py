@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from sqlalchemy.pool import StaticPool
 
 from ckptd import config, failpoint
-from ckptd.catalog.cursor import Driver
+from ckptd.catalog.cursor import Driver, begin_views
 from ckptd.errors import Bug, CatalogFault
 from ckptd_client import places
 
@@ -70,11 +70,12 @@ def reading_engine(url: URL, settings: config.Catalog) -> AsyncEngine:
         pool_timeout=READ_WAIT_S,
         pool_use_lifo=True,
     )
-    _prepare(engine, ("PRAGMA query_only=ON", f"PRAGMA cache_size=-{READER_CACHE_KIB}"), "BEGIN")
+    _prepare(engine, ("PRAGMA query_only=ON", f"PRAGMA cache_size=-{READER_CACHE_KIB}"))
+    event.listen(engine.sync_engine, "connect", lambda connection, _: begin_views(connection))
     return engine
 
 
-def _prepare(engine: AsyncEngine, pragmas: tuple[str, ...], begin: str) -> None:
+def _prepare(engine: AsyncEngine, pragmas: tuple[str, ...], begin: str = "") -> None:
     def connected(connection: Any, record: Any) -> None:
         del record
         connection.isolation_level = None  # the driver begins nothing by itself; "begin" below does
@@ -89,7 +90,8 @@ def _prepare(engine: AsyncEngine, pragmas: tuple[str, ...], begin: str) -> None:
         connection.exec_driver_sql(begin)
 
     event.listen(engine.sync_engine, "connect", connected)
-    event.listen(engine.sync_engine, "begin", begun)
+    if begin:
+        event.listen(engine.sync_engine, "begin", begun)
 
 
 async def check_place(path: Path, *, network_allowed: bool) -> None:

@@ -26,11 +26,15 @@ async def run(tools: Tools) -> None:
 
 async def _move(tools: Tools) -> None:
     """Carry out what a plan left over, what an earlier daemon left, and what could not be done at the first try."""
+    nothing_at: int | None = None  # the catalog's edition when there was nothing to do: at rest nobody reads
     while True:
         full = False
+        edition = tools.catalog.edition()
         try:
-            await trash.resume(tools)
-            full = await strip.resume(tools) >= strip.STRIPS_MAX
+            if edition is None or edition != nothing_at:
+                moved, stripped = await trash.resume(tools), await strip.resume(tools)
+                full = stripped >= strip.STRIPS_MAX
+                nothing_at = edition if moved == stripped == 0 else None
         except CkptdError as error:
             log.warning("trash.failed", **error.to_wire())
         if full:

@@ -8,7 +8,7 @@ from typing import Any
 import anyio
 import pytest
 from aiosqlite import Connection
-from sqlalchemy import Column, Integer, MetaData, String, Table, bindparam, exc, insert, select, text, update
+from sqlalchemy import Column, Integer, MetaData, String, Table, bindparam, exc, func, insert, select, text, update
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from ckptd import config
@@ -60,6 +60,27 @@ async def test_a_transaction_costs_its_begin_its_statements_and_its_end(engine: 
         async with conn.begin():
             await conn.execute(select(THING))
         assert visits == ["_whole", "_whole", "commit"]
+
+
+async def test_a_read_begins_its_view_in_the_visit_of_its_first_statement(
+    engine: AsyncEngine, visits: list[str], tmp_path: Path
+) -> None:
+    readers = sqlite.reading_engine(sqlite.url_of(tmp_path / "db"), config.Catalog())
+    count = select(func.count()).select_from(THING)
+    for _ in range(2):  # a view ends with its read, also on a connection that is used again
+        async with readers.connect() as conn:
+            visits.clear()
+            before = (await conn.execute(count)).scalar_one()
+            assert visits == ["_whole"]
+            async with engine.begin() as writing:
+                await writing.execute(insert(THING).values(name=f"later {before}"))
+            visits.clear()
+            assert (await conn.execute(count)).scalar_one() == before, "one view from the first statement on"
+            assert visits == ["_whole"]
+            visits.clear()
+        assert visits == ["rollback"]
+    assert before == 4
+    await readers.dispose()
 
 
 async def test_rows_counts_and_numbers_are_those_of_the_database(engine: AsyncEngine) -> None:

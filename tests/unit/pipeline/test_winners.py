@@ -131,7 +131,7 @@ async def test_a_purge_that_met_a_dead_worker_is_repeated_soon_and_ever_less_oft
         with anyio.CancelScope() as scope:
             async with anyio.create_task_group() as group:
                 group.start_soon(upkeep._purge, node.parts.tools)
-                with anyio.fail_after(20):
+                with anyio.fail_after(40):
                     while len(pauses) < 9:
                         await real_sleep(0.01)
                 scope.cancel()
@@ -160,3 +160,30 @@ async def test_a_tombstone_that_could_not_be_carried_out_is_tried_soon_too(short
         if healed:
             assert await trash.purge(node.parts.tools) == 1
             assert node.parts.tools.delayed == set()
+
+
+async def test_who_carries_out_tombstones_asks_the_catalog_only_after_something_changed_there(short_dir, monkeypatch):
+    """A node at rest has few wake-ups to spend."""
+    looks: list[int] = []
+    look = trash.resume
+
+    async def looked(tools):
+        looks.append(await look(tools))
+        return looks[-1]
+
+    async with daemon(short_dir) as node, node.connect() as line:
+        _, ids = await three(node, line)
+        monkeypatch.setattr(trash, "resume", looked)
+        monkeypatch.setattr(upkeep, "MOVE_S", 0.01)
+        tools = node.parts.tools
+        async with anyio.create_task_group() as group:
+            group.start_soon(upkeep._move, tools)
+            await eventually(lambda: looks[-1:] == [0])
+            at_rest, edition = len(looks), tools.catalog.edition()
+            await anyio.sleep(0.2)
+            commits = tools.catalog.edition() - edition
+            assert len(looks) - at_rest <= 2 * commits, "the daemon's own and this one, once for each"
+            row = await node.read(lambda conn: checkpoints.get(conn, ids[0]))
+            await node.write(lambda tx: checkpoints.mark_trashed(tx, ids[0], ids[0], "test"))
+            await eventually(lambda: not Path(row.path).exists())
+            group.cancel_scope.cancel()
