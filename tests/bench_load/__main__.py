@@ -3,7 +3,7 @@
     python -m tests.bench_load [--only roundtrip,catalogue] [--small] [--out PAGE]
 
 Nothing is hard-coded: a row that can't be measured says why. A quiet machine with some 10 GB of free disk, please;
-the whole takes about half an hour.
+the whole takes about an hour and a half.
 """
 
 import argparse
@@ -13,18 +13,31 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.bench_load import asking, catalogue, queue, report, retiring, roundtrip, verifying, watching
+from tests.bench_load import (
+    asking,
+    catalogue,
+    lasting,
+    queue,
+    report,
+    retiring,
+    roundtrip,
+    statements,
+    verifying,
+    watching,
+)
 from tests.bench_load.outcome import Outcome, impossible
 from tests.bench_load.scale import SMALL, Scale
 
 PARTS = {
     "roundtrip": ("Round trips", roundtrip.measure),
     "asking": ("Hooks", asking.measure),
+    "statements": ("Statements", statements.measure),
     "queue": ("The queue", queue.measure),
     "catalogue": ("A large catalog", catalogue.measure),
     "retiring": ("Retiring", retiring.measure),
     "watching": ("Watching", watching.measure),
     "verifying": ("Reading back", verifying.measure),
+    "lasting": ("A hundred thousand saves", lasting.measure),
 }
 
 

@@ -120,17 +120,22 @@ def descriptors(pids: list[int]) -> int:
     return found
 
 
+def cpu_s(pid: int) -> float:
+    """CPU seconds of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / _TICKS
+
+
 def _used(pids: list[int]) -> tuple[float, int]:
     """CPU seconds and wake-ups (voluntary switches of every thread) of the processes so far."""
-    cpu_s, wakeups = 0.0, 0
+    used_s, wakeups = 0.0, 0
     for pid in pids:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        cpu_s += (int(fields[11]) + int(fields[12])) / _TICKS
+        used_s += cpu_s(pid)
         for task in os.listdir(f"/proc/{pid}/task"):
             with contextlib.suppress(OSError):
                 text = Path(f"/proc/{pid}/task/{task}/status").read_text()
                 wakeups += int(text.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
-    return cpu_s, wakeups
+    return used_s, wakeups
 
 
 def spent(pids: list[int], over_s: float, over: Callable[[], bool] | None = None) -> Spent:

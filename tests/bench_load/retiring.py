@@ -2,16 +2,21 @@
 
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 from tests.bench_load.outcome import Limit, Outcome, bounded, percentile, told
 from tests.bench_load.plant import Plant, planted
 from tests.bench_load.scale import Scale
+from tests.bench_load.stalls import Stalls, stalls
 from tests.bench_load.swarm import Pace, Swarm
 from tests.support.node import eventually
 
-TRAINERS = 16
+TRAINERS, REAL = 16, 4  # of these many, sockets that speak the protocol and processes that train
 PERIOD_S = 1.0  # between two saves of one trainer; four times as many are more than a node carries, and all would queue
+ROUND_S = 4.0
+BEFORE_ROUNDS = 3  # times scale.seconds: about as long as the retiring takes
 PATIENCE_S = 600.0
 RATIO_MAX = 1.5
 LATER_MS_MAX = 50.0  # M097: no save is later by more than this
@@ -19,47 +24,84 @@ KEEP_ALL = '[[experiments]]\nproject = "*"\n'
 KEEP_ONE = '[[experiments]]\nproject = "load"\nkeep_last = 1\nbrake_share = 1\n'
 
 
+@dataclass
+class Seen:
+    """Seconds, by operation, of what trainers waited for; `save` is the stall itself."""
+
+    took_s: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    spooled: int = 0
+
+
+@dataclass
+class Crowd:
+    """Everybody who saves."""
+
+    swarm: Swarm
+    stalls: Stalls
+    rounds: int = 0
+
+    def save_while(self, some_more: Iterator[bool]) -> Seen:
+        """Let all of them save, round after round, as long as `some_more` says so."""
+        seen = Seen()
+        self.stalls.begin()
+        while next(some_more, False):
+            self.rounds += 1
+            for op, took_s in self.swarm.run(Pace(PERIOD_S, ROUND_S, saves=True, seed=self.rounds)).items():
+                seen.took_s[op] += took_s
+        seen.took_s["save"], seen.spooled = self.stalls.end()
+        return seen
+
+
 def measure(scale: Scale) -> Iterator[Outcome]:
     """Return the rows of this file."""
     with planted(scale.folder, more=KEEP_ALL) as plant:
         plant.start()
-        with Swarm(plant.socket, plant.runs, TRAINERS) as swarm:
+        with Swarm(plant.socket, plant.runs, TRAINERS) as swarm, stalls(plant, REAL) as real:
             while _live(plant) < scale.jobs:
                 swarm.run(Pace(0.0, min(scale.seconds, 5.0), saves=True))
             eventually(lambda: _idle(plant), "every save to be verified", PATIENCE_S)
-            before = swarm.run(Pace(PERIOD_S, scale.seconds, saves=True, seed=1))
+            crowd = Crowd(swarm, real)
+            rounds = max(1, round(BEFORE_ROUNDS * scale.seconds / ROUND_S))
+            before = crowd.save_while(iter([True] * rounds))
             eventually(lambda: _idle(plant), "those as well", PATIENCE_S)
             count = _live(plant)
             plant.configure(KEEP_ONE)
             reloaded = plant.ask("reload")
             assert reloaded["ok"], reloaded
-            yield from _compared(plant, swarm, scale, (before, count))
+            yield from _compared(plant, crowd, before, count)
 
 
-def _compared(plant: Plant, swarm: Swarm, scale: Scale, known: tuple[dict[str, list[float]], int]) -> Iterator[Outcome]:
-    before, count = known
+def _compared(plant: Plant, crowd: Crowd, before: Seen, count: int) -> Iterator[Outcome]:
     begun_s = time.monotonic()
     retiring = threading.Thread(target=lambda: plant.ask("retention", project="load", apply=True))
     retiring.start()
-    during = swarm.run(Pace(PERIOD_S, scale.seconds, saves=True, seed=1))
+    during = crowd.save_while(_until_retired(plant, begun_s))
     retiring.join()
-    planned_s = time.monotonic() - begun_s
-    eventually(lambda: _live(plant) <= TRAINERS, "all but the newest to be retired", PATIENCE_S)
-    for op in ("lease", "commit"):
-        ratio = percentile(during[op], 0.5) / percentile(before[op], 0.5)
-        later_ms = (percentile(during[op], 0.99) - percentile(before[op], 0.99)) * 1e3
+    took_s = time.monotonic() - begun_s
+    for op, words in (("save", "stall of save()"), ("lease", "lease of a save"), ("commit", "commit of a save")):
+        one, other = before.took_s[op], during.took_s[op]
+        later_ms = (percentile(other, 0.99) - percentile(one, 0.99)) * 1e3
         pairs = [(Limit("p99 later by", LATER_MS_MAX, "ms"), later_ms)]
-        if op == "lease":  # what save() waits for; a commit is answered while training goes on
-            pairs.append((Limit("ratio of p50", RATIO_MAX, ""), ratio))
-        note = f"before: {_spread(before[op])}; while {count:,} were retired: {_spread(during[op])}"
-        yield bounded(f"{op} of a save while {count:,} are retired", pairs, len(during[op]), note)
-    yield told(f"{count:,} tombstones written", f"{planned_s:.1f} s", count)
-    yield told("all of them out of the way", f"{time.monotonic() - begun_s:.1f} s", count)
+        if op != "commit":  # what save() waits for; a commit is answered while training goes on
+            pairs.append((Limit("ratio of p50", RATIO_MAX, ""), percentile(other, 0.5) / percentile(one, 0.5)))
+        if op == "save":
+            pairs.append((Limit("longest later by", LATER_MS_MAX, "ms"), (max(other) - max(one)) * 1e3))
+        note = f"before: {_spread(one)}; while {count:,} were retired: {_spread(other)}"
+        yield bounded(f"{words} while {count:,} are retired", pairs, len(other), note)
+    yield told("saves that found no arena", f"{before.spooled} before, {during.spooled} meanwhile", count)
+    yield told("all of them out of the way", f"{took_s:.0f} s", count)
+
+
+def _until_retired(plant: Plant, begun_s: float) -> Iterator[bool]:
+    yield True
+    while _live(plant) > 2 * TRAINERS:  # they go on saving: somebody's last one may be on its way out
+        assert time.monotonic() < begun_s + PATIENCE_S, "all but the newest should be retired by now"
+        yield True
 
 
 def _spread(seconds: list[float]) -> str:
-    p50_ms, p99_ms = percentile(seconds, 0.5) * 1e3, percentile(seconds, 0.99) * 1e3
-    return f"p50 {p50_ms:.1f} ms, p99 {p99_ms:.1f} ms of {len(seconds)}"
+    p50_ms, p99_ms, most_ms = (percentile(seconds, share) * 1e3 for share in (0.5, 0.99, 1.0))
+    return f"p50 {p50_ms:.1f} ms, p99 {p99_ms:.1f} ms, longest {most_ms:.1f} ms of {len(seconds)}"
 
 
 def _live(plant: Plant) -> int:

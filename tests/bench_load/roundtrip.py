@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator
 
 from tests.bench_load.outcome import Limit, Outcome, bounded, milliseconds, percentile, told
-from tests.bench_load.plant import Gauge, Plant, descriptors, planted
+from tests.bench_load.plant import Gauge, Plant, cpu_s, descriptors, planted
 from tests.bench_load.scale import Scale
 from tests.bench_load.swarm import Pace, Swarm
 from tests.support.node import eventually
@@ -53,6 +53,8 @@ def _sixty_four(plant: Plant, scale: Scale) -> Iterator[Outcome]:
             len(asked),
             f"lease and return of an arena, every {ASK_PERIOD_S:g} s each",
         )
+        pid = plant.carriers()[0]
+        used_s = cpu_s(pid)
         took = swarm.run(Pace(SAVE_PERIOD_S, scale.seconds, saves=True, seed=1))
         yield bounded(
             f"a lease while they save every {SAVE_PERIOD_S:g} s",
@@ -65,6 +67,9 @@ def _sixty_four(plant: Plant, scale: Scale) -> Iterator[Outcome]:
         note = "answered after its fsync in the catalog; no training waits for it, and its save is safe before"
         yield told("a commit meanwhile", figures, len(commits), note)
         plant.wait_idle()
+        each_ms = (cpu_s(pid) - used_s) * 1e3 / len(commits)
+        note = "from its lease until it is published, verified and linked, and the rules were looked at"
+        yield told("the daemon's processor time for one small save", f"{each_ms:.1f} ms", len(commits), note)
         yield _as_fast_as_it_goes(swarm, scale)
 
 

@@ -15,6 +15,7 @@ class Scale:
     files_each: int = 10
     looks: int = 100  # of each kind of question
     jobs: int = 10_000
+    saves: int = 100_000
     refused: int = 100_000
     known: int = 100_000  # files
     burst: int = 20_000  # files
@@ -23,5 +24,5 @@ class Scale:
 
 
 SMALL = Scale(
-    seconds=1.0, idle=20, checkpoints=5_000, looks=10, jobs=200, refused=1_000, known=1_000, burst=200, verify_bytes=32 << 20, interval_s=3.0,
+    seconds=1.0, idle=20, checkpoints=5_000, looks=10, jobs=200, saves=2_000, refused=1_000, known=1_000, burst=200, verify_bytes=32 << 20, interval_s=3.0,
 )  # fmt: skip
