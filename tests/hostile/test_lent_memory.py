@@ -154,7 +154,7 @@ async def test_a_file_lease_on_lent_memory_holds_up_nobody(short_dir):
             fcntl.fcntl(again, fcntl.F_SETLEASE, fcntl.F_WRLCK)
             began_s = time.monotonic()
             answer = await line.ask("attach", experiment=run.experiment)
-            assert time.monotonic() - began_s < 5
+            assert time.monotonic() - began_s < 20
             assert answer["hot"] is False
             os.close(again)
             assert (await line.ask("attach", experiment=run.experiment))["hot"] is True
@@ -174,7 +174,7 @@ async def test_a_size_that_can_not_be_is_refused_before_any_memory_is_made(short
         began_s = time.monotonic()
         with pytest.raises((OverQuota, BadRequest)):
             await run.lease(size_bytes, wait_s=0)
-        assert time.monotonic() - began_s < 5
+        assert time.monotonic() - began_s < 20
         assert node.parts.pool.bytes_used == 0
 
 
@@ -204,16 +204,12 @@ async def test_one_user_can_not_borrow_what_another_may_need():
         with pytest.raises(OverQuota, match="share"):
             await pool.lease("a5", 5 * MIB, greedy, 0)
         async with anyio.create_task_group() as group:
-
-            async def wait_in_vain() -> None:
-                with pytest.raises(NoArena):
-                    await pool.lease("a6", MIB, greedy, 1.0)
-
-            group.start_soon(wait_in_vain)
-            await anyio.sleep(0.05)
-            with anyio.fail_after(0.8):  # who waits for his own share holds up nobody else
-                for number in range(4):
-                    await pool.lease(f"b{number}", MIB, Client(1002), 0)
+            group.start_soon(pool.lease, "a6", MIB, greedy, 60.0)
+            await eventually(lambda: pool.waiting == 1)
+            for number in range(4):  # who waits for his own share holds up nobody else
+                await pool.lease(f"b{number}", MIB, Client(1002), 0)
+            assert pool.waiting == 1, "and has nothing yet"
+            group.cancel_scope.cancel()
         pool.free(pool.leased(lent.id, lent.generation, greedy))
         assert (await pool.lease("a7", MIB, greedy, 0)).owner_uid == 1001
     finally:

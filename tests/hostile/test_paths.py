@@ -215,7 +215,8 @@ def swapping(one: Path, other: Path):
     thread = threading.Thread(target=run)
     thread.start()
     begun_s = time.monotonic()
-    while not swaps[0] and time.monotonic() - begun_s < 5:  # on a busy machine the whole could be over before the first
+    # On a busy machine the whole could be over before the first.
+    while not swaps[0] and time.monotonic() - begun_s < 30:
         time.sleep(0.001)
     try:
         yield swaps

@@ -67,7 +67,7 @@ def test_what_is_no_file_is_refused_when_it_is_handed_over(tmp_path, name):
         Settle(root=str(tmp_path / "w"), path=str(tmp_path / "w" / name), quiet_s=0, told=True), Context()
     )
     assert found.reason.startswith("refused")
-    assert time.monotonic() - began_s < 1
+    assert time.monotonic() - began_s < 20  # a FIFO would wait for ever
 
 
 def test_a_mount_inside_a_root_is_not_entered(tmp_path):

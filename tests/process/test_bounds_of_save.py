@@ -1,6 +1,7 @@
 """Training never pays: save() returns within its bound whatever became of the daemon, and what it took arrives later.
 
-The bounds are the client's own constants; SLACK_S is for a loaded machine. A trainer whose save() raised
+The bounds are the client's own constants; SLACK_S is for a loaded machine, and one that stands still for up to
+STALL_S may make LATE of the calls late. A trainer whose save() raised
 fails its test (run_trainer tells of exceptions, and `error` is looked at).
 """
 
@@ -23,6 +24,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
 PROJECT = "bounds"
 SLACK_S = 1.0
+STALL_S, LATE = 10.0, 0.1  # together far below the half minute of a save that waits for its overlap
 QUICK_S = 0.5  # a memcpy of 100 kB, and at most the spool's write of the save before
 NOTICED_S = PING_AFTER_S + HANG_S + SLACK_S  # until a daemon that says nothing counts as absent
 
@@ -34,14 +36,17 @@ class Saves:
         self._trainer = trainer
         self.seeds: dict[str, int] = {}
         self.took_s: list[float] = []
+        self._late = 0
         self.errors: dict[str, str] = {}
 
     def save(self, limit_s: float, **given: Any) -> dict[str, Any]:
-        """Save once more; the call must return within `limit_s`."""
+        """Save once more; the call must return within `limit_s`, but for a few of many."""
         seed = len(self.took_s) + 1
         answer: dict[str, Any] = self._trainer.save(seed=seed, step=seed, scribble=True, **given)
         self.took_s.append(answer["took_s"])
-        assert answer["took_s"] < limit_s, f"save {seed} took {answer['took_s']:.3f} s"
+        self._late += answer["took_s"] >= limit_s
+        assert answer["took_s"] < limit_s + STALL_S, f"save {seed} took {answer['took_s']:.3f} s"
+        assert self._late <= 1 + LATE * seed, f"too many of them were late: {self.took_s}"
         if answer["error"] is None:
             self.seeds[answer["id"]] = seed
         else:
@@ -126,7 +131,8 @@ def test_with_the_daemon_stopped(node: Node, nursery: Nursery) -> None:
         newcomer = opened(node, nursery, "newcomer", ready=False)
         first = Saves(newcomer)
         first.save(OPEN_S + SLACK_S)
-        first.save(QUICK_S)
+        for _ in range(5):
+            first.save(QUICK_S)
     finally:
         os.kill(pid, signal.SIGCONT)
     saves.report("stopped")

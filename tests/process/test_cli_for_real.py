@@ -188,7 +188,7 @@ def test_log_tells_what_happened_and_follows_over_a_restart(ckpt: Any, history: 
         hear("checkpoint.verified", trainer.save(seed=2, step=2)["id"])
     finally:
         follower.send_signal(signal.SIGINT)
-        assert follower.wait(timeout=20) == 130
+        assert follower.wait(timeout=60) == 130
         follower.stdout.close()
         trainer.end()
     numbers = [

@@ -148,7 +148,7 @@ def test_top_renews_its_page_and_leaves_the_terminal_as_it_was(node):
 
         eventually(pages_shown, "three pages")
         top.send_signal(signal.SIGINT)
-        assert top.wait(timeout=20) == 130
+        assert top.wait(timeout=60) == 130
     seen += os.read(ours, 1 << 16)
     os.close(ours)
     assert seen.startswith(b"\x1b[?1049h")

@@ -20,6 +20,7 @@ RSS_MAX_KB = 150 << 10
 LARGE_BYTES = 2 << 30  # a sparse file: it costs no disk, and every byte of it is read and digested all the same
 SAVE_BYTES, SAVES = 16 << 20, 12
 LAG_MAX_S, STALL_MAX_S = 0.05, 0.5
+TRIES = 3  # a machine that does much else may hold up an answer, but not in each of so many tries
 
 
 def peak_rss_kb(pid: int) -> int:
@@ -81,14 +82,16 @@ def test_the_loop_goes_round_while_saves_are_published(node: Node, nursery: Nurs
     node.start()
     trainer = nursery.trainer(node.environ)
     trainer.open(name="run", project="p", dir=str(node.runs))
-    with Probe(node) as probe:
-        for step in range(SAVES):
-            trainer.save(seed=step, step=step, size_bytes=SAVE_BYTES)
-        node.wait_idle()
-    assert [row["level"] for row in node.rows("p", "run")] == ["verified"] * SAVES
-    took = sorted(probe.took_s)
-    assert len(took) > 50
-    assert took[len(took) * 95 // 100] < LAG_MAX_S, took[-20:]
+    for again in range(TRIES):
+        with Probe(node) as probe:
+            for step in range(SAVES * again, SAVES * (again + 1)):
+                trainer.save(seed=step, step=step, size_bytes=SAVE_BYTES)
+            node.wait_idle()
+        assert [row["level"] for row in node.rows("p", "run")] == ["verified"] * SAVES * (again + 1)
+        took = sorted(probe.took_s)
+        if len(took) > 50 and took[len(took) * 95 // 100] < LAG_MAX_S:
+            return
+    pytest.fail(f"the slowest of {len(took)} answers: {took[-20:]}")
 
 
 def test_a_disk_that_takes_a_second_takes_none_of_it_from_the_loop(node: Node, nursery: Nursery):
@@ -97,10 +100,13 @@ def test_a_disk_that_takes_a_second_takes_none_of_it_from_the_loop(node: Node, n
     trainer = nursery.trainer(node.environ)
     trainer.open(name="run", project="p", dir=str(node.runs))
     node.wait_level(trainer.save(seed=0, step=0)["id"])
-    with Probe(node) as probe:
-        for point in ("copy.fsynced", "verify.read"):
-            node.arm(point, "delay:1")
-            saved = trainer.save(seed=1, step=None)["id"]
-            node.wait_level(saved)
-            assert node.disarm(), f"{point} was not reached"
-    assert max(probe.took_s) < STALL_MAX_S
+    for _ in range(TRIES):
+        with Probe(node) as probe:
+            for point in ("copy.fsynced", "verify.read"):
+                node.arm(point, "delay:1")
+                saved = trainer.save(seed=1, step=None)["id"]
+                node.wait_level(saved)
+                assert node.disarm(), f"{point} was not reached"
+        if max(probe.took_s) < STALL_MAX_S:
+            return
+    pytest.fail(f"an answer took {max(probe.took_s):.2f} s")

@@ -73,7 +73,7 @@ def test_a_second_sigterm_ends_it_at_once_and_loses_nothing(node: Node, nursery:
     begun_s = time.monotonic()
     node.signal(signal.SIGTERM)
     assert node.ended() == 0
-    assert time.monotonic() - begun_s < 5.0
+    assert time.monotonic() - begun_s < 20.0
     assert spooled(node) == sorted(saves)
     assert len(node.said("save.spilled")) == 2
     trainer.kill()
@@ -91,7 +91,7 @@ def test_the_drain_ends_at_its_deadline_and_loses_nothing(node: Node, nursery: N
     node.wait_fired()
     begun_s = time.monotonic()
     assert node.stop() == 0
-    assert time.monotonic() - begun_s < 8.0
+    assert time.monotonic() - begun_s < 25.0
     assert spooled(node) == [saved["id"]]
     node.start()
     assert_arrives(node, "hung", {saved["id"]: (3, 1)})
@@ -209,12 +209,12 @@ def test_a_second_node_on_one_state_directory_ends_with_the_holders_pid(node: No
     assert node.supervisor is not None
     places = ["--config", str(short_dir / "toml"), "--state-dir", str(node.state), "--socket", str(short_dir / "other")]
     second = subprocess.run(
-        [sys.executable, "-P", "-m", "ckptd", *places], capture_output=True, text=True, timeout=20, check=False
+        [sys.executable, "-P", "-m", "ckptd", *places], capture_output=True, text=True, timeout=60, check=False
     )
     assert second.returncode == 1
     assert str(node.supervisor.pid) in second.stderr
     daemon = subprocess.run(
-        [sys.executable, "-P", "-m", "ckptd.daemon", *places], capture_output=True, text=True, timeout=20, check=False
+        [sys.executable, "-P", "-m", "ckptd.daemon", *places], capture_output=True, text=True, timeout=60, check=False
     )
     assert daemon.returncode == 1
     assert f"process {pid} holds" in daemon.stderr
@@ -286,5 +286,5 @@ def test_a_trainer_goes_on_after_any_number_of_daemons(node: Node, nursery: Nurs
     assert (found["segment"], found["status"]) == (1, "running")
     for checkpoint in saves:
         assert trainer.wait(id=checkpoint)["level"] == "verified"
-    assert trainer.close()["took_s"] < 20.0
+    assert trainer.close()["took_s"] < 40.0
     eventually(lambda: node.experiment("life", "patient")["status"] == "completed", "the experiment's end")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from ckptd.supervisor.unit import Plan, Unit
 
 SCRIPT = Path(__file__).parents[1] / "support" / "run_supervisor.py"
 TIMING = {"restart_s": 0.05, "restart_s_max": 0.4, "good_run_s": 60, "start_s": 20, "watchdog_s": 20, "abort_s": 0.3}
-PATIENCE_S = 20
+PATIENCE_S = 40
 
 
 def eventually(condition: Callable[[], Any]) -> Any:
@@ -292,16 +293,20 @@ def test_a_second_sigterm_is_passed_on_and_shortens_the_wait(house):
 
 def test_a_daemon_that_asks_for_more_time_to_stop_gets_it(house):
     """F28: the deadline moves while the drain goes on."""
-    house.timing["stop_s"] = 2
-    process = house.start()
-    house.tell("stubborn")
-    process.send_signal(signal.SIGTERM)
-    eventually(lambda: house.diary("signal"))
-    house.tell("extend", "600")
-    time.sleep(2.5)  # past the deadline that was
-    assert process.poll() is None
-    assert house.tell("exit", "3") == ""
-    assert end(process)[0] == 3
+
+    def gets_it(stop_s: float) -> bool:
+        house.timing["stop_s"] = stop_s
+        process, signals = house.start(), len(house.diary("signal"))
+        house.tell("stubborn")
+        process.send_signal(signal.SIGTERM)
+        eventually(lambda: len(house.diary("signal")) > signals)
+        with suppress(OSError):  # it has been killed already
+            house.tell("extend", "600")
+            time.sleep(stop_s + 0.5)  # past the deadline that was
+            return process.poll() is None and house.tell("exit", "3") == "" and end(process)[0] == 3
+        return False
+
+    assert any(gets_it(stop_s) for stop_s in (2, 15))  # on a busy machine it may ask too late the first time
 
 
 def test_a_silent_daemon_is_aborted_killed_and_restarted(house):
@@ -317,12 +322,19 @@ def test_a_silent_daemon_is_aborted_killed_and_restarted(house):
 
 
 def test_a_daemon_that_beats_is_left_alone(house):
-    house.timing["watchdog_s"] = 0.4
-    house.start()
-    house.tell("pid")
-    time.sleep(1.2)  # three times the watchdog's patience
-    house.tell("pid")
-    assert len(house.diary("born")) == 1
+
+    def is_left_alone(watchdog_s: float) -> bool:
+        house.timing["watchdog_s"] = watchdog_s
+        process, lives = house.start(), len(house.diary("born"))
+        pid = house.tell("pid")
+        time.sleep(3 * watchdog_s)
+        left = house.tell("pid") == pid and len(house.diary("born")) == lives
+        process.send_signal(signal.SIGTERM)
+        end(process)
+        return left
+
+    # A busy machine may hold up the beats themselves for longer than the first of these, and then the next.
+    assert any(is_left_alone(watchdog_s) for watchdog_s in (0.4, 4.0, 12.0))
 
 
 def test_what_a_dead_daemon_left_in_its_process_group_is_ended(house):

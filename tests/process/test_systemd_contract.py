@@ -184,7 +184,7 @@ def test_a_second_sigterm_speeds_the_stop_up(service: Managed, nursery: Nursery)
     begun = time.monotonic()
     service.manager.begin_stop()
     service.manager.wait("inactive")
-    assert time.monotonic() - begun < 8.0
+    assert time.monotonic() - begun < 30.0
     assert service.manager.journal.killed == 0
     service.manager.empty_store()
     service.start()

@@ -25,7 +25,7 @@ from typing import Any, Self
 from ckptd_client import control, wire
 
 Message = dict[str, Any]
-WAIT_S = 10.0
+WAIT_S = 30.0
 
 
 @dataclass

@@ -102,7 +102,7 @@ async def troubles(node, line, monkeypatch) -> None:
     link.mkdir()
     (link / "link.safetensors").symlink_to("/etc/passwd")
     one = (await line.ask("submit", path=str(link / "link.safetensors"), checkpoint=new_id()))["checkpoint"]
-    await line.ask("wait", checkpoint=one, level="durable", timeout_s=10)
+    await line.ask("wait", checkpoint=one, level="durable", timeout_s=30)
     gate = anyio.Event()
 
     async def waits(job, tools):
@@ -230,7 +230,7 @@ async def test_every_declared_event_and_every_key_of_it_is_told_by_a_real_flow(s
             await line.ask("status")
             composition._say_goodbye(node.parts, anyio.CancelScope())
             wanted = {name: set(declared.keys) for name, declared in EVENTS.items() if name not in ELSEWHERE}
-            with anyio.move_on_after(10):
+            with anyio.move_on_after(40):
                 while any(told[name] != keys for name, keys in wanted.items()):
                     await anyio.sleep(0.05)
                     for name, keys in (await all_logged(node)).items():

@@ -286,7 +286,7 @@ async def test_waiting_ends_when_a_job_comes_or_its_lane_is_free(jobs: Queue) ->
                 await jobs.wait()
             await send.send(found[0].id)
 
-    with send, receive, anyio.fail_after(5):
+    with send, receive, anyio.fail_after(30):
         async with anyio.create_task_group() as group:
             group.start_soon(worker)
             await anyio.wait_all_tasks_blocked()

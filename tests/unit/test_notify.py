@@ -17,7 +17,7 @@ from ckptd.notify import Notifier, passed_fds
 def manager(short_dir):
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.bind(str(short_dir / "n"))
-        sock.settimeout(5)
+        sock.settimeout(30)
         yield sock
 
 

@@ -145,7 +145,7 @@ def test_a_daemon_that_does_not_answer_is_exit_code_6_after_timeout(run, daemon)
     started_s = time.monotonic()
     ran = run("status", "--timeout", "200ms")
     assert ran.code == 6
-    assert time.monotonic() - started_s < 5
+    assert time.monotonic() - started_s < 30  # it would say nothing for ever
 
 
 def test_a_daemon_that_hangs_up_is_exit_code_5(run, daemon):
@@ -190,13 +190,13 @@ def test_a_closed_pipe_is_quiet(daemon):
     process.stdout.close()
     err = process.stderr.read()
     process.stderr.close()
-    assert process.wait(20) == 141
+    assert process.wait(60) == 141
     assert err == b""
 
 
 def test_a_full_disk_under_the_output_is_one_line(daemon):
     with open("/dev/full", "w") as full:
-        ran = subprocess.run([*ENTRY, "ls"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=20, check=False)
+        ran = subprocess.run([*ENTRY, "ls"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
     assert ran.returncode == 1
     assert "No space left" in ran.stderr
     assert "Traceback" not in ran.stderr
@@ -209,7 +209,7 @@ def test_ctrl_c_is_exit_code_130_without_a_traceback(daemon):
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert b"Traceback" not in err
 
@@ -221,14 +221,14 @@ def test_a_quick_verb_imports_nothing_heavy(daemon, words):
         "import sys; from ckptd.cli import main; code = main(sys.argv[1:]); "
         f"sys.stderr.write(' '.join(m for m in {HEAVY!r} if m in sys.modules)); sys.exit(code)"
     )
-    ran = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=20, check=False)
+    ran = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=60, check=False)
     assert (ran.returncode, ran.stderr) == (0, "")
 
 
 def test_output_in_ascii_never_fails_on_a_name(daemon):
     daemon.replies["list"]["checkpoints"][0]["name"] = "größe"
     env = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
-    ran = subprocess.run([*ENTRY, "ls"], capture_output=True, env=env, timeout=20, check=False)
+    ran = subprocess.run([*ENTRY, "ls"], capture_output=True, env=env, timeout=60, check=False)
     assert ran.returncode == 0
     assert rb"gr\xf6\xdfe" in ran.stdout
 

@@ -182,7 +182,7 @@ def test_path_prints_the_path_and_nothing_else(run, daemon):
 def test_path_gives_a_program_the_very_bytes_of_a_name(daemon):
     """A name that is not UTF-8, or holds an escape sequence, must still be opened by a script."""
     daemon.replies["resolve"]["path"] = os.fsdecode(b"/data/\xff\x1b[31m")
-    ran = subprocess.run([*ENTRY, "path", "latest"], capture_output=True, timeout=20, check=False)
+    ran = subprocess.run([*ENTRY, "path", "latest"], capture_output=True, timeout=60, check=False)
     assert ran.stdout == b"/data/\xff\x1b[31m\n"
 
 
@@ -190,7 +190,7 @@ def test_path_on_a_terminal_is_escaped(daemon):
     daemon.replies["resolve"]["path"] = "/data/\x1b[31m"
     ours, theirs = pty.openpty()
     env = {**os.environ, "TERM": "xterm"}
-    subprocess.run([*ENTRY, "path", "latest"], stdout=theirs, env=env, check=True, timeout=20)
+    subprocess.run([*ENTRY, "path", "latest"], stdout=theirs, env=env, check=True, timeout=60)
     os.close(theirs)
     assert os.read(ours, 4096).strip() == rb"/data/\x1b[31m"
     os.close(ours)

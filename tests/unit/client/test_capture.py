@@ -176,13 +176,13 @@ def test_no_repository_is_no_facts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_git_that_hangs_costs_its_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "git").write_text("#!/bin/sh\nexec sleep 30\n")
+    (tmp_path / "git").write_text("#!/bin/sh\nexec sleep 60\n")
     (tmp_path / "git").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(facts, "GIT_S", 0.2)
     began_s = time.monotonic()
     assert "longer than" in facts.git_facts(str(tmp_path))["git_problem"]
-    assert time.monotonic() - began_s < 5
+    assert time.monotonic() - began_s < 20
 
 
 def test_facts_name_host_command_packages_and_chosen_variables(monkeypatch: pytest.MonkeyPatch):

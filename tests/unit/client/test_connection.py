@@ -15,6 +15,7 @@ from ckptd_client.connection import Callbacks, Connection
 from ckptd_client.errors import NotFound, Refused, TimedOut, Unavailable
 from ckptd_client.places import PlaceError, SocketPlace
 from tests.support.fake_daemon import FakeDaemon
+from tests.support.saving import BOUND_S, LONG_S
 
 
 @pytest.fixture
@@ -32,22 +33,22 @@ def connection(daemon: FakeDaemon) -> Iterator[Connection]:
 
 def test_a_request_gets_the_reply_with_its_own_id(connection: Connection, daemon: FakeDaemon):
     daemon.raw["status"] = b'{"v":1,"id":12345,"ok":true,"who":"not me"}\n{"v":1,"id":ID,"ok":true,"who":"me"}\n'
-    assert connection.request("status", 5)["who"] == "me"
+    assert connection.request("status", 30)["who"] == "me"
 
 
 def test_replies_may_come_in_any_order(connection: Connection, daemon: FakeDaemon):
     daemon.silent_on.add("wait")
     with pytest.raises(TimedOut):
         connection.request("wait", 0.05)
-    assert connection.request("status", 5)["ok"] is True
+    assert connection.request("status", 30)["ok"] is True
 
 
 def test_errors_become_exceptions_with_their_code(connection: Connection, daemon: FakeDaemon):
     daemon.refuse.update(show="not_found", lease="quota")
     with pytest.raises(NotFound):
-        connection.request("show", 5)
+        connection.request("show", 30)
     with pytest.raises(Refused) as caught:
-        connection.request("lease", 5, size_bytes=1, wait_s=0)
+        connection.request("lease", 30, size_bytes=1, wait_s=0)
     assert caught.value.code == "quota"
 
 
@@ -55,8 +56,8 @@ def test_no_daemon_is_said_at_once_and_why(short_dir: Path):
     connection = Connection(str(short_dir / "nobody"))
     began_s = time.monotonic()
     with pytest.raises(Unavailable, match="No such file"):
-        connection.request("status", 10)
-    assert time.monotonic() - began_s < 2
+        connection.request("status", LONG_S)
+    assert time.monotonic() - began_s < BOUND_S
     connection.close()
 
 
@@ -66,7 +67,7 @@ def test_a_server_of_another_user_is_refused_before_a_byte_is_read(
     """S27: someone else may listen where our daemon should."""
     monkeypatch.setattr(channel, "peer_uid", lambda _sock: 4242)
     with pytest.raises(Unavailable, match="served by uid 4242"):
-        connection.request("status", 5)
+        connection.request("status", 30)
     assert not daemon.requests, "something was said to a stranger"
 
 
@@ -83,7 +84,7 @@ def test_root_may_serve_the_system_s_socket_and_a_named_one_and_no_other(
 
 def test_a_line_of_a_gibibyte_is_refused_long_before_it_is_read(daemon: FakeDaemon, connection: Connection):
     """S27: the reader's memory is bounded whatever the server sends."""
-    connection.wait_up(5)
+    connection.wait_up(30)
     sent = 0
     ended = threading.Event()
     (peer,) = daemon._peers
@@ -98,7 +99,7 @@ def test_a_line_of_a_gibibyte_is_refused_long_before_it_is_read(daemon: FakeDaem
 
     thread = threading.Thread(target=flood)
     thread.start()
-    assert ended.wait(20)
+    assert ended.wait(40)
     thread.join()
     assert sent < 16 << 20
     assert "frame over" in connection.problem or connection.is_up
@@ -120,14 +121,14 @@ def test_a_line_of_a_gibibyte_is_refused_long_before_it_is_read(daemon: FakeDaem
 def test_a_reply_that_breaks_the_framing_ends_the_connection(connection: Connection, daemon: FakeDaemon, answer: bytes):
     daemon.raw["status"] = answer
     with pytest.raises(Unavailable):
-        connection.request("status", 5)
+        connection.request("status", 30)
     del daemon.raw["status"]
-    deadline_s = time.monotonic() + 5
+    deadline_s = time.monotonic() + 30
     while time.monotonic() < deadline_s:
         if connection.wait_up(1):
             break
         time.sleep(0.02)
-    assert connection.request("status", 5)["ok"] is True, "the session did not come back"
+    assert connection.request("status", 30)["ok"] is True, "the session did not come back"
 
 
 @pytest.mark.parametrize("answer", [b"", b'{"id":5}\n{"v":1', b'{"push":1}\n{"id":"x","ok":true}\n{"id":true}\n'])
@@ -140,11 +141,11 @@ def test_a_reply_that_never_becomes_whole_is_a_timeout(connection: Connection, d
 def test_a_version_this_client_does_not_speak_is_refused(daemon: FakeDaemon, connection: Connection):
     daemon.raw["hello"] = b'{"v":1,"id":0,"ok":true,"version":2}\n'
     with pytest.raises(Unavailable, match="unsupported_version"):
-        connection.request("status", 5)
+        connection.request("status", 30)
 
 
 def test_descriptors_arrive_closed_on_exec_and_belong_to_the_taker(connection: Connection, daemon: FakeDaemon):
-    reply = connection.request("lease", 5, size_bytes=8192, wait_s=1)
+    reply = connection.request("lease", 30, size_bytes=8192, wait_s=1)
     (fd,) = reply["fds"]
     assert os.fstat(fd).st_size == 8192
     assert not os.get_inheritable(fd)
@@ -152,26 +153,26 @@ def test_descriptors_arrive_closed_on_exec_and_belong_to_the_taker(connection: C
 
 
 def test_a_descriptor_that_comes_too_late_is_closed(connection: Connection, daemon: FakeDaemon):
-    connection.wait_up(5)
+    connection.wait_up(30)
     daemon.arenas_max = 0
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(TimedOut):
         connection.request("lease", 0.05, size_bytes=4096, wait_s=30)
     daemon.arenas_max = 1
-    connection.request("status", 5)
+    connection.request("status", 30)
     with daemon._changed:
         daemon._serve_waiting()
-    connection.request("status", 5)  # handled after the late reply
+    connection.request("status", 30)  # handled after the late reply
     assert len(os.listdir("/proc/self/fd")) == before + 2, "memfd and its mapping in the fake daemon, nothing here"
 
 
 def test_more_descriptors_than_there_is_room_for_end_the_connection(connection: Connection, daemon: FakeDaemon):
     """MSG_CTRUNC: a descriptor was lost on the way, so what belongs to what is unknown."""
-    connection.wait_up(5)
+    connection.wait_up(30)
     (peer,) = daemon._peers
     with open(os.devnull, "rb") as null:
         socket.send_fds(peer, [b'{"push":"x"}\n'], [null.fileno()] * 64)
-    deadline_s = time.monotonic() + 5
+    deadline_s = time.monotonic() + 30
     while daemon.connections and time.monotonic() < deadline_s and "descriptors" not in connection.problem:
         time.sleep(0.01)
     assert "descriptors" in connection.problem
@@ -188,10 +189,10 @@ def test_pushes_go_to_the_callback_and_a_failing_callback_ends_nothing(daemon: F
         came.set()
 
     connection = Connection(str(daemon.path), callbacks=Callbacks(push=hear))
-    connection.wait_up(5)
+    connection.wait_up(30)
     daemon.push({"push": "x", "n": 1})
     daemon.push({"push": "x", "n": 2})
-    assert came.wait(5)
+    assert came.wait(30)
     assert heard == ["1", "2"]
     connection.close()
 
@@ -201,13 +202,13 @@ def test_a_lost_daemon_is_found_again(daemon: FakeDaemon):
     callbacks = Callbacks(up=lambda _hello: ups.release(), down=lambda _reason: downs.release())
     connection = Connection(str(daemon.path), callbacks=callbacks)
     connection.start()
-    assert ups.acquire(timeout=5)
+    assert ups.acquire(timeout=30)
     daemon.stop()
-    assert downs.acquire(timeout=5)
+    assert downs.acquire(timeout=30)
     assert not connection.is_up
     daemon.start()
-    assert ups.acquire(timeout=10)
-    assert connection.request("status", 5)["ok"] is True
+    assert ups.acquire(timeout=30)
+    assert connection.request("status", 30)["ok"] is True
     connection.close()
 
 
@@ -216,12 +217,13 @@ def test_a_request_under_way_learns_that_the_daemon_is_gone(connection: Connecti
     threading.Timer(0.1, daemon.stop).start()
     began_s = time.monotonic()
     with pytest.raises(Unavailable):
-        connection.request("status", 30)
-    assert time.monotonic() - began_s < 5
+        connection.request("status", LONG_S)
+    assert time.monotonic() - began_s < BOUND_S
 
 
-def test_a_daemon_that_does_not_read_never_blocks_the_sender(short_dir: Path):
+def test_a_daemon_that_does_not_read_never_blocks_the_sender(short_dir: Path, monkeypatch: pytest.MonkeyPatch):
     """F22: a stopped daemon's socket buffer fills; frames are queued up to a limit and then refused."""
+    monkeypatch.setattr(connecting, "HANG_S", LONG_S)  # not given up meanwhile
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(str(short_dir / "s"))
     listening.listen(1)
@@ -230,13 +232,11 @@ def test_a_daemon_that_does_not_read_never_blocks_the_sender(short_dir: Path):
     peer, _ = listening.accept()
     peer.recv(4096)
     peer.sendall(b'{"v":1,"id":0,"ok":true,"version":1}\n')
-    assert connection.wait_up(5)
-    began_s = time.monotonic()
+    assert connection.wait_up(30)
     taken = 0
     while connection.request_nowait("x", lambda *_: None, body="y" * 100_000):
         taken += 1
-    assert 40 <= taken < 100
-    assert time.monotonic() - began_s < 2
+    assert 40 <= taken < 100  # and not blocked: it would be for ever
     connection.close()
     peer.close()
     listening.close()
@@ -246,10 +246,10 @@ def test_silence_with_a_request_under_way_ends_the_connection(daemon: FakeDaemon
     monkeypatch.setattr(connecting, "PING_AFTER_S", 0.1)
     monkeypatch.setattr(connecting, "HANG_S", 0.2)
     connection = Connection(str(daemon.path))
-    connection.wait_up(5)
+    connection.wait_up(30)
     daemon.mute = True
     with pytest.raises(Unavailable, match="has not answered"):
-        connection.request("status", 10)
+        connection.request("status", LONG_S)
     connection.close()
 
 
@@ -259,29 +259,34 @@ def test_a_slow_answer_is_no_silence_while_the_daemon_answers_pings(
     """A lease may take a minute: that must not look like a hung daemon."""
     monkeypatch.setattr(connecting, "PING_AFTER_S", 0.1)
     monkeypatch.setattr(connecting, "HANG_S", 0.2)
-    connection = Connection(str(daemon.path))
-    connection.wait_up(5)
     daemon.silent_on.add("verify")
-    with pytest.raises(TimedOut):
-        connection.request("verify", 1.0)
-    assert len(daemon.of("hello")) == 1
-    assert len(daemon.of("watch")) >= 2
-    connection.close()
+
+    def is_kept() -> bool:
+        hellos, watches = len(daemon.of("hello")), len(daemon.of("watch"))
+        connection = Connection(str(daemon.path))
+        connection.wait_up(30)
+        with pytest.raises((TimedOut, Unavailable)) as caught:
+            connection.request("verify", 1.0)
+        connection.close()
+        stood = caught.type is TimedOut and len(daemon.of("hello")) == hellos + 1
+        return stood and len(daemon.of("watch")) >= watches + 2
+
+    assert any(is_kept() for _ in range(5)), "a busy machine may make one answer late, but not each time"
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_forked_child_connects_anew_and_leaves_the_parent_s_session_alone(connection: Connection, daemon: FakeDaemon):
-    connection.request("status", 5)
+    connection.request("status", 30)
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
-            code = 0 if connection.request("status", 5)["ok"] is True else 2
+            code = 0 if connection.request("status", 30)["ok"] is True else 2
             connection.close()
         finally:
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    assert connection.request("status", 5)["ok"] is True
+    assert connection.request("status", 30)["ok"] is True
     assert [hello["pid"] for hello in daemon.of("hello")] == [os.getpid(), pid]
 
 
@@ -289,7 +294,7 @@ def test_many_threads_share_one_connection(connection: Connection, daemon: FakeD
     answers: list[object] = []
 
     def work() -> None:
-        answers.extend(connection.request("status", 10)["ok"] for _ in range(50))
+        answers.extend(connection.request("status", 30)["ok"] for _ in range(50))
 
     threads = [threading.Thread(target=work) for _ in range(8)]
     for thread in threads:
@@ -313,7 +318,7 @@ def test_a_callback_that_waits_for_its_own_thread_is_told_so(daemon: FakeDaemon)
 
     connection = Connection(str(daemon.path), callbacks=Callbacks(up=up))
     connection.start()
-    assert done.wait(5)
+    assert done.wait(30)
     assert "callback" in str(caught[0])
     connection.close()
 
@@ -325,9 +330,9 @@ def test_closing_leaves_no_descriptor_and_no_thread(daemon: FakeDaemon):
     threads, fds = left()
     for _ in range(3):
         connection = Connection(str(daemon.path))
-        connection.request("status", 5)
+        connection.request("status", 30)
         connection.close()
-    deadline_s = time.monotonic() + 5
+    deadline_s = time.monotonic() + 30
     while (left()[0] > threads or left()[1] > fds) and time.monotonic() < deadline_s:
         time.sleep(0.01)
     assert left()[0] <= threads
@@ -345,6 +350,6 @@ def test_hello_has_a_limit(daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch):
     connection = Connection(str(daemon.path))
     began_s = time.monotonic()
     with pytest.raises(Unavailable, match="no hello"):
-        connection.request("status", 30)
-    assert time.monotonic() - began_s < 3
+        connection.request("status", LONG_S)
+    assert time.monotonic() - began_s < BOUND_S
     connection.close()

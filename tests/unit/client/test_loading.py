@@ -137,7 +137,7 @@ def test_a_hot_load_becomes_private_when_the_connection_breaks(run: ckptd.Experi
     daemon.attach_reply = hot_reply(checkpoint, image, directory)
     loaded = run.load()
     daemon.stop()
-    deadline_s = time.monotonic() + 10
+    deadline_s = time.monotonic() + 30
     while run._session.hot._held and time.monotonic() < deadline_s:
         time.sleep(0.01)
     assert not run._session.hot._held

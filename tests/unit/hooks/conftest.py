@@ -31,7 +31,7 @@ def context(event: str = SAVE, **data: Any) -> Context:
     )
 
 
-def wild(name: str, *, timeout_s: float = 5.0, **more: Any) -> Spec:
+def wild(name: str, *, timeout_s: float = 30.0, **more: Any) -> Spec:
     """A hook of wild.py, in a child host."""
     given = {"events": (SAVE,), "memory_bytes_max": 1 << 30, "import_path": (str(HERE),), **more}
     return Spec(name=name, kind=Kind.PYTHON, target=f"wild:{name}", timeout_s=timeout_s, **given)

@@ -27,11 +27,11 @@ def is_alive(pid):
 
 
 async def gone(pid):
-    """Whether the process ends within a second or so: its parent has been told to see to it."""
-    for _ in range(100):
-        if not is_alive(pid):
-            return True
-        await anyio.sleep(0.02)
+    """Whether the process ends long before it would by itself: its parent has been told to see to it."""
+    with anyio.move_on_after(20):
+        while is_alive(pid):
+            await anyio.sleep(0.02)
+        return True
     return False
 
 
@@ -67,8 +67,8 @@ async def test_a_fraction_of_a_second_is_a_timeout_that_ends_the_work(running, n
         began_s = time.monotonic()
         verdict = await runner.ask(context())
         assert [run.outcome for run in verdict.runs] == [Outcome.TIMEOUT, Outcome.OK]
-        assert 0.3 <= verdict.runs[0].duration_s < 5
-        assert time.monotonic() - began_s < 10
+        assert 0.3 <= verdict.runs[0].duration_s < 20
+        assert time.monotonic() - began_s < 30  # the work would take a minute
 
 
 async def test_a_timeout_ends_children_that_left_their_session(running, tmp_path):
@@ -167,7 +167,7 @@ async def test_a_host_whose_daemon_was_killed_ends_with_everything_below(tmp_pat
     script = f"setsid sh -c 'echo $$ > {tmp_path}/pid; exec sleep 60' & sleep 60"
     setup = {
         "kind": "exec", "target": "/bin/sh", "arguments": ["-c", script], "options": {}, "import_path": [],
-        "memory_bytes_max": 0, "output_bytes_max": 1000, "processes_max": 9, "nice": 0, "start_s_max": 5.0,
+        "memory_bytes_max": 0, "output_bytes_max": 1000, "processes_max": 9, "nice": 0, "start_s_max": 30.0,
     }  # fmt: skip
     host = await child.start("h", setup, child.clean_environment(os.environ, {}))
     await host.send({"op": "call", "timeout_s": 60.0, "context": context().to_wire(), "stdin": ""})
@@ -201,7 +201,7 @@ async def test_plain_functions_coroutines_classes_and_instances_are_hooks(runnin
 
 async def test_a_module_alone_brings_every_hook_it_registers(running, runs):
     """M051: `@hook`, `register("name", function, [events])` and `register(instance)`, in order of priority."""
-    whole = Spec(name="team", kind=Kind.PYTHON, target="wild", import_path=wild("fine").import_path, timeout_s=5.0)
+    whole = Spec(name="team", kind=Kind.PYTHON, target="wild", import_path=wild("fine").import_path, timeout_s=30.0)
     async with running([whole]) as runner:
         assert (await runner.ask(context(loss=0.5))).allowed
         assert [(run.hook, run.outcome) for run in runs] == [("team.picky", "skipped"), ("team.logger", "ok")]
@@ -255,10 +255,9 @@ async def test_a_disabled_hook_is_imported_when_it_is_enabled(running):
         assert runner._hosts._places == {}
         runner.registry.enable("picky")
         runner.reset("picky")
-        for _ in range(200):
-            if runner.registry.of(context().event):
-                break
-            await anyio.sleep(0.02)
+        with anyio.fail_after(20):
+            while not runner.registry.of(context().event):
+                await anyio.sleep(0.02)
         assert not (await runner.ask(context(loss=3.0))).allowed
 
 

@@ -14,7 +14,7 @@ PAGE = "docs/reference/hooks.md"
 async def test_the_documented_example_runs_as_it_is_written(running, runs, tmp_path):
     """M051, M052, row 30: a plain function and a class with its priority in the constructor, registered by name."""
     (tmp_path / "documented.py").write_text(pages.blocks(PAGE, "python")[0])
-    spec = Spec(name="my", kind=Kind.PYTHON, target="documented", import_path=(str(tmp_path),), timeout_s=10.0)
+    spec = Spec(name="my", kind=Kind.PYTHON, target="documented", import_path=(str(tmp_path),), timeout_s=30.0)
     async with running([spec]) as runner:
         assert (await runner.ask(context(loss=11.0))).allowed
         assert [(run.hook, run.outcome) for run in runs] == [

@@ -14,7 +14,7 @@ from tests.unit.hooks.conftest import SAVE, SAVED, context
 def program(tmp_path):
     """Write a shell script; return the hook that runs it."""
 
-    def write(text, *, name="p", timeout_s=5.0, event=SAVE, **more):
+    def write(text, *, name="p", timeout_s=30.0, event=SAVE, **more):
         path = tmp_path / name
         path.write_text(f"#!/bin/sh\n{text}\n")
         path.chmod(0o755)
@@ -37,7 +37,7 @@ def program(tmp_path):
 )
 async def test_the_exit_status_is_the_verdict(running, program, text, outcome, error):
     """M065: 0 is fine, 10 is a veto with the first line as its reason, everything else is a failure and no veto."""
-    async with running([program(text, timeout_s=0.4 if outcome is Outcome.TIMEOUT else 5.0)]) as runner:
+    async with running([program(text, timeout_s=0.4 if outcome is Outcome.TIMEOUT else 30.0)]) as runner:
         (run,) = (await runner.ask(context())).runs
         assert (run.outcome, run.error) == (outcome, error)
 

@@ -16,6 +16,7 @@ from ckptd.hooks.spec import Kind, Spec
 from tests.unit.hooks.conftest import SAVE, SAVED, context, wild
 
 CALLED = []
+AT_ONCE = [0, 0]  # now, and at most
 
 
 class Counter(BaseHook):
@@ -27,7 +28,12 @@ class Counter(BaseHook):
 
     async def execute(self, context):
         CALLED.append(context.key)
-        await anyio.sleep(self.sleeps)
+        AT_ONCE[0] += 1
+        AT_ONCE[1] = max(AT_ONCE)
+        try:
+            await anyio.sleep(self.sleeps)
+        finally:
+            AT_ONCE[0] -= 1
         if isinstance(self.says, Exception):
             raise self.says
         return self.says
@@ -36,6 +42,7 @@ class Counter(BaseHook):
 @pytest.fixture(autouse=True)
 def _shipped(monkeypatch):
     CALLED.clear()
+    AT_ONCE[:] = [0, 0]
     monkeypatch.setitem(sys.modules, "ckptd.hooks.builtin.tested", sys.modules[__name__])
 
 
@@ -127,23 +134,22 @@ async def test_statistics_say_what_each_hook_did(running):
 async def test_telling_is_bounded_in_how_much_goes_on_at_once(running):
     spec = inside("h", options={"sleeps": 0.05}, events=(SAVED,))
     async with running([spec], running_max=2) as runner:
-        began_s = time.monotonic()
         async with anyio.create_task_group() as group:
             for _ in range(6):
                 group.start_soon(runner.deliver, context(SAVED), spec)
-        assert 0.15 <= time.monotonic() - began_s < 5
+        assert (len(CALLED), AT_ONCE[1]) == (6, 2)
 
 
 async def test_a_hook_that_hangs_while_it_is_told_does_not_delay_a_question(running):
     """Asked and told, a hook has two hosts: the question finds one free."""
-    spec = wild("sleeps_after_the_fact", events=(SAVE, SAVED), timeout_s=20.0)
+    spec = wild("sleeps_after_the_fact", events=(SAVE, SAVED), timeout_s=60.0)
     async with running([spec], running_max=1) as runner, anyio.create_task_group() as group:
         await runner.ask(context())
         group.start_soon(runner.deliver, context(SAVED), spec)
         await anyio.sleep(0.05)
         began_s = time.monotonic()
         assert [run.outcome for run in (await runner.ask(context())).runs] == [Outcome.OK]
-        assert time.monotonic() - began_s < 5
+        assert time.monotonic() - began_s < 20
         group.cancel_scope.cancel()
 
 
@@ -177,8 +183,6 @@ async def test_another_registry_takes_over_and_hosts_of_hooks_that_are_gone_end(
         host = place.host
         runner.adopt(Registry([wild("vetoes")]))
         assert (await runner.ask(context(loss=3))).why == "hook 'vetoes': no 3"
-        for _ in range(200):
-            if host._process.poll() is not None:
-                break
-            await anyio.sleep(0.02)
-        assert host._process.poll() is not None
+        with anyio.fail_after(20):
+            while host._process.poll() is None:
+                await anyio.sleep(0.02)

@@ -22,7 +22,7 @@ async def test_a_file_that_was_watched_and_is_then_submitted_stays_one_row(short
     path.write_bytes(a_tensor())
     async with daemon(short_dir, **settings) as node, node.connect() as line:
         known = await live_at(node, path)
-        await line.ask("wait", checkpoint=known, level="verified", timeout_s=10)
+        await line.ask("wait", checkpoint=known, level="verified", timeout_s=30)
         said = {"project": "vision", "experiment": "resnet", "step": 40, "metrics": {"acc": 0.9}, "note": "good one"}
         answer = await line.ask("submit", path=str(path), checkpoint=new_id(), **said)
         assert (answer["checkpoint"], answer["state"], answer["level"]) == (known, "live", "verified")
@@ -54,7 +54,7 @@ async def test_a_submitted_file_that_a_scan_sees_stays_one_row(short_dir):
     async with daemon(short_dir, **settings) as node, node.connect() as line:
         path.write_bytes(a_tensor())
         mine = (await line.ask("submit", path=str(path), checkpoint=new_id()))["checkpoint"]
-        await line.ask("wait", checkpoint=mine, level="verified", timeout_s=10)
+        await line.ask("wait", checkpoint=mine, level="verified", timeout_s=30)
         root = await node.read(lambda conn: roots.by_path(conn, str(tree)))
         await node.parts.reconciler.scan(root)
         assert [state for _, state in await rows_at(node, path)] == ["live"]
@@ -66,11 +66,11 @@ async def test_other_bytes_at_a_submitted_path_are_another_checkpoint(short_dir)
         path.parent.mkdir()
         path.write_bytes(a_tensor(1))
         first = (await line.ask("submit", path=str(path), checkpoint=new_id(), step=1))["checkpoint"]
-        await line.ask("wait", checkpoint=first, level="verified", timeout_s=10)
+        await line.ask("wait", checkpoint=first, level="verified", timeout_s=30)
         path.unlink()
         path.write_bytes(a_tensor(2))
         second = (await line.ask("submit", path=str(path), checkpoint=new_id(), step=2))["checkpoint"]
-        await line.ask("wait", checkpoint=second, level="verified", timeout_s=10)
+        await line.ask("wait", checkpoint=second, level="verified", timeout_s=30)
         assert await rows_at(node, path) == [(first, "missing"), (second, "live")]
 
 

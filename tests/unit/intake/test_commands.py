@@ -168,7 +168,7 @@ async def test_other_peoples_files_are_removed_only_where_the_root_allows_it_by_
         await Training(line, str(node.runs)).open()
         watched = await live_at(node, path)
         submitted = (await line.ask("submit", path=str(inside), checkpoint=new_id()))["checkpoint"]
-        await line.ask("wait", checkpoint=submitted, level="verified", timeout_s=10)
+        await line.ask("wait", checkpoint=submitted, level="verified", timeout_s=30)
         for one in (watched, submitted):
             with pytest.raises(Held, match="may not delete"):
                 await line.ask("remove", selector=one)
@@ -221,7 +221,7 @@ async def test_wait_ends_with_the_level_the_end_or_the_time(short_dir):
         assert (await line.ask("wait", checkpoint=one, level="staged"))["level"] == "staged"
         with pytest.raises(TimedOut):
             await line.ask("wait", checkpoint=one, level="durable", timeout_s=0.2)
-        number = await line.send("wait", checkpoint=one, level="durable", timeout_s=10)
+        number = await line.send("wait", checkpoint=one, level="durable", timeout_s=30)
         await line.ask("replace", experiment=(await node.read(lambda c: checkpoints.get(c, one))).experiment_id)
         assert (await line.reply(number))["state"] == "replaced"
 

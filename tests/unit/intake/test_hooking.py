@@ -202,7 +202,7 @@ async def test_a_hook_that_hangs_before_an_act_delays_it_for_its_bound_alone(sho
     hang = a_hook(short_dir, "hang", "hang", "checkpoint.before_save", timeout_s=0.3)
     async with hooked(short_dir, hang) as (node, line):
         training = await Training(line, str(node.runs)).open()
-        with anyio.fail_after(15):
+        with anyio.fail_after(30):  # it hangs for a minute
             one = await training.saved(1)
         assert (await node.read(lambda conn: checkpoints.get(conn, one))).veto is None
         answer = await line.ask("hooks")

@@ -56,7 +56,7 @@ async def beating(made: Pulse, condition: Any) -> None:
     """Let it beat until something is so."""
     async with anyio.create_task_group() as group:
         group.start_soon(made.run)
-        with anyio.fail_after(5):
+        with anyio.fail_after(30):
             while not condition():
                 await anyio.sleep(BEAT_S / 4)
         group.cancel_scope.cancel()

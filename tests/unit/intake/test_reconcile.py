@@ -134,7 +134,7 @@ async def test_a_checkpoint_that_was_missing_and_came_back_is_read_and_good_agai
         assert (await node.read(lambda conn: checkpoints.state_of(conn, one))) is State.MISSING
         os.rename(short_dir / "aside", path)
         await node.parts.reconciler.scan(root)
-        assert (await line.ask("wait", checkpoint=one, level="verified", timeout_s=10))["state"] == "live"
+        assert (await line.ask("wait", checkpoint=one, level="verified", timeout_s=30))["state"] == "live"
 
 
 async def idle(node) -> bool:
@@ -157,7 +157,7 @@ async def test_a_catalog_that_was_lost_is_made_again_from_the_manifests(short_di
         answer = await line.ask("rebuild", root=str(node.runs) + "/")
         assert (answer["roots"][0]["found"], answer["roots"][0]["problem"]) == (3, "")
         for one in ids:
-            await line.ask("wait", checkpoint=one, level="verified", timeout_s=10)
+            await line.ask("wait", checkpoint=one, level="verified", timeout_s=30)
         after = (await line.ask("list", sort="step"))["checkpoints"]
     kept = ("checkpoint", "project", "name", "step", "metrics", "note", "path", "size_bytes", "state", "level")
     assert [{k: row[k] for k in kept} for row in after] == [{k: row[k] for k in kept} for row in before]

@@ -19,7 +19,7 @@ async def test_a_commit_the_daemon_never_heard_of_is_admitted_by_the_next(short_
         training.write(lease, checkpoint, {"a.safetensors": a_tensor()}, step=1)
         lease.close()
     async with daemon(short_dir, keeper) as node, node.connect() as line:
-        assert (await line.ask("wait", checkpoint=checkpoint, level="verified", timeout_s=10))["step"] == 1
+        assert (await line.ask("wait", checkpoint=checkpoint, level="verified", timeout_s=30))["step"] == 1
     keeper.close()
 
 
@@ -28,7 +28,7 @@ async def test_a_staged_save_is_published_by_the_next_daemon_and_then_hot(short_
     async with daemon(short_dir, keeper, front=False) as node, node.connect() as line:
         checkpoint = await (await Training(line, str(node.runs)).open()).save(1)
     async with daemon(short_dir, keeper) as node, node.connect() as line:
-        await line.ask("wait", checkpoint=checkpoint, level="verified", timeout_s=10)
+        await line.ask("wait", checkpoint=checkpoint, level="verified", timeout_s=30)
         assert [arena.use for arena in node.parts.pool.all()] == [Use.HOT]
     async with daemon(short_dir, keeper, front=False) as node, node.connect() as line:
         arena = node.parts.pool.of_checkpoint(checkpoint)
@@ -73,7 +73,7 @@ async def test_a_full_disk_at_start_costs_no_acknowledged_save(short_dir, monkey
     async with daemon(short_dir, keeper) as node, node.connect() as line:
         assert [arena.use for arena in node.parts.pool.all()] == [Use.LEASED]
         monkeypatch.setattr(Admission, "memory", memory)
-        assert (await line.ask("wait", checkpoint=checkpoint, level="verified", timeout_s=10))["step"] == 1
+        assert (await line.ask("wait", checkpoint=checkpoint, level="verified", timeout_s=30))["step"] == 1
     keeper.close()
 
 
@@ -84,7 +84,7 @@ async def test_a_save_whose_memory_is_gone_fails_visibly(short_dir):
         checkpoint = await (await Training(line, str(node.runs)).open()).save(1)
     keeper.close()
     async with daemon(short_dir) as node, node.connect() as line:
-        answer = await line.ask("wait", checkpoint=checkpoint, level="durable", timeout_s=10)
+        answer = await line.ask("wait", checkpoint=checkpoint, level="durable", timeout_s=30)
         assert answer["state"] == "failed"
         assert "memory" in answer["error"]["message"]
 
@@ -109,7 +109,7 @@ async def test_a_job_that_took_the_daemon_down_again_and_again_still_has_its_byt
         assert (await node.read(lambda conn: checkpoints.state_of(conn, checkpoint))) is State.PENDING
     monkeypatch.setattr(pipeline, "PARKED_FIRST_S", 0.2)
     async with daemon(short_dir, keeper, jobs={"retries_max": 1}) as node, node.connect() as line:
-        await line.ask("wait", checkpoint=checkpoint, level="verified", timeout_s=10)
+        await line.ask("wait", checkpoint=checkpoint, level="verified", timeout_s=30)
     keeper.close()
 
 

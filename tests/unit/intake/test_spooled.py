@@ -46,7 +46,7 @@ async def test_a_save_that_no_daemon_took_is_published_by_the_next_and_leaves_th
     checkpoint, data = new_id(), a_tensor(5)
     path = put(short_dir, checkpoint, an_image(a_trainer(short_dir), checkpoint, {"model.safetensors": data}, step=3))
     async with daemon(short_dir) as node, node.connect() as line:
-        answer = await line.ask("wait", checkpoint=checkpoint, level="verified", timeout_s=10)
+        answer = await line.ask("wait", checkpoint=checkpoint, level="verified", timeout_s=30)
         assert (short_dir / "runs/demo/run/step_0000000003/model.safetensors").read_bytes() == data
         assert answer["step"] == 3
         await eventually(lambda: not os.path.exists(path))
@@ -58,7 +58,7 @@ async def test_an_image_that_is_also_in_an_arena_is_one_checkpoint(short_dir):
         files = {"model.safetensors": a_tensor(1)}
         checkpoint = await training.save(1, files=files)
         path = put(short_dir, checkpoint, an_image(training, checkpoint, files, step=1))
-        await line.ask("wait", checkpoint=checkpoint, level="verified", timeout_s=10)
+        await line.ask("wait", checkpoint=checkpoint, level="verified", timeout_s=30)
         await eventually(lambda: not os.path.exists(path))
         assert (await line.ask("summary"))["count"] == 1
 
@@ -86,7 +86,7 @@ async def test_an_offer_is_taken_in_and_removed(short_dir):
     directory.mkdir(parents=True)
     offer = spool.write_offer(str(directory), checkpoint, {"path": str(path), "checkpoint": checkpoint, "step": 4})
     async with daemon(short_dir) as node, node.connect() as line:
-        answer = await line.ask("wait", checkpoint=checkpoint, level="verified", timeout_s=10)
+        answer = await line.ask("wait", checkpoint=checkpoint, level="verified", timeout_s=30)
         assert answer["step"] == 4
         assert not os.path.exists(offer)
 
@@ -192,7 +192,7 @@ async def test_what_a_drain_does_not_get_to_is_spilled_and_taken_in_again(short_
         assert composition._undone(node.parts)
         await composition._spill(node.parts)
     async with daemon(short_dir) as node, node.connect() as line:
-        await line.ask("wait", checkpoint=checkpoint, level="verified", timeout_s=10)
+        await line.ask("wait", checkpoint=checkpoint, level="verified", timeout_s=30)
         assert (node.runs / "demo/run/step_0000000002/model.safetensors").read_bytes() == data
 
 

@@ -291,7 +291,7 @@ async def test_runs_findings_and_counts_are_kept_over_a_restart(place):
     async with place.delivering(a_hook("one")) as hooks:
         hooks.findings, hooks.opened = (Finding(Level.WARNING, "odd", {"n": 1}),), True
         await place.tell("/a", "/b")
-        with anyio.fail_after(10):  # told, and then written down
+        with anyio.fail_after(30):  # told, and then written down
             while len((await place.catalog.read(lambda conn: hookruns.runs(conn, name="one")))[0]) < 2:
                 await anyio.sleep(0.01)
     logged, _ = await place.catalog.read(lambda conn: hookruns.runs(conn, name="one"))

@@ -36,7 +36,7 @@ async def test_what_a_disk_does_never_ends_an_acknowledged_save(short_dir, monke
     failing(monkeypatch, "publish", *[error] * 5)
     async with daemon(short_dir, jobs={"retries_max": 2, "backoff_s_max": 0.1}) as node, node.connect() as line:
         checkpoint = await (await Training(line, str(node.runs)).open()).save(1)
-        assert (await line.ask("wait", checkpoint=checkpoint, level="verified", timeout_s=10))["state"] == "live"
+        assert (await line.ask("wait", checkpoint=checkpoint, level="verified", timeout_s=30))["state"] == "live"
 
 
 async def test_a_refusal_ends_the_checkpoint_visibly_and_gives_its_memory_back(short_dir, monkeypatch):
@@ -59,7 +59,7 @@ async def test_a_defect_of_ours_never_ends_a_hand_off_its_bytes_wait_for_a_bette
         await eventually(parked)
         assert (await node.read(lambda conn: checkpoints.state_of(conn, checkpoint))) is State.PENDING
         assert await node.parts.jobs.try_parked() == 1
-        await line.ask("wait", checkpoint=checkpoint, level="verified", timeout_s=10)
+        await line.ask("wait", checkpoint=checkpoint, level="verified", timeout_s=30)
 
 
 async def test_one_checkpoint_that_meets_a_defect_stops_no_other(short_dir, monkeypatch):
@@ -165,7 +165,7 @@ async def test_each_stage_runs_once_and_in_order(short_dir, monkeypatch):
         path.parent.mkdir()
         path.write_bytes(a_tensor())
         one = (await line.ask("submit", path=str(path), checkpoint=new_id()))["checkpoint"]
-        await line.ask("wait", checkpoint=one, level="verified", timeout_s=10)
+        await line.ask("wait", checkpoint=one, level="verified", timeout_s=30)
         assert trace == ["settle", "publish", "verify"], "where no link and no rule applies, nothing more is asked"
 
 
@@ -220,7 +220,7 @@ async def test_descriptors_of_images_are_closed_whatever_a_stage_does(short_dir,
         monkeypatch.setattr(node.parts.workers, "call", flaky)
         await training.saved(2)
         # One more arena: its memfd, its control page, the store's copy. A thread of the catalog may have one in hand.
-        with anyio.fail_after(10):
+        with anyio.fail_after(30):
             while open_fds() > before + 3:
                 await anyio.sleep(0.05)
         assert Path(node.runs / "demo/run/step_0000000002").is_dir()

@@ -68,7 +68,7 @@ async def test_a_directory_that_vanished_right_after_publish_is_written_again_to
     before_verify(monkeypatch, vanish)
     async with daemon(short_dir) as node, node.connect() as line:
         checkpoint = await (await Training(line, str(node.runs)).open()).save(1)
-        await line.ask("wait", checkpoint=checkpoint, level="verified", timeout_s=10)
+        await line.ask("wait", checkpoint=checkpoint, level="verified", timeout_s=30)
         await eventually((node.runs / "demo/run/step_0000000001/manifest.json").exists)
 
         async def live() -> bool:
@@ -126,7 +126,7 @@ async def test_a_file_is_digested_as_sha256sum_would(short_dir):
         path.parent.mkdir()
         path.write_bytes(a_tensor(3, 3_000_000))
         one = (await line.ask("submit", path=str(path), checkpoint=new_id()))["checkpoint"]
-        await line.ask("wait", checkpoint=one, level="verified", timeout_s=10)
+        await line.ask("wait", checkpoint=one, level="verified", timeout_s=30)
         [file] = await node.read(lambda conn: checkpoints.files(conn, one))
         assert (file.path, file.sha256, len(file.xxh3)) == ("", sha256(path), 3)
 
@@ -160,7 +160,7 @@ async def test_a_file_that_vanishes_while_pending_is_missing_not_failed(short_di
         path.write_bytes(a_tensor()[:-10])
         one = (await line.ask("submit", path=str(path), checkpoint=new_id()))["checkpoint"]
         path.unlink()
-        assert (await line.ask("wait", checkpoint=one, level="durable", timeout_s=15))["state"] == "missing"
+        assert (await line.ask("wait", checkpoint=one, level="durable", timeout_s=30))["state"] == "missing"
 
 
 async def test_a_symlink_is_refused_once_and_for_good(short_dir):
@@ -169,7 +169,7 @@ async def test_a_symlink_is_refused_once_and_for_good(short_dir):
         path = short_dir / "mine/link.safetensors"
         path.symlink_to("/etc/passwd")
         one = (await line.ask("submit", path=str(path), checkpoint=new_id()))["checkpoint"]
-        answer = await line.ask("wait", checkpoint=one, level="durable", timeout_s=10)
+        answer = await line.ask("wait", checkpoint=one, level="durable", timeout_s=30)
         assert (answer["state"], answer["error"]["code"]) == ("failed", "bad_path")
 
 

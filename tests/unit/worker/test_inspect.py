@@ -223,6 +223,7 @@ def test_a_disk_that_does_not_answer_is_given_up(stopped, small, monkeypatch):
     monkeypatch.setattr(examine, "SILENCE_S", 0.5)
     with pytest.raises(TimedOut):
         ask(small, stopped)
+    monkeypatch.setattr(examine, "SILENCE_S", 60.0)
     assert ask(small, stopped).found.complete is True
 
 

@@ -362,7 +362,7 @@ def test_a_starved_second_hash_thread_hands_over_what_it_has_begun(root: Path, m
     def view(image: Image, offset: int, size_bytes: int) -> memoryview:
         if threading.get_native_id() in starved:
             chunks.append(size_bytes)
-            first_is_done.wait(5.0)
+            first_is_done.wait(60.0)
         return real_view(image, offset, size_bytes)
 
     real_next = imagewriter._Digests._next

@@ -18,7 +18,7 @@ from ckptd.worker.mounts import Mount
 from ckptd.worker.protocol import Done, Hints, Scan, Watch
 
 PACE = watch.Pace(step_ms=20, root_check_ms=50, poll_remote_s=0.05, restart_s=(0.05, 0.1))
-LONG_S = 20.0
+LONG_S = 40.0
 
 
 class Watched:
