@@ -54,6 +54,7 @@ class Jobs:
         self._changed = anyio.Event()
         self._leases_s: dict[int, float] = {}  # job -> monotonic end of its lease; what this process runs
         self._can_wait: set[int] = set()  # those of them that can wait
+        self._counted: tuple[int | None, dict[JobState, int]] = (None, {})  # at which edition of the catalog
 
     async def recover(self) -> int:
         """At start, before anything is claimed: RUNNING -> QUEUED; return how many were running.
@@ -254,8 +255,11 @@ class Jobs:
             await changed.wait()
 
     async def counts(self) -> dict[JobState, int]:
-        """How many jobs are in each unfinished state."""
-        return await self._catalog.read(queue.counts)
+        """How many jobs are in each unfinished state; of a node at rest it is known without asking."""
+        edition = self._catalog.edition()
+        if edition is None or edition != self._counted[0]:
+            self._counted = edition, await self._catalog.read(queue.counts)
+        return dict(self._counted[1])
 
     async def unfinished(self, limit: int = 500) -> Sequence[Job]:
         """Return queued, running and parked jobs, oldest first."""

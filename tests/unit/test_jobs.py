@@ -367,3 +367,23 @@ async def test_a_lease_of_a_job_that_is_forgotten_by_now_ends_no_claim(jobs: Que
     assert [one.id for one in await jobs.claim(5)] == [job.id]
     await jobs.do("finish", await jobs.row(job))
     assert await jobs.next_due() is None
+
+
+async def test_how_many_jobs_there_are_is_read_once_for_each_change(
+    jobs: Queue, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await jobs.put("a")
+    reads: list[object] = []
+    read = catalog.read
+
+    async def counted(fn: Any) -> Any:
+        reads.append(fn)
+        return await read(fn)
+
+    monkeypatch.setattr(catalog, "read", counted)
+    assert [(await jobs.counts())[JobState.QUEUED] for _ in range(3)] == [1, 1, 1]
+    assert len(reads) == 1
+    await jobs.put("b")
+    await jobs.claim(1)
+    found = await jobs.counts()
+    assert (found[JobState.QUEUED], found[JobState.RUNNING]) == (1, 1)
