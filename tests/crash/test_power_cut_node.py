@@ -87,7 +87,7 @@ def assert_kept(node: DiskNode, acknowledged: dict[str, str], seeds: dict[str, i
 
 
 def one_cut(node: DiskNode, nursery: Nursery, name: str, after_s: float, seeds: dict[str, int]) -> dict[str, Any]:
-    """Save a few times, cut the power `after_s` later; return what was told by then and afterwards."""
+    """Save a few times, cut the power `after_s` later; return what was told by then."""
     trainer = nursery.trainer(node.environ)
     trainer.open(name=name, project=PROJECT, dir=str(node.runs))
     ids = []
@@ -98,8 +98,8 @@ def one_cut(node: DiskNode, nursery: Nursery, name: str, after_s: float, seeds: 
         if step == 1:
             node.wait_level(ids[0], "durable")
     time.sleep(after_s)
-    node.cut_power()
     found: dict[str, Any] = told(trainer, ids)
+    node.cut_power()
     trainer.end()
     return found
 

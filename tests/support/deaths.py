@@ -57,6 +57,13 @@ class Child:
         except EOFError:
             return None
 
+    def heard(self) -> list[str]:
+        """Everything that it has said by now."""
+        found = []
+        while self._mine.poll(0) and (said := self.hear()) is not None:
+            found.append(said)
+        return found
+
     def kill(self) -> None:
         """SIGKILL."""
         self._process.kill()
@@ -104,7 +111,7 @@ def write_carelessly(say: Callable[[str], None], path: str, name: str) -> None:
     """The same under synchronous=NORMAL, which is what SQLite calls safe: a test of power cuts must catch it."""
     prepare = sqlite._prepare
 
-    def careless(engine: Any, pragmas: tuple[str, ...], begin: str) -> None:
+    def careless(engine: Any, pragmas: tuple[str, ...], begin: str = "") -> None:
         prepare(engine, tuple(each.replace("=FULL", "=NORMAL") for each in pragmas), begin)
 
     sqlite._prepare = careless

@@ -103,7 +103,12 @@ class Disk:
         raise OSError(number, os.strerror(number), str(self.path))
 
     def cut(self) -> None:
-        """Cut the power: from here on nothing reaches the disk, and every call fails."""
+        """Cut the power: from here on nothing reaches the disk, and every call fails.
+
+        But for one: an fsync that is under way may say that it succeeded, while its transaction is thrown away
+        (ext4 of Linux 6.18, in 71 of 1,586 cuts under a loop of append and fsync, always the last one). A machine
+        without power says nothing: so what is said after this began is nobody's acknowledgement.
+        """
         fd = os.open(self.path, os.O_RDONLY)
         try:
             fcntl.ioctl(fd, SHUTDOWN, struct.pack("I", WITHOUT_FLUSHING_THE_LOG))
