@@ -144,7 +144,7 @@ def test_many_trainers_and_a_daemon_that_dies_under_them(node: Node, plain_nurse
     for trainer in trainers:
         trainer.quit()
     assert killed
-    node.wait_idle()
+    node.wait_idle(patience_s=120.0)
     rows = node.rows(PROJECT)
     assert sorted(row["checkpoint"] for row in rows) == sorted(each[0] for told in made.values() for each in told)
     assert {(row["state"], row["level"]) for row in rows} == {("live", "verified")}
