@@ -10,7 +10,7 @@ from tests.bench_load.outcome import Limit, Outcome, bounded, percentile, told
 from tests.bench_load.plant import Plant, planted
 from tests.bench_load.scale import Scale
 from tests.bench_load.stalls import Stalls, stalls
-from tests.bench_load.swarm import Pace, Swarm
+from tests.bench_load.swarm import Pace, Swarm, Talker
 from tests.support.node import eventually
 
 TRAINERS, REAL = 16, 4  # of these many, sockets that speak the protocol and processes that train
@@ -73,7 +73,7 @@ def measure(scale: Scale) -> Iterator[Outcome]:
 
 def _compared(plant: Plant, crowd: Crowd, before: Seen, count: int) -> Iterator[Outcome]:
     begun_s = time.monotonic()
-    retiring = threading.Thread(target=lambda: plant.ask("retention", project="load", apply=True))
+    retiring = threading.Thread(target=_apply, args=(plant,))
     retiring.start()
     during = crowd.save_while(_until_retired(plant, begun_s))
     retiring.join()
@@ -90,6 +90,14 @@ def _compared(plant: Plant, crowd: Crowd, before: Seen, count: int) -> Iterator[
         yield bounded(f"{words} while {count:,} are retired", pairs, len(other), note)
     yield told("saves that found no arena", f"{before.spooled} before, {during.spooled} meanwhile", count)
     yield told("all of them out of the way", f"{took_s:.0f} s", count)
+
+
+def _apply(plant: Plant) -> None:
+    """Ask for it as a person does who waits for the answer, however long it takes."""
+    person = Talker(plant.socket, plant.runs, -1)
+    person.sock.settimeout(PATIENCE_S)
+    person.ask("retention", project="load", apply=True)
+    person.close()
 
 
 def _until_retired(plant: Plant, begun_s: float) -> Iterator[bool]:
