@@ -364,7 +364,7 @@ def main(argv: list[str] | None = None) -> int:
         return BadConfig.exit_code
     faulthandler.enable()  # the service manager's SIGABRT leaves every thread's stack in the log
     heap.bound()
-    heap.settle()
+    heap.freeze()
     passed = passed_fds()
     try:
         loaded = _load(options)

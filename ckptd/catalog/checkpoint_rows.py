@@ -15,7 +15,7 @@ _row = schema.checkpoint.c
 _PARTS_MAX = 500  # ids in one statement; SQLite takes 32,766 parameters, MySQL's packets are smaller
 
 # One join for all statements made from it: each that joins for itself keeps its own list of all 121 columns for as
-# long as the statement is in SQLAlchemy's cache, 60 KiB for each shape of question that was ever asked.
+# long as the statement is in SQLAlchemy's cache, which doubles what each shape of question keeps.
 _JOINED = schema.checkpoint.join(schema.experiment).join(schema.project).outerjoin(schema.root)
 SELECT: Select[Any] = select(
     schema.checkpoint,

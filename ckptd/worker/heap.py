@@ -1,4 +1,4 @@
-"""Memory of a process, daemon or worker: few heaps, what is free goes back to the kernel, what stays is looked at once.
+"""Memory of a process, daemon or worker: few heaps, what is free goes back to the kernel, what was imported is frozen.
 
 glibc gives each thread a heap of its own. What was freed below something that stays is kept there for as long as
 the process lives: so it would hold the most that it ever needed, in each thread, and grow for hours.
@@ -30,7 +30,7 @@ def give_back() -> bool:
     return TRIM is not None and bool(TRIM(ctypes.c_size_t(0)))
 
 
-def settle() -> None:
+def freeze() -> None:
     """Have the cyclic collector pass over everything there is now: to be called when all was imported.
 
     A full collection looks at each object that lives, and nothing else runs meanwhile. The 95,000 of the daemon's

@@ -210,7 +210,7 @@ def test_a_metric_said_late_reaches_the_disk_whoever_dies_on_its_way(
 
 @pytest.mark.parametrize("moment", BEFORE_COMMIT)
 def test_a_trainer_killed_before_its_commit_leaves_nothing(field: Battlefield, moment: str) -> None:
-    """F2. Nothing was promised; its memory comes back at once, and no half of it is taken for a save."""
+    """F2. Nothing was promised; its memory comes back, and no half of it is taken for a save."""
     trainer, name = field.ready_trainer("unsaid")
     trainer.dies_of("save", seed=field.seed(), step=1, die=moment)
     field.kills["trainer"] += 1
