@@ -47,6 +47,13 @@ async def tombstones_before(conn: AsyncConnection, before: datetime) -> list[Tom
     return [_from_row(row) for row in rows]
 
 
+async def retired_after(conn: AsyncConnection, sequence: int, at_most: int) -> list[tuple[int, str]]:
+    """Return sequence and id of what is retired and not unlinked, of any age: the first `at_most` beyond a sequence."""
+    wanted = select(_row.sequence, _row.id).where(_row.state == State.TRASHED, _row.sequence > sequence)
+    rows = await conn.execute(wanted.order_by(_row.sequence).limit(at_most))
+    return [(row.sequence, row.id) for row in rows]
+
+
 async def under_root(conn: AsyncConnection, root_id: int) -> list[tuple[Tombstone, int]]:
     """Return what was retired under a root and is not unlinked, oldest first, each with its bytes."""
     wanted = _SELECT.add_columns(_row.size_bytes).where(_row.state == State.TRASHED, _row.root_no == root_id)

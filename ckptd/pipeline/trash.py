@@ -14,7 +14,7 @@ import structlog
 from ckptd import failpoint
 from ckptd.catalog import audits, checkpoints, holds
 from ckptd.catalog.checkpoint_rows import identity_and_state
-from ckptd.catalog.tombstones import Tombstone, give_up_inodes, tombstones_before
+from ckptd.catalog.tombstones import Tombstone, give_up_inodes, retired_after, tombstones_before
 from ckptd.catalog.tx import Tx
 from ckptd.errors import CkptdError, Missing, NotFound
 from ckptd.model import Checkpoint, Identity, State
@@ -27,6 +27,7 @@ log = structlog.get_logger()
 
 MOVES_MAX = 5  # renames in a row; then saves go first
 REST_S = 0.05  # after these
+LOOKED_MAX = 2_000  # tombstones of one look: the event loop takes them in one piece
 PURGES_MAX = 100  # unlinked per round, so that deleting never delays saving
 NOTED_MAX = 20  # unlinked before that is written down, all of them in one transaction
 
@@ -85,16 +86,25 @@ async def resume(tools: Tools) -> int:
 
     After a start that is all of them; later what a large plan left over, and those that failed.
     """
-    horizon = tools.clock.now()
-    wanted = await tools.catalog.read(lambda conn: tombstones_before(conn, horizon))
-    here = {one.id for one in wanted}
-    tools.moved.intersection_update(here)
-    waiting = [one for one in wanted if one.id not in tools.moved]
+    waiting = await _unmoved(tools)
     for number, one in enumerate(waiting, 1):
         if number % MOVES_MAX == 0:
             await anyio.sleep(REST_S)
-        await try_to_move(tools, await tools.catalog.read(lambda conn, of=one.id: checkpoints.get(conn, of)))  # type: ignore[misc]
+        await try_to_move(tools, await tools.catalog.read(lambda conn, of=one: checkpoints.get(conn, of)))  # type: ignore[misc]
     return len(waiting)
+
+
+async def _unmoved(tools: Tools) -> list[str]:
+    """Name what is retired and not known to lie in the trash; of what is not retired any more forget that it does."""
+    gone, waiting, after = set(tools.moved), [], 0
+    while True:
+        page = await tools.catalog.read(lambda conn, after=after: retired_after(conn, after, LOOKED_MAX))  # type: ignore[misc]
+        waiting += [one for _, one in page if one not in tools.moved]
+        gone.difference_update(one for _, one in page)
+        if len(page) < LOOKED_MAX:
+            tools.moved.difference_update(gone)
+            return waiting
+        after = page[-1][0]
 
 
 async def restore(tools: Tools, checkpoint: Checkpoint, uid: int, pid: int, *, pin: bool) -> Checkpoint:

@@ -67,6 +67,10 @@ async def test_a_trash_that_fails_half_way_is_carried_on_and_holds_up_nothing(sh
         assert await trash.resume(node.parts.tools) == 0
 
 
+async def told_by_a_clock_that_was_ahead(tx) -> None:
+    await tx.conn.execute(update(schema.checkpoint).values(trashed_at=tx.clock.now() + timedelta(days=1)))
+
+
 async def test_a_restart_looks_at_every_tombstone_once_however_many_there_are(short_dir, monkeypatch):
     monkeypatch.setattr(trash, "MOVES_MAX", 2)
     async with daemon(short_dir) as node, node.connect() as line:
@@ -79,9 +83,18 @@ async def test_a_restart_looks_at_every_tombstone_once_however_many_there_are(sh
 
         await node.write(tombstones)  # and the daemon dies before it moves anything
         assert experiment
+    monkeypatch.setattr(trash, "LOOKED_MAX", 2)
     async with daemon(short_dir, front=False) as node:
+        await node.write(told_by_a_clock_that_was_ahead)
         assert [await trash.resume(node.parts.tools) for _ in range(2)] == [5, 0]
         assert sorted(os.listdir(node.runs / ".ckptd-trash")) == sorted(ids)
+        assert node.parts.tools.moved == set(ids)
+        await trash.restore(
+            node.parts.tools, await node.read(lambda conn: checkpoints.get(conn, ids[0])), 0, 0, pin=True
+        )
+        await node.write(lambda tx: checkpoints.mark_missing(tx, ids[1], "somebody emptied the trash"))
+        assert await trash.resume(node.parts.tools) == 0
+        assert node.parts.tools.moved == set(ids[2:]), "what is retired no more is forgotten"
 
 
 async def test_a_purge_that_fails_for_one_goes_on_with_the_others(short_dir, monkeypatch):
