@@ -4,6 +4,7 @@ import contextlib
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ class Sample:
     """All processes at one moment; `arenas_bytes` counts each arena once, whoever maps it.
 
     anon_by_role  supervisor, daemon, worker: the processes that live on; and those that come and go
+    descriptors_by_role  likewise
     """
 
     at_s: float
@@ -35,6 +37,7 @@ class Sample:
     descriptors: int  # without those of arenas
     threads: int
     anon_by_role: dict[str, int] = field(default_factory=dict)
+    descriptors_by_role: dict[str, int] = field(default_factory=dict)
 
     @property
     def lasting_bytes(self) -> int:
@@ -51,8 +54,9 @@ def role_of(pid: int) -> str:
 def sample(pids: list[int], began_s: float) -> Sample:
     """Look at these processes; one that ends meanwhile counts for what was seen of it."""
     totals = dict.fromkeys(FIELDS.values(), 0)
-    roles: dict[str, int] = {}
-    descriptors = threads = 0
+    roles: Counter[str] = Counter()
+    descriptors: Counter[str] = Counter()
+    threads = 0
     arenas: dict[int, int] = {}
     for pid in pids:
         with contextlib.suppress(OSError):
@@ -61,20 +65,20 @@ def sample(pids: list[int], began_s: float) -> Sample:
                 if name in FIELDS:
                     totals[FIELDS[name]] += int(value.split()[0]) << 10
                 if name == "RssAnon:":
-                    role = role_of(pid)
-                    roles[role] = roles.get(role, 0) + (int(value.split()[0]) << 10)
+                    roles[role_of(pid)] += int(value.split()[0]) << 10
                 elif name == "Threads:":
                     threads += int(value)
-            descriptors += _descriptors(pid, arenas)
+            descriptors[role_of(pid)] += _descriptors(pid, arenas)
     return Sample(
         at_s=time.monotonic() - began_s,
         processes=len(pids),
         rss_bytes=sum(totals.values()),
         anon_bytes=totals["anon"],
         arenas_bytes=sum(arenas.values()),
-        descriptors=descriptors,
+        descriptors=descriptors.total(),
         threads=threads,
-        anon_by_role=roles,
+        anon_by_role=dict(roles),
+        descriptors_by_role=dict(descriptors),
     )
 
 

@@ -59,6 +59,7 @@ def render(outcome: Outcome) -> str:
         ("violations", str(len(outcome.violations))),
         ("memory slope (anonymous, at rest)", grown + judged),
         ("descriptors", _pair(outcome, "descriptors")),
+        *(("", _pair(outcome, "descriptors_by_role")) for _ in range(leaked(outcome) > 0)),
         ("threads", _pair(outcome, "threads")),
         ("memory", _mib(outcome)),
     ]

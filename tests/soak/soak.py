@@ -157,6 +157,7 @@ class Soak:
         for member in self._members():
             member.thread.start()
         self._wait(plan.warm_s)
+        self._wait_for_everybody()
         with self._at_rest():
             self._leave_all()
             self.ground.stir()
@@ -252,6 +253,13 @@ class Soak:
         while (left_s := end_s - time.monotonic()) > 0:
             time.sleep(min(left_s, 1.0))
             self._tell()
+
+    def _wait_for_everybody(self) -> None:
+        """Until each has saved once: a worker is started by the first who needs it, and belongs to the base."""
+        end_s = time.monotonic() + REST_S
+        while not all((*(any(self.ledger.of(part.name)) for part in self.parts), self.ledger.files)):
+            assert time.monotonic() < end_s, "not everybody has saved"
+            self._wait(1.0)
 
     def _tell(self) -> None:
         if time.monotonic() - self._said_s < PROGRESS_S:
