@@ -5,6 +5,7 @@ the node is idle; then its memory and descriptors are looked at, after what is f
 """
 
 import sqlite3
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -58,7 +59,14 @@ def _look(plant: Plant, saves: int, scale: Scale) -> Look:
     eventually(lambda: _is_idle(plant), "every save to be verified and its rules to be carried out", PATIENCE_S)
     time.sleep(min(REST_S, REST_S * scale.seconds / Scale.seconds))
     pids = plant.carriers()
-    return Look(saves, rss_bytes(pids), descriptors(pids))
+    look = Look(saves, rss_bytes(pids), descriptors(pids))
+    # More than an hour goes by until the rows are printed: a run that somebody ends has shown this much.
+    print(
+        f"{saves:,} saves: {look.rss_bytes / 2**20:.1f} MiB, {look.descriptors} descriptors",
+        file=sys.stderr,
+        flush=True,
+    )
+    return look
 
 
 def _is_idle(plant: Plant) -> bool:
