@@ -1,10 +1,9 @@
-"""What is retired and not yet unlinked, in a form that is cheap to go through every few seconds."""
+"""What is retired and not yet unlinked, in forms that are cheap to go through every few seconds, however many there are."""
 
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 
-from sqlalchemy import Row, Select, select, update
+from sqlalchemy import func, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ckptd.catalog import schema
@@ -12,39 +11,57 @@ from ckptd.catalog.keys import one_of
 from ckptd.catalog.tx import Tx
 from ckptd.model import State
 
-TOMBSTONES_MAX = 20_000  # of one look; the oldest first, and what is older goes first
+TOMBSTONES_MAX = 20_000  # of one root, the oldest first
+PAGE = 100
 
 _row = schema.checkpoint.c
-_SELECT: Select[Any] = (
-    select(
-        _row.id,
-        schema.project.c.name.label("project"),
-        schema.experiment.c.name.label("experiment"),
-        _row.trashed_at,
-        _row.trash,
-    )
-    .select_from(schema.checkpoint)
-    .join(schema.experiment, schema.experiment.c.no == _row.experiment_no)
-    .join(schema.project, schema.project.c.no == _row.project_no)
-)
+_TOMBSTONE = (_row.sequence, _row.id, _row.trash, _row.trashed_at)
 
 
 @dataclass(frozen=True, slots=True)
 class Tombstone:
-    """One retired checkpoint: whose rules say how long it stays, and its name in the trash."""
+    """One retired checkpoint, and its name in the trash."""
 
+    sequence: int
     id: str
+    trash: str
+    trashed_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Graveyard:
+    """An experiment of which something is retired, and since when the oldest of that."""
+
+    experiment_no: int
     project: str
     experiment: str
-    trashed_at: datetime
-    trash: str
+    since: datetime
 
 
-async def tombstones_before(conn: AsyncConnection, before: datetime) -> list[Tombstone]:
-    """Return what was retired before a time and is not unlinked, oldest first."""
-    wanted = _SELECT.where(_row.state == State.TRASHED, _row.trashed_at <= before)
-    rows = await conn.execute(wanted.order_by(_row.trashed_at).limit(TOMBSTONES_MAX))
-    return [_from_row(row) for row in rows]
+async def graveyards(conn: AsyncConnection) -> list[Graveyard]:
+    """Return every experiment of which something is retired and not unlinked, the oldest first."""
+    since = func.min(_row.trashed_at).label("since")
+    wanted = (
+        select(_row.experiment_no, since).where(_row.state == State.TRASHED).group_by(_row.experiment_no).subquery()
+    )
+    rows = await conn.execute(
+        select(wanted.c.experiment_no, schema.project.c.name, schema.experiment.c.name, wanted.c.since)
+        .join(schema.experiment, schema.experiment.c.no == wanted.c.experiment_no)
+        .join(schema.project, schema.project.c.no == schema.experiment.c.project_no)
+        .order_by(wanted.c.since)
+    )
+    return [Graveyard(*row) for row in rows]
+
+
+async def retired_before(conn: AsyncConnection, of: Graveyard, before: datetime, after: int) -> list[Tombstone]:
+    """Return what of one experiment was retired before a time and is not unlinked: the first PAGE beyond a sequence."""
+    wanted = select(*_TOMBSTONE).where(
+        _row.experiment_no == of.experiment_no,
+        _row.state == State.TRASHED,
+        _row.trashed_at <= before,
+        _row.sequence > after,
+    )
+    return [Tombstone(*row) for row in await conn.execute(wanted.order_by(_row.sequence).limit(PAGE))]
 
 
 async def retired_after(conn: AsyncConnection, sequence: int, at_most: int) -> list[tuple[int, str]]:
@@ -56,13 +73,9 @@ async def retired_after(conn: AsyncConnection, sequence: int, at_most: int) -> l
 
 async def under_root(conn: AsyncConnection, root_id: int) -> list[tuple[Tombstone, int]]:
     """Return what was retired under a root and is not unlinked, oldest first, each with its bytes."""
-    wanted = _SELECT.add_columns(_row.size_bytes).where(_row.state == State.TRASHED, _row.root_no == root_id)
+    wanted = select(*_TOMBSTONE, _row.size_bytes).where(_row.state == State.TRASHED, _row.root_no == root_id)
     rows = await conn.execute(wanted.order_by(_row.trashed_at).limit(TOMBSTONES_MAX))
-    return [(_from_row(row), row.size_bytes) for row in rows]
-
-
-def _from_row(row: Row[Any]) -> Tombstone:
-    return Tombstone(row.id, row.project, row.experiment, row.trashed_at, row.trash)
+    return [(Tombstone(*row[:4]), row.size_bytes) for row in rows]
 
 
 async def give_up_inodes(tx: Tx, checkpoint_ids: list[str]) -> list[str]:

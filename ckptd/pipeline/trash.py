@@ -14,7 +14,7 @@ import structlog
 from ckptd import failpoint
 from ckptd.catalog import audits, checkpoints, holds
 from ckptd.catalog.checkpoint_rows import identity_and_state
-from ckptd.catalog.tombstones import Tombstone, give_up_inodes, retired_after, tombstones_before
+from ckptd.catalog.tombstones import Graveyard, Tombstone, give_up_inodes, graveyards, retired_after, retired_before
 from ckptd.catalog.tx import Tx
 from ckptd.errors import CkptdError, Missing, NotFound
 from ckptd.model import Checkpoint, Identity, State
@@ -151,25 +151,30 @@ async def purge(tools: Tools) -> int:
     One that can't be unlinked now is left for the next round and holds up no other.
     """
     await tools.catalog.follow_clock()
-    now = tools.clock.now()
-    due = []
-    horizon = now - timedelta(seconds=_shortest_grace_s(tools))
-    for one in await tools.catalog.read(lambda conn: tombstones_before(conn, horizon)):
-        rules = tools.settings().rules_for(one.project, one.experiment)
-        if (now - one.trashed_at).total_seconds() >= rules.trash_grace_s:
-            due.append(one)
     tools.delayed.clear()
     purged = 0
-    for start in range(0, len(due), PURGES_MAX):
-        purged += await unlink(tools, due[start : start + PURGES_MAX], PURGES_MAX - purged)
-        if purged >= PURGES_MAX:
-            break
+    for graveyard in await tools.catalog.read(graveyards):
+        if purged < PURGES_MAX:
+            purged += await _purge_of(tools, graveyard, PURGES_MAX - purged)
     return purged + await strip.purge(tools)
 
 
-def _shortest_grace_s(tools: Tools) -> float:
-    settings = tools.settings()
-    return min(rules.trash_grace_s for rules in (settings.retention, *settings.experiments))
+async def _purge_of(tools: Tools, graveyard: Graveyard, at_most: int) -> int:
+    """Unlink what is due of one experiment. In pages: what can't be unlinked now does not stand before what can."""
+    grace_s = tools.settings().rules_for(graveyard.project, graveyard.experiment).trash_grace_s
+    now = tools.clock.now()
+    if (now - graveyard.since).total_seconds() < grace_s:
+        return 0
+    before = now - timedelta(seconds=grace_s)  # no time before all times: something is as old as that
+    purged = after = 0
+    while purged < at_most:
+        page = await tools.catalog.read(lambda conn, after=after: retired_before(conn, graveyard, before, after))  # type: ignore[misc]
+        due = page[: at_most - purged]
+        if not due:
+            break
+        purged += await unlink(tools, due, len(due))
+        after = due[-1].sequence
+    return purged
 
 
 async def unlink(tools: Tools, due: Sequence[Tombstone], at_most: int) -> int:

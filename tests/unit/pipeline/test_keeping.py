@@ -200,7 +200,8 @@ async def test_a_retired_checkpoint_comes_back_and_is_pinned(short_dir):
 async def test_nothing_comes_back_once_its_unlinking_has_begun(short_dir):
     async with daemon(short_dir, retention={"keep_last": 1, "trash_grace_s": 0}) as node, node.connect() as line:
         ids = await saves(node, line, 2)
-        [one] = await node.read(lambda conn: trash.tombstones_before(conn, node.parts.clock.now()))
+        [of] = await node.read(trash.graveyards)
+        [one] = await node.read(lambda conn: trash.retired_before(conn, of, node.parts.clock.now(), 0))
         await trash._begun(node.parts.tools, [one])
         with pytest.raises(NotFound, match="unlinking has begun"):
             await line.ask("restore", selector=ids[0])

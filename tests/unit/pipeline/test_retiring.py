@@ -9,8 +9,7 @@ import anyio
 import pytest
 from sqlalchemy import update
 
-from ckptd.catalog import checkpoints, schema
-from ckptd.catalog.tombstones import tombstones_before
+from ckptd.catalog import checkpoints, schema, tombstones
 from ckptd.errors import RootDegraded
 from ckptd.model import State
 from ckptd.pipeline import retain, trash, verify
@@ -22,9 +21,9 @@ async def state(node, checkpoint: str) -> State:
     return await node.read(lambda conn: checkpoints.state_of(conn, checkpoint))
 
 
-async def trashed(node, line, count: int) -> list[str]:
+async def trashed(node, line, count: int, name: str = "run") -> list[str]:
     """Save one more than `count` and have all but the last retired; nothing may be moved before it is told to."""
-    training = await Training(line, str(node.runs)).open()
+    training = await Training(line, str(node.runs), name=name).open()
     ids = [await training.saved(step) for step in range(1, count + 2)]
 
     async def done() -> bool:
@@ -77,11 +76,11 @@ async def test_a_restart_looks_at_every_tombstone_once_however_many_there_are(sh
         ids = await trashed(node, line, 5)
         experiment = (await node.read(lambda conn: checkpoints.get(conn, ids[0]))).experiment_id
 
-        async def tombstones(tx):
+        async def bury(tx):
             for one in ids:
                 await checkpoints.mark_trashed(tx, one, one, "test")
 
-        await node.write(tombstones)  # and the daemon dies before it moves anything
+        await node.write(bury)  # and the daemon dies before it moves anything
         assert experiment
     monkeypatch.setattr(trash, "LOOKED_MAX", 2)
     async with daemon(short_dir, front=False) as node:
@@ -118,22 +117,36 @@ async def test_a_purge_that_fails_for_one_goes_on_with_the_others(short_dir, mon
         assert os.listdir(node.runs / ".ckptd-trash") == []
 
 
-async def test_long_graces_at_the_head_do_not_keep_short_ones_from_being_purged(short_dir, monkeypatch):
-    async with daemon(short_dir) as node, node.connect() as line:
-        ids = await trashed(node, line, 3)
+@pytest.mark.parametrize("page", [1, 3])
+async def test_what_can_not_be_unlinked_and_what_is_not_due_hold_up_nothing_that_comes_after(
+    short_dir, monkeypatch, page
+):
+    """However many of them come first: each look takes in a page."""
+    monkeypatch.setattr(trash, "PURGES_MAX", 1)
+    monkeypatch.setattr(tombstones, "PAGE", page)
+    async with daemon(short_dir) as node, node.connect() as line, node.connect() as other:
+        young, old = await trashed(node, line, 2), await trashed(node, other, 4, name="other")
         only_last(node)
-        experiment = (await node.read(lambda conn: checkpoints.get(conn, ids[0]))).experiment_id
-        await retain.apply(node.parts.tools, experiment, node.parts.admission.settings().retention)
-        monkeypatch.setattr(trash, "PURGES_MAX", 1)
-        horizon = node.parts.clock.now() + timedelta(seconds=5)
-        found = await node.read(lambda conn: tombstones_before(conn, horizon))
-        assert sorted(one.id for one in found) == sorted(ids)
-        slow = type(node.parts.settings.retention)(keep_last=1, trash_grace_s=3600)
-        fast = node.parts.admission.settings()
-        rules = iter([slow, slow, fast.retention])
-        monkeypatch.setattr(type(fast), "rules_for", lambda *_: next(rules))
-        assert await trash.purge(node.parts.tools) == 1
-        assert await state(node, found[2].id) is State.DROPPED
+        slow = type(node.parts.settings.retention)(keep_last=1, trash_grace_s=1e15)
+        settings = node.parts.admission.settings()
+        for one in (young[0], old[0]):
+            experiment = (await node.read(lambda conn, of=one: checkpoints.get(conn, of))).experiment_id
+            await retain.apply(node.parts.tools, experiment, settings.retention)
+        monkeypatch.setattr(
+            type(settings), "rules_for", lambda self, _, name: slow if name == "run" else self.retention
+        )
+        call = node.parts.workers.call
+
+        async def flaky(request, **more):
+            if isinstance(request, Purge) and request.trash == old[0]:
+                raise RootDegraded("hangs")
+            return await call(request, **more)
+
+        monkeypatch.setattr(node.parts.workers, "call", flaky)
+        assert [await trash.purge(node.parts.tools) for _ in range(4)] == [1, 1, 1, 0]
+        assert [await state(node, one) for one in young] == [State.TRASHED] * 2
+        assert [await state(node, one) for one in old] == [State.TRASHED, *[State.DROPPED] * 3]
+        assert node.parts.tools.delayed == {old[0]}
 
 
 async def test_what_is_not_ours_any_more_is_never_moved_or_unlinked(short_dir):
