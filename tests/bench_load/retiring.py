@@ -1,9 +1,11 @@
-"""Retiring ten thousand checkpoints while sixteen trainers save: does a save notice?"""
+"""Retiring ten thousand checkpoints, and unlinking them, while sixteen trainers save: does a save notice?"""
 
+import sqlite3
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 
 from tests.bench_load.outcome import Limit, Outcome, bounded, percentile, told
@@ -20,8 +22,10 @@ BEFORE_ROUNDS = 3  # times scale.seconds: about as long as the retiring takes
 PATIENCE_S = 600.0
 RATIO_MAX = 1.5
 LATER_MS_MAX = 50.0  # M097: no save is later by more than this
-KEEP_ALL = '[[experiments]]\nproject = "*"\n'
-KEEP_ONE = '[[experiments]]\nproject = "load"\nkeep_last = 1\nbrake_share = 1\n'
+# The real ones keep few all along: else they would fill a disk, 64 MiB a second.
+KEEP_ALL = '[[experiments]]\nproject = "stalls"\nkeep_last = 2\ntrash_grace_s = 0\nbrake_share = 1\n'
+KEEP_ONE = f'{KEEP_ALL}\n[[experiments]]\nproject = "load"\nkeep_last = 1\nbrake_share = 1\n'
+NO_GRACE = f"{KEEP_ONE}trash_grace_s = 0\n"
 
 
 @dataclass
@@ -65,19 +69,22 @@ def measure(scale: Scale) -> Iterator[Outcome]:
             before = crowd.save_while(iter([True] * rounds))
             eventually(lambda: _idle(plant), "those as well", PATIENCE_S)
             count = _live(plant)
-            plant.configure(KEEP_ONE)
-            reloaded = plant.ask("reload")
-            assert reloaded["ok"], reloaded
-            yield from _compared(plant, crowd, before, count)
+            _reload(plant, KEEP_ONE)
+            begun_s = time.monotonic()
+            retiring = threading.Thread(target=_apply, args=(plant,))
+            retiring.start()
+            during = crowd.save_while(_until(lambda: _live(plant) <= 2 * TRAINERS, begun_s))
+            retiring.join()
+            yield from _compared(before, during, f"{count:,} are retired")
+            yield told("all of them out of the way", f"{time.monotonic() - begun_s:.0f} s", count)
+            _reload(plant, NO_GRACE)
+            begun_s = time.monotonic()
+            during = crowd.save_while(_until(lambda: _dropped(plant) >= count, begun_s))
+            yield from _compared(before, during, f"{count:,} are unlinked")
+            yield told("all of them unlinked", f"{time.monotonic() - begun_s:.0f} s", count)
 
 
-def _compared(plant: Plant, crowd: Crowd, before: Seen, count: int) -> Iterator[Outcome]:
-    begun_s = time.monotonic()
-    retiring = threading.Thread(target=_apply, args=(plant,))
-    retiring.start()
-    during = crowd.save_while(_until_retired(plant, begun_s))
-    retiring.join()
-    took_s = time.monotonic() - begun_s
+def _compared(before: Seen, during: Seen, what: str) -> Iterator[Outcome]:
     for op, words in (("save", "stall of save()"), ("lease", "lease of a save"), ("commit", "commit of a save")):
         one, other = before.took_s[op], during.took_s[op]
         later_ms = (percentile(other, 0.99) - percentile(one, 0.99)) * 1e3
@@ -86,10 +93,13 @@ def _compared(plant: Plant, crowd: Crowd, before: Seen, count: int) -> Iterator[
             pairs.append((Limit("ratio of p50", RATIO_MAX, ""), percentile(other, 0.5) / percentile(one, 0.5)))
         if op == "save":
             pairs.append((Limit("longest later by", LATER_MS_MAX, "ms"), (max(other) - max(one)) * 1e3))
-        note = f"before: {_spread(one)}; while {count:,} were retired: {_spread(other)}"
-        yield bounded(f"{words} while {count:,} are retired", pairs, len(other), note)
-    yield told("saves that found no arena", f"{before.spooled} before, {during.spooled} meanwhile", count)
-    yield told("all of them out of the way", f"{took_s:.0f} s", count)
+        note = f"before: {_spread(one)}; meanwhile: {_spread(other)}"
+        yield bounded(f"{words} while {what}", pairs, len(other), note)
+    yield told(
+        f"saves that found no arena while {what}",
+        f"{during.spooled}, before {before.spooled}",
+        len(during.took_s["save"]),
+    )
 
 
 def _apply(plant: Plant) -> None:
@@ -100,10 +110,17 @@ def _apply(plant: Plant) -> None:
     person.close()
 
 
-def _until_retired(plant: Plant, begun_s: float) -> Iterator[bool]:
+def _reload(plant: Plant, rules: str) -> None:
+    plant.configure(rules)
+    reloaded = plant.ask("reload")
+    assert reloaded["ok"], reloaded
+
+
+def _until(is_done: Callable[[], bool], begun_s: float) -> Iterator[bool]:
+    """They go on saving meanwhile: somebody's last one may be on its way out."""
     yield True
-    while _live(plant) > 2 * TRAINERS:  # they go on saving: somebody's last one may be on its way out
-        assert time.monotonic() < begun_s + PATIENCE_S, "all but the newest should be retired by now"
+    while not is_done():
+        assert time.monotonic() < begun_s + PATIENCE_S, "all but the newest should be gone by now"
         yield True
 
 
@@ -114,6 +131,12 @@ def _spread(seconds: list[float]) -> str:
 
 def _live(plant: Plant) -> int:
     return int(plant.ask("summary", project="load").get("by_state", {}).get("live", 0))
+
+
+def _dropped(plant: Plant) -> int:
+    """Nobody is told of these: what is gone for good is no longer in a summary."""
+    with closing(sqlite3.connect(f"file:{plant.state}/catalog.sqlite?mode=ro", uri=True)) as db:
+        return int(db.execute("SELECT count(*) FROM checkpoint WHERE state = 'dropped'").fetchone()[0])
 
 
 def _idle(plant: Plant) -> bool:

@@ -14,7 +14,7 @@ PROJECT = "stalls"
 
 
 class Stalls:
-    """Processes that train and save, each an experiment of its own, in a project that keeps what it has."""
+    """Processes that train and save, each an experiment of its own, in a project of their own."""
 
     def __init__(self, trainers: list[Trainer]) -> None:
         self._trainers = trainers
