@@ -23,12 +23,12 @@ CKPT = Path(sys.executable).with_name("ckpt")
 
 @pytest.fixture
 def service(short_dir: Path, request: pytest.FixtureRequest) -> Iterator[Managed]:
-    """A service that beats every two seconds unless its test wants it otherwise, without fail points: it can be well."""
+    """A service that beats every six seconds unless its test wants it otherwise, without fail points: it can be well."""
     watched = short_dir / "legacy"
     watched.mkdir()
     more = f'[[roots]]\npath = "{watched}"\nkind = "watched"\n'
     made = Managed(
-        short_dir, unit={"watchdog_s": getattr(request, "param", 4.0)}, armed=False, more=more, reconcile_s=0.5
+        short_dir, unit={"watchdog_s": getattr(request, "param", 12.0)}, armed=False, more=more, reconcile_s=0.5
     )
     made.start()
     yield made

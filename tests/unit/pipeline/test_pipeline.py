@@ -89,7 +89,7 @@ async def test_a_catalog_that_refuses_claims_for_a_while_ends_nothing(short_dir,
 
 async def test_a_failure_that_can_not_be_recorded_is_carried_on_when_the_lease_ends(short_dir, monkeypatch):
     failing(monkeypatch, "verify", DiskFault("EIO"))
-    settings = {"jobs": {"lease_s": 1.0, "backoff_s": 0.05}, "workers": {"request_s": 0.5}, "orphan_age_s": 2.0}
+    settings = {"jobs": {"lease_s": 3.0, "backoff_s": 0.05}, "workers": {"request_s": 1.5}, "orphan_age_s": 6.0}
     async with daemon(short_dir, **settings) as node, node.connect() as line:
         record, left = node.parts.pipeline._record_failure, [NoSpace("full")]
 
@@ -104,13 +104,13 @@ async def test_a_failure_that_can_not_be_recorded_is_carried_on_when_the_lease_e
 
 
 async def test_a_lease_that_can_not_be_renewed_once_does_not_abort_the_stage(short_dir, monkeypatch):
-    settings = {"jobs": {"lease_s": 1.0, "backoff_s": 0.05}, "workers": {"request_s": 0.5}, "orphan_age_s": 2.0}
+    settings = {"jobs": {"lease_s": 3.0, "backoff_s": 0.05}, "workers": {"request_s": 1.5}, "orphan_age_s": 6.0}
     async with daemon(short_dir, **settings) as node, node.connect() as line:
         real, runs = pipeline.STAGES["verify"], []
 
         async def slow(job, tools):
             runs.append(job.id)
-            await anyio.sleep(0.8)
+            await anyio.sleep(2.4)
             return await real(job, tools)
 
         renew, left = node.parts.jobs.renew, [NoSpace("full")]
