@@ -1,6 +1,7 @@
 """The end of a soak in words, as a file, and as an exit status."""
 
 import json
+import statistics
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,6 +12,7 @@ JUDGED_S = 20 * 60.0  # a shorter run's slope is told, not judged
 SLOPE_MAX = 1.0  # percent per hour
 DESCRIPTORS_MORE = 2
 POINTS_MIN = 4
+COURSE = 6
 SHOWN_MAX = 50  # violations; the file has them all
 
 
@@ -58,6 +60,7 @@ def render(outcome: Outcome) -> str:
         *((f"fault: {name}", str(count)) for name, count in sorted(outcome.faults.items())),
         ("violations", str(len(outcome.violations))),
         ("memory slope (anonymous, at rest)", grown + judged),
+        *(("", each) for each in _course(outcome)),
         ("descriptors", _pair(outcome, "descriptors")),
         *(("", _pair(outcome, "descriptors_by_role")) for _ in range(leaked(outcome) > 0)),
         ("threads", _pair(outcome, "threads")),
@@ -72,6 +75,16 @@ def _pair(outcome: Outcome, name: str) -> str:
     if outcome.base is None or outcome.end is None:
         return "not measured"
     return f"{getattr(outcome.base, name)} at the base, {getattr(outcome.end, name)} at the end"
+
+
+def _course(outcome: Outcome) -> list[str]:
+    """Say what it was in each sixth of the time that is judged: a slope alone does not tell a leak from a cache that fills."""
+    steady = [one for one in outcome.at_rest if one.at_s >= outcome.steady_from_s]
+    if len(steady) < COURSE:
+        return []
+    parts = [steady[len(steady) * n // COURSE : len(steady) * (n + 1) // COURSE] for n in range(COURSE)]
+    middles = [statistics.median(one.lasting_bytes for one in part) / 2**20 for part in parts]
+    return ["medians, one after the other: " + ", ".join(f"{each:.1f}" for each in middles) + " MiB"]
 
 
 def _mib(outcome: Outcome) -> str:

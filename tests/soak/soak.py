@@ -37,8 +37,9 @@ PROGRESS_S = 10.0
 LOOKS = 3  # at the memory of a node at rest, each after some was given back: the least of them is what it needs
 SHOWN_MAX = 10  # violations of one rest
 QUIET_S = IDLE_S + 15.0
-DEADLY_SHARE = 0.4  # of a long run; then no process of ckptd is ended any more
-STEADY_SHARE = 0.15  # of what comes then: caches fill, ten times as fast as after it
+DEADLY_SHARE = 0.25  # of a long run; then no process of ckptd is ended any more
+FILLING_SHARE = 0.15  # of what comes then: caches fill, ten times as fast as after it
+STEADY_SHARE = 0.35  # likewise: now memory is judged; what each connection keeps of rare statements comes slowly
 FILLING_PACE = 0.1  # else the most that ever happens at once, and with it the memory, still rises within the hour
 
 
@@ -165,7 +166,7 @@ class Soak:
         turn = schedule(self._harmless(faults(self.ground), late=False), self._dice)
         late = plan.seconds * DEADLY_SHARE if plan.lives_on else plan.seconds
         out.steady_from_s = plan.seconds * STEADY_SHARE if plan.calm else 0.0
-        mild = plan.calm
+        mild, filled_s = plan.calm, 0.0
         self._until_s = max(plan.seconds, self._passed_s() + plan.phase_s)  # on a busy machine one phase all the same
         while self._passed_s() < self._until_s:
             if not mild and self._passed_s() >= late:
@@ -173,7 +174,8 @@ class Soak:
                 self.ground.stir()
                 turn = schedule(self._harmless(faults(self.ground), late=True), self._dice)
                 out.steady_from_s = self._passed_s() + (plan.seconds - late) * STEADY_SHARE
-            filling = plan.lives_on and mild and self._passed_s() < out.steady_from_s
+                filled_s = self._passed_s() + (plan.seconds - late) * FILLING_SHARE
+            filling = plan.lives_on and mild and self._passed_s() < filled_s
             for member in self._members():
                 member.pace = FILLING_PACE if filling else 1.0
             self._phase(turn)

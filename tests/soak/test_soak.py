@@ -110,6 +110,12 @@ def test_memory_that_grows_fails_a_long_run_and_only_a_long_one(samples: list[Sa
     assert bool(report.verdict(outcome)) == bool(why)
 
 
+def test_the_course_of_what_is_judged_is_told() -> None:
+    """A cache that fills and then is full, and a leak, may have the same slope."""
+    outcome = Outcome(HOUR, at_rest=[at(m, 100 + min(m, 40)) for m in range(60)], steady_from_s=30 * 60.0)
+    assert "132.0, 137.0, 140.0, 140.0, 140.0, 140.0 MiB" in report.render(outcome)
+
+
 def test_descriptors_that_stay_open_and_violations_fail_any_run() -> None:
     plan = dataclasses.replace(HOUR, seconds=1.0)
     assert report.verdict(Outcome(plan, base=at(0, 1, 50), end=at(9, 1, 52))) == []
