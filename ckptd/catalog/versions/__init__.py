@@ -7,11 +7,11 @@ one transaction, after a snapshot. Alembic is imported only then: a daemon's sta
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, event, inspect, text
+from sqlalchemy import Connection, Engine, MetaData, event, inspect, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ckptd import failpoint
-from ckptd.catalog import hooktables, sqlite, striptable
+from ckptd.catalog import faults, hooktables, sqlite, striptable
 from ckptd.catalog.tx import Tx
 from ckptd.errors import CatalogFault
 
@@ -21,14 +21,18 @@ TABLE = sqlite.VERSION_TABLE
 HERE = Path(__file__).parent
 
 
-async def revision_of(conn: AsyncConnection) -> str | None:
+async def revision_of(conn: AsyncConnection, where: str) -> str | None:
     """Return the revision of the open catalog; None when it has no tables yet.
 
-    CatalogFault  there are tables, but not ours
+    CatalogFault  there are tables, but not ours; or it says to be current, and lacks a table
     """
     names = set(await conn.run_sync(lambda sync: inspect(sync).get_table_names()))
     if TABLE in names:
-        return str((await conn.execute(text(f"SELECT version_num FROM {TABLE}"))).scalar_one_or_none())  # noqa: S608  TABLE is ours
+        found = str((await conn.execute(text(f"SELECT version_num FROM {TABLE}"))).scalar_one_or_none())  # noqa: S608  TABLE is ours
+        lacks = sorted(set(_tables().tables) - names) if found == HEAD else []
+        if lacks:
+            raise _incomplete(lacks, where)
+        return found
     if names:
         raise sqlite.foreign_tables(names)
     return None
@@ -36,7 +40,7 @@ async def revision_of(conn: AsyncConnection) -> str | None:
 
 async def require_current(conn: AsyncConnection, where: str) -> None:
     """CatalogFault unless the open catalog has exactly this code's schema."""
-    revision = await revision_of(conn)
+    revision = await revision_of(conn, where)
     if revision != HEAD:
         raise _unknown(revision, where) if revision not in (None, *_known()) else _outdated(revision, where)
 
@@ -46,7 +50,7 @@ async def bring_up_to_date(conn: AsyncConnection, path: Path | None, where: str)
 
     CatalogFault  the catalog is newer than this code
     """
-    revision = await revision_of(conn)
+    revision = await revision_of(conn, where)
     await conn.rollback()
     if revision == HEAD:
         return None
@@ -67,9 +71,7 @@ async def bring_up_to_date(conn: AsyncConnection, path: Path | None, where: str)
 
 def create(connection: Connection) -> None:
     """Make every table in the connection's transaction and stamp HEAD."""
-    # There is one MetaData; to name a table of each module makes sure that all have put theirs into it.
-    (tables,) = {hooktables.hook.metadata, striptable.strip.metadata}
-    tables.create_all(connection, checkfirst=False)
+    _tables().create_all(connection, checkfirst=False)
     connection.execute(text(f"CREATE TABLE {TABLE} (version_num VARCHAR(32) NOT NULL PRIMARY KEY)"))
     connection.execute(text(f"INSERT INTO {TABLE} VALUES (:head)"), {"head": HEAD})  # noqa: S608  TABLE is ours
 
@@ -110,6 +112,20 @@ def _known() -> set[str]:
     from alembic.script import ScriptDirectory  # noqa: PLC0415  only another version pays for the import
 
     return {step.revision for step in ScriptDirectory.from_config(_config()).walk_revisions()}
+
+
+def _tables() -> MetaData:
+    # There is one MetaData; to name a table of each module makes sure that all have put theirs into it.
+    (tables,) = {hooktables.hook.metadata, striptable.strip.metadata}
+    return tables
+
+
+def _incomplete(lacks: list[str], where: str) -> CatalogFault:
+    return CatalogFault(
+        f"the catalog {where} says that it has schema {HEAD}, and lacks {', '.join(lacks)}",
+        hint=faults.rebuild_advice(where),
+        lacks=lacks,
+    )
 
 
 def _unknown(revision: str | None, where: str) -> CatalogFault:

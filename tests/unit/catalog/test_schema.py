@@ -31,6 +31,7 @@ from ckptd.catalog import (
     hookruns,
     listing,
     metrics,
+    open_reader,
     queue,
     roots,
     schema,
@@ -40,7 +41,7 @@ from ckptd.catalog.contenders import Among
 from ckptd.catalog.listing import Filter, Scope
 from ckptd.errors import CatalogFault, CkptdError
 from ckptd.model import Level, State, new_id
-from tests.support.catalog import StillClock, experiment, opened, saved
+from tests.support.catalog import SETTINGS, StillClock, experiment, opened, saved
 
 SHIPPED: dict[str, Callable[..., Awaitable[Any]]] = {
     "checkpoint by id": lambda c, x: checkpoints.get(c, x.one),
@@ -284,6 +285,21 @@ async def test_tables_of_somebody_else_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CatalogFault, match="customers"):
         async with opened(path):
             pass
+
+
+async def test_a_catalog_that_lacks_a_table_of_its_schema_is_refused_with_advice(tmp_path: Path) -> None:
+    """Else the daemon would die of the first statement about it, start again and die again."""
+    path = tmp_path / "c.sqlite"
+    async with opened(path):
+        pass
+    raw = sqlite3.connect(path)
+    raw.execute("DROP TABLE hook_run")
+    raw.close()
+    for way in (opened(path), open_reader(path, SETTINGS)):
+        with pytest.raises(CatalogFault, match="lacks hook_run") as caught:
+            async with way:
+                pass
+        assert "ckpt rebuild" in caught.value.hint
 
 
 async def test_a_current_catalog_is_opened_without_alembic_and_without_a_snapshot(tmp_path: Path) -> None:
