@@ -97,8 +97,7 @@ def load(file: str | None = None) -> "Loaded":
     """Read the configuration as the daemon would: from `file`, else $CKPTD_CONFIG, else the usual files. BadConfig."""
     from ckptd import origins
 
-    named = file or os.environ.get("CKPTD_CONFIG") or None
-    return origins.load(None if named is None else Path(named))
+    return origins.load(None if file is None else Path(file))
 
 
 def setting_lines(settings: Mapping[str, Any], origins: Mapping[str, str], screen: render.Screen) -> Iterator[str]:

@@ -47,9 +47,8 @@ Answer = dict[str, Any]
 
 def find_catalog() -> str | None:
     """Return the path of this user's catalog, None when there is none."""
-    named = os.environ.get("CKPTD_CONFIG")
     try:
-        state_dir = str(origins.places(Path(named) if named else None).state_dir)
+        state_dir = str(origins.places().state_dir)
     except BadConfig:
         # A broken configuration must not hide the checkpoints: look where they are by default.
         state_dir = places.state_dir()

@@ -17,6 +17,7 @@ from ckptd.errors import BadConfig
 from ckptd_client import places as user_places
 
 ETC = Path("/etc/ckptd")
+VARIABLE = "CKPTD_CONFIG"  # names the only file to read, as the flag does
 FILE_BYTES_MAX = 1 << 20
 MODES = ("user", "system")
 _HEADER = re.compile(r"\s*\[+\s*([^\]]+?)\s*\]+")
@@ -44,10 +45,13 @@ class File:
 def chain(config_file: Path | None, environ: Mapping[str, str], *, user: bool) -> list[Path]:
     """Return the files that may speak, the weakest first; those that don't exist are left out.
 
-    A file that was named is the only one, and is in the list even when it does not exist.
+    A file that was named, by a flag or else by CKPTD_CONFIG, is the only one, and is in the list even when it does
+    not exist. BadConfig for a relative CKPTD_CONFIG: who reads it may have been started in another directory.
     """
     if config_file is not None:
         return [config_file]
+    if named := environ.get(VARIABLE):
+        return [_absolute(named, VARIABLE)]
     found = [ETC / "config.toml", *sorted((ETC / "conf.d").glob("*.toml"))]
     if user:
         found.append(own(environ))

@@ -18,7 +18,7 @@ from ckptd.origins import files
 
 PREFIX = "CKPTD_"
 # Variables of ckptd that are no settings: places, fail points, and what clients read.
-_OTHER_VARIABLES = frozenset({"CKPTD_DIR", "CKPTD_FAIL", "CKPTD_CONFIG"})
+_OTHER_VARIABLES = frozenset({"CKPTD_DIR", "CKPTD_FAIL", files.VARIABLE})
 _CLOSE_ENOUGH = 0.75
 _NUMBER = re.compile(r"\d{1,18}(\.\d+)?")
 
@@ -69,7 +69,12 @@ def load(
     lower: list[_Layer] = []
     read: list[Path] = []
     system = any(layer.values.get("mode") == "system" for layer in upper)
-    for path in files.chain(config_file, env, user=not system):
+    try:
+        named = files.chain(config_file, env, user=not system)
+    except BadConfig as error:
+        named = []
+        errors.append({"where": f"env {files.VARIABLE}", "key": "", "message": error.message})
+    for path in named:
         try:
             lower.append(_from_file(files.read(path)))
             read.append(path)

@@ -26,8 +26,9 @@ Generated from `ckptd/config.py` by `python -m ckptd.origins reference`; a test 
 
 A value comes from the first of these that gives it: a flag; the environment (`CKPTD_ARENAS__BYTES_MAX=4G`; lists
 as JSON); the user's `$XDG_CONFIG_HOME/ckptd/config.toml`; `/etc/ckptd/conf.d/*.toml`, the last by name first;
-`/etc/ckptd/config.toml`; the default. `--config FILE` reads that file instead of all others. An unknown key is an
-error, and all errors of all sources are listed at once (exit status 78). `ckpt config show` names each value's origin.
+`/etc/ckptd/config.toml`; the default. `--config FILE`, or `CKPTD_CONFIG` with its absolute path, reads that file
+instead of all others. An unknown key is an error, and all errors of all sources are listed at once (exit status 78).
+`ckpt config show` names each value's origin.
 
 Sizes are bytes or text such as "512M" and "1.5G" (powers of 1024); durations are seconds or text such as "90s" and
 "7d12h".

@@ -40,6 +40,30 @@ def refused(home: Path, *args, **more: str) -> list[dict[str, str]]:
     return caught.value.details["errors"]
 
 
+def test_a_file_that_the_environment_names_is_the_only_one_unless_a_flag_names_another(home):
+    """The daemon reads what `ckpt` reads."""
+    (home / "xdg" / "ckptd" / "config.toml").write_text('drain_s = "1m"\nstate_dir = "/not/this"\n')
+    for name, seconds in (("named.toml", 120), ("flag.toml", 180)):
+        (home / name).write_text(f"drain_s = {seconds}\nstate_dir = '{home / name}.d'\n")
+    named = env(home, CKPTD_CONFIG=str(home / "named.toml"))
+    loaded = load(environ=named)
+    assert (loaded.settings.drain_s, loaded.files) == (120, (home / "named.toml",))
+    assert loaded.settings.state_dir == files.places(environ=named).state_dir == home / "named.toml.d"
+    assert load(home / "flag.toml", environ=named).settings.drain_s == 180
+    assert load(environ=env(home, CKPTD_CONFIG="")).settings.drain_s == 60
+
+
+def test_a_file_that_the_environment_names_must_be_there_and_must_not_depend_on_the_directory(home):
+    """A daemon that goes to the background, or that a save starts, runs in /."""
+    [error] = refused(home, CKPTD_CONFIG="c.toml")
+    assert error["where"] == "env CKPTD_CONFIG"
+    assert "absolute" in error["message"]
+    [error] = refused(home, CKPTD_CONFIG=str(home / "gone.toml"))
+    assert error["where"] == str(home / "gone.toml")
+    with pytest.raises(errors.BadConfig, match="absolute"):
+        files.places(environ=env(home, CKPTD_CONFIG="c.toml"))
+
+
 def test_each_source_outranks_the_one_below_it(home):
     sources = [
         (home / "etc" / "config.toml", "1m"),
