@@ -129,7 +129,9 @@ def is_managed(environ: Mapping[str, str], pid: int) -> bool:
 def _parse(arguments: Sequence[str] | None) -> Flags:
     parser = argparse.ArgumentParser(prog="ckptd", description="Takes checkpoints off the training process.")
     parser.add_argument("--version", action="version", version=f"ckptd {__version__}")
-    parser.add_argument("--config", type=_path, metavar="FILE", help="read this file instead of $CKPTD_CONFIG and the usual ones")
+    parser.add_argument(
+        "--config", type=_path, metavar="FILE", help="read this file instead of $CKPTD_CONFIG and the usual ones"
+    )
     parser.add_argument("--state-dir", type=_path, metavar="DIR", help="catalog, spool and token; node-local")
     parser.add_argument("--socket", type=_path, metavar="PATH", help="where clients connect")
     parser.add_argument("--log-format", choices=("auto", "json", "console"), help="default: auto")
