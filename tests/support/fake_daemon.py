@@ -37,6 +37,7 @@ class Arena:
     size_bytes: int
     page: mmap.mmap
     use: str = "free"
+    holder: socket.socket | None = None  # the connection that it was lent over
     generation: int = 0
     checkpoint: str = ""
 
@@ -185,6 +186,10 @@ class FakeDaemon:
             with self._changed:
                 self._peers.pop(peer, None)
                 self._waiting = [entry for entry in self._waiting if entry[0] is not peer]
+                for arena in self.arenas.values():
+                    if arena.holder is peer and arena.use == "leased":  # lent just before the client hung up
+                        arena.use = "free"
+                self._serve_waiting()
                 self._changed.notify_all()
             peer.close()
 
@@ -268,7 +273,7 @@ class FakeDaemon:
             if arena is None:
                 continue
             self._waiting.remove(entry)
-            arena.use, arena.generation = "leased", arena.generation + 1
+            arena.use, arena.holder, arena.generation = "leased", peer, arena.generation + 1
             control.write_lease(arena.page, arena.id, arena.generation, self._peers.get(peer, 0))
             facts = {"arena": arena.id.hex(), "generation": arena.generation, "size_bytes": arena.size_bytes, "fds": 1}
             self._send(peer, {"id": message["id"], "ok": True, **facts}, fd=arena.fd)
