@@ -15,7 +15,7 @@ import mmap
 import os
 import secrets
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import anyio
 import anyio.to_thread
@@ -354,11 +354,16 @@ class ArenaPool:
         if arena is not None:
             self.free(arena)
 
-    def orphaned(self, holder: Holder) -> None:
-        """A connection closed: its leases have no holder now; `reap()` sees what becomes of them."""
-        for arena in self._arenas.values():
+    def orphaned(self, holder: Holder, ended: Collection[str] = ()) -> None:
+        """A connection closed: its leases have no holder now; `reap()` sees what becomes of them.
+
+        Those of experiments that it said have `ended` are free: an answer may have crossed the end, and nobody knows of it.
+        """
+        for arena in self.all():
             if arena.holder is holder and arena.use is Use.LEASED:
                 arena.holder = None
+                if arena.experiment_id in ended and arena.is_unwritten():
+                    self.free(arena)
 
     def reap(self) -> list[Arena]:
         """Free leases of dead processes; return those that died after their commit, to be admitted."""

@@ -69,6 +69,7 @@ class Peer:
         self.greeted = False
         self.follows: dict[str, None] = {}  # checkpoint ids, oldest first
         self.experiments: set[str] = set()
+        self.ended: set[str] = set()  # of these, those it has closed
         self.fresh: dict[str, int] = {}  # segments it opened and neither logged nor saved into, by experiment
         self.attached: dict[str, Any] = {}  # arenas this peer reads, by checkpoint
         self.group: anyio.abc.TaskGroup | None = None  # tasks of requests that may wait; ends with the connection

@@ -123,7 +123,7 @@ class Service:
         """A connection closed: look at what it left behind."""
         self._front.followers.remove(peer)
         self._front.presence.left(peer)
-        self._front.pool.orphaned(peer)
+        self._front.pool.orphaned(peer, peer.ended)
         if peer.attached:
             # Mappings outlive the connection: while the process lives it may still read.
             self._readers[peer.pid] = control.started_ticks(peer.pid)

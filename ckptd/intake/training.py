@@ -112,6 +112,7 @@ class Training:
         join = known is not None and front.presence.is_present(known.id)
         opened, newest = await front.admission.open_experiment(request, peer.uid, join=join)
         front.presence.came(peer, opened.experiment.id)
+        peer.ended.discard(opened.experiment.id)
         if opened.existed and not join:
             peer.fresh[opened.experiment.id] = opened.segment
         return {
@@ -137,6 +138,7 @@ class Training:
         status = ExperimentStatus(request.status)
         await self._front.catalog.write(lambda tx: experiments.set_status(tx, request.experiment, status, error))
         self._front.presence.closed(request.experiment)
+        peer.ended.add(request.experiment)
         return {}
 
     async def tag(self, peer: Peer, request: ask.ExperimentTag) -> Answer:

@@ -245,6 +245,18 @@ async def test_leases_of_a_dead_process_come_back_and_those_of_a_living_one_do_n
     assert (lost.use, kept.use) == (Use.FREE, Use.LEASED)
 
 
+async def test_leases_of_an_experiment_that_has_ended_come_back_with_its_connection(keeper):
+    """An answer that crosses the end is read by nobody, and the process may live on, with one experiment after another."""
+    pool = a_pool(keeper, bytes_max=3 * MIB)
+    living = Client(pool)
+    crossed, other = await pool.lease("a", MIB, living, 0), await pool.lease("b", MIB, living, 0)
+    begun = await pool.lease("a", MIB, living, 0)
+    control.set_state(begun.page, control.WRITING)
+    pool.orphaned(living, {"a"})
+    assert (crossed.use, other.use) == (Use.FREE, Use.LEASED)
+    assert begun.use is Use.LEASED, "somebody writes there"
+
+
 async def test_a_lease_that_never_reached_its_trainer_is_none(keeper):
     """A trainer that lives on would otherwise block its experiment with memory it knows nothing of."""
     pool = a_pool(keeper)

@@ -12,6 +12,7 @@ from ckptd.catalog import experiments, metrics
 from ckptd.catalog.metrics import Point
 from ckptd.errors import NoSpace
 from ckptd.intake import presence
+from ckptd.intake.arena import Use
 from ckptd.intake.presence import MetricsBuffer, Presence
 from ckptd.model import ExperimentStatus, new_id
 from tests.support import catalog as store
@@ -194,3 +195,23 @@ async def test_many_points_are_committed_in_parts(tmp_path, monkeypatch):
         commits = catalog._writer.commits
         assert await buffer.flush()
         assert catalog._writer.commits - commits == 3
+
+
+async def test_a_run_that_ended_leaves_no_memory_lent_to_a_process_that_lives_on(short_dir):
+    """A sweep of many runs in one process: what was lent while a run ended was its experiment's until the process died."""
+    async with daemon(short_dir) as node:
+        uses = lambda: [arena.use for arena in node.parts.pool.all()]  # noqa: E731
+        async with node.connect() as line:
+            training = await Training(line, str(node.runs)).open()
+            for _ in range(2):
+                (await training.lease(1 << 20)).close()
+                await line.ask("experiment.close", experiment=training.experiment, status="completed")
+        await eventually(lambda: uses() == [Use.FREE, Use.FREE])
+        async with node.connect() as line:
+            await line.ask("experiment.close", experiment=training.experiment, status="completed")
+            training.line = line
+            await training.open()
+            (await training.lease(1 << 20)).close()
+        await eventually(lambda: Use.LEASED in uses() and not node.parts.pool.waiting)
+        await anyio.sleep(0.2)
+        assert uses().count(Use.LEASED) == 1, "it goes on: whoever lost its connection may be writing"
