@@ -18,7 +18,7 @@ import msgspec
 
 from ckptd.errors import Bug, Busy, TimedOut, from_wire
 from ckptd.worker.context import Context, Limits
-from ckptd.worker.parser import ANSWER_BYTES_MAX, Answer, Question
+from ckptd.worker.parser import ANSWER_BYTES_MAX, IDLE_S, Answer, Question
 from ckptd.worker.protocol import Inspected
 
 FREE_MAX = 4  # children kept for the next question; each ends by itself when idle
@@ -26,6 +26,7 @@ STUCK_MAX = 4  # killed, but the kernel still waits for their disk
 SILENCE_S = 60.0  # without an answer or a beat: the disk hangs. Below workers.request_s (120 s by default)
 _SLICE_S = 0.25
 _REAP_S = 1.0
+TIDY_S = IDLE_S + 1.0  # after a question; by then a child that waits has ended, unless it was asked again
 _READ_BYTES = 1 << 16
 
 
@@ -121,6 +122,7 @@ class Parsers:
         self._lock = threading.Lock()
         self._free: list[_Child] = []
         self._stuck: list[_Child] = []
+        self._tidies = False
         self.started = 0
 
     def ask(self, question: Question, context: Context) -> Answer:
@@ -174,8 +176,28 @@ class Parsers:
         with self._lock:
             if len(self._free) < FREE_MAX:
                 self._free.append(child)
+                self._tidy_later()
                 return
         self._drop(child)
+
+    def _tidy_later(self) -> None:
+        """Look once more when those that wait may have ended. Called with the lock held."""
+        if not self._tidies:
+            self._tidies = True
+            timer = threading.Timer(TIDY_S, self._tidy)
+            timer.daemon = True
+            timer.start()
+
+    def _tidy(self) -> None:
+        """Bury children that have ended: else each keeps three pipes and an entry among the processes until it is asked."""
+        with self._lock:
+            ended = [child for child in self._free if child.reaped(0)]
+            self._free = [child for child in self._free if child not in ended]
+            self._tidies = False
+            if self._free:
+                self._tidy_later()
+        for child in ended:
+            child.end()
 
     def _drop(self, child: _Child) -> None:
         if not child.end():

@@ -15,6 +15,7 @@ from ckptd.worker import examine, inspect
 from ckptd.worker.context import Cancelled, Context, Limits
 from ckptd.worker.parser import Question
 from ckptd.worker.protocol import Inspect
+from tests.support.node import eventually
 
 torch = pytest.importorskip("torch")
 save_file = pytest.importorskip("safetensors.torch").save_file
@@ -279,3 +280,24 @@ def test_the_worker_itself_has_no_reader_of_pickles():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
     assert done.stdout == "[]\n"
+
+
+def test_children_that_ended_while_they_waited_are_buried(tmp_path, monkeypatch):
+    """One that went idle kept three descriptors and a dead entry among the processes until the next question."""
+    monkeypatch.setattr(examine, "TIDY_S", 0.1)
+    path = tmp_path / "m.safetensors"
+    save_file({"w": torch.ones(1)}, path)
+    parsers = examine.Parsers(Limits())
+    kept, gone = parsers._start(), parsers._start()
+    before = len(os.listdir("/proc/self/fd"))
+    for child in (kept, gone):
+        parsers._give_back(child)
+    gone._process.terminate()
+    eventually(lambda: parsers._free == [kept], "the ended one to be forgotten", 20)
+    eventually(lambda: len(os.listdir("/proc/self/fd")) == before - 3, "its pipes to be closed", 20)
+    assert not os.path.exists(f"/proc/{gone._process.pid}")
+    kept._process.terminate()
+    eventually(lambda: parsers._free == [], "the other one, at a later look", 20)
+    assert ask(parsers, path).found.complete
+    assert parsers.started == 3
+    parsers.close()
