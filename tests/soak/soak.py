@@ -21,7 +21,7 @@ from pathlib import Path
 from traceback import format_exception
 from typing import Self
 
-from ckptd.worker.parser import IDLE_S
+from ckptd.worker.examine import TIDY_S
 from tests.soak.audit import audit
 from tests.soak.crew import LEGACY, Legacy, Member, Part, Training
 from tests.soak.faults import Stage, act, faults, schedule
@@ -36,7 +36,7 @@ REST_S = 180.0  # how long a member may take to come to rest: its saves have to 
 PROGRESS_S = 10.0
 LOOKS = 3  # at the memory of a node at rest, each after some was given back: the least of them is what it needs
 SHOWN_MAX = 10  # violations of one rest
-QUIET_S = IDLE_S + 15.0
+QUIET_S = 2 * TIDY_S + 5.0  # a parser ends when idle, and is buried at its worker's next look
 DEADLY_SHARE = 0.25  # of a long run; then no process of ckptd is ended any more
 FILLING_SHARE = 0.15  # of what comes then: caches fill, ten times as fast as after it
 STEADY_SHARE = 0.35  # likewise: now memory is judged; what each connection keeps of rare statements comes slowly
