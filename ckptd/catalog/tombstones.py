@@ -12,7 +12,7 @@ from ckptd.catalog.tx import Tx
 from ckptd.model import State
 
 TOMBSTONES_MAX = 20_000  # of one root, the oldest first
-PAGE = 100
+PAGE = 100  # of one experiment: as many as are unlinked in a round (pipeline/trash.py)
 
 _row = schema.checkpoint.c
 _TOMBSTONE = (_row.sequence, _row.id, _row.trash, _row.trashed_at)

@@ -135,6 +135,10 @@ class LeasePool:
         """Whether a lease is asked for or being mapped."""
         return self._asked > 0
 
+    def are_held(self) -> bool:
+        """Whether somebody has taken a lease, or one is being mapped, that was neither committed nor given back."""
+        return bool(self._in_use)
+
     def wait_ready(self, timeout_s: float) -> bool:
         """Wait until nothing is on its way any more; return whether a lease is ready."""
         with self._changed:

@@ -198,11 +198,11 @@ class Session:
         self._close_when_settled()
 
     def _close_when_settled(self) -> None:
-        """After the end: hang up once nothing is followed any more, or no daemon came back for FOLLOW_S."""
-        if not self._ended:
-            return
-        if not self.handles.unsettled() or (
-            not self.connection.is_up and time.monotonic() - self._down_s > (FOLLOW_S if self._known else 0.0)
+        """After the end: hang up once nothing is followed or lent any more, or no daemon came back for FOLLOW_S."""
+        # What is lent to a run that ended is the daemon's again once this closes: not under a thread that may write there.
+        if self._ended and (
+            not (self.handles.unsettled() or self.leases.are_held())
+            or (not self.connection.is_up and time.monotonic() - self._down_s > (FOLLOW_S if self._known else 0.0))
         ):
             self.connection.close()
 

@@ -261,15 +261,20 @@ def test_every_step_can_be_undone() -> None:
     engine.dispose()
 
 
-async def test_a_newer_catalog_is_refused_with_advice_and_left_alone(tmp_path: Path) -> None:
-    """M040, F19."""
-    path = tmp_path / "c.sqlite"
+async def altered(path: Path, statement: str) -> None:
+    """Make a catalog, and let somebody else's hand change it."""
     async with opened(path):
         pass
     raw = sqlite3.connect(path)
-    raw.execute("UPDATE alembic_version SET version_num = '9999'")
+    raw.execute(statement)
     raw.commit()
     raw.close()
+
+
+async def test_a_newer_catalog_is_refused_with_advice_and_left_alone(tmp_path: Path) -> None:
+    """M040, F19."""
+    path = tmp_path / "c.sqlite"
+    await altered(path, "UPDATE alembic_version SET version_num = '9999'")
     with pytest.raises(CatalogFault, match="9999") as caught:
         async with opened(path):
             pass
@@ -290,11 +295,7 @@ async def test_tables_of_somebody_else_are_refused(tmp_path: Path) -> None:
 async def test_a_catalog_that_lacks_a_table_of_its_schema_is_refused_with_advice(tmp_path: Path) -> None:
     """Else the daemon would die of the first statement about it, start again and die again."""
     path = tmp_path / "c.sqlite"
-    async with opened(path):
-        pass
-    raw = sqlite3.connect(path)
-    raw.execute("DROP TABLE hook_run")
-    raw.close()
+    await altered(path, "DROP TABLE hook_run")
     for way in (opened(path), open_reader(path, SETTINGS)):
         with pytest.raises(CatalogFault, match="lacks hook_run") as caught:
             async with way:

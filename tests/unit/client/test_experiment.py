@@ -15,6 +15,7 @@ import torch
 import ckptd_client as ckptd
 from ckptd_client import control, spool
 from tests.support.fake_daemon import FakeDaemon, descriptor_of
+from tests.support.node import eventually
 from tests.support.saving import spooled_image, state, value_in
 
 
@@ -333,3 +334,19 @@ def test_a_run_leaves_no_arena_mapped_behind(home: Path, daemon: FakeDaemon):
     while mapped() > 0 and time.monotonic() < deadline_s:
         time.sleep(0.05)
     assert mapped() <= 0
+
+
+def test_a_run_that_ends_does_not_hang_up_while_another_thread_is_about_to_write(home: Path, daemon: FakeDaemon):
+    """Once it has, the daemon may lend that memory to somebody else."""
+    run = ckptd.Experiment("net", dir=home / "r")
+    assert run.prepare(state(1), wait_s=30)
+    session = run._session
+    taken, _ = session.leases.take(1, 30)
+    assert taken is not None
+    run.close()
+    assert session.connection.is_up
+    assert [arena.use for arena in daemon.arenas.values()].count("leased") >= 1
+    session.leases.give_back(taken)
+    session.connection.tick_within(0.0)
+    eventually(lambda: not session.connection.is_up, "the end of the connection", 30)
+    eventually(lambda: "leased" not in [arena.use for arena in daemon.arenas.values()], "all memory to be back", 30)
