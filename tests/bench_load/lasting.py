@@ -14,6 +14,7 @@ from tests.bench_load.outcome import Limit, Outcome, bounded, told
 from tests.bench_load.plant import Plant, descriptors, planted, rss_bytes
 from tests.bench_load.scale import Scale
 from tests.bench_load.swarm import Pace, Swarm
+from tests.soak.meter import memory_by_role
 from tests.soak.slope import theil_sen
 from tests.support.node import eventually
 
@@ -35,6 +36,7 @@ class Look:
     saves: int
     rss_bytes: int
     descriptors: int
+    by_role: dict[str, int]
 
 
 def measure(scale: Scale) -> Iterator[Outcome]:
@@ -59,14 +61,18 @@ def _look(plant: Plant, saves: int, scale: Scale) -> Look:
     eventually(lambda: _is_idle(plant), "every save to be verified and its rules to be carried out", PATIENCE_S)
     time.sleep(min(REST_S, REST_S * scale.seconds / Scale.seconds))
     pids = plant.carriers()
-    look = Look(saves, rss_bytes(pids), descriptors(pids))
+    look = Look(saves, rss_bytes(pids), descriptors(pids), memory_by_role(pids))
     # More than an hour goes by until the rows are printed: a run that somebody ends has shown this much.
     print(
-        f"{saves:,} saves: {look.rss_bytes / 2**20:.1f} MiB, {look.descriptors} descriptors",
+        f"{saves:,} saves: {look.rss_bytes / 2**20:.1f} MiB ({_told(look.by_role)}), {look.descriptors} descriptors",
         file=sys.stderr,
         flush=True,
     )
     return look
+
+
+def _told(by_role: dict[str, int]) -> str:
+    return ", ".join(f"{role} {size / 2**20:.1f}" for role, size in sorted(by_role.items()))
 
 
 def _is_idle(plant: Plant) -> bool:

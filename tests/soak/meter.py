@@ -14,6 +14,7 @@ FIELDS = {"RssAnon:": "anon", "RssFile:": "file", "RssShmem:": "shmem"}
 ROLES = {
     "run_node.py": "supervisor",
     "run_daemon.py": "daemon",
+    "ckptd.daemon": "daemon",
     "ckptd.worker": "worker",
     "ckptd.worker.parser": "parser",
     "ckptd.hooks.host": "host",
@@ -49,6 +50,18 @@ def role_of(pid: int) -> str:
     """What a process of ckptd is there for, by its command line."""
     words = [os.path.basename(word) for word in Path(f"/proc/{pid}/cmdline").read_text().split("\0")]
     return next((ROLES[word] for word in words if word in ROLES), "other")
+
+
+def memory_by_role(pids: list[int]) -> dict[str, int]:
+    """Resident bytes by role and kind: "daemon anon", "worker file"; of these processes now."""
+    found: Counter[str] = Counter()
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+                name, _, value = line.partition("\t")
+                if name in FIELDS:
+                    found[f"{role_of(pid)} {FIELDS[name]}"] += int(value.split()[0]) << 10
+    return dict(found)
 
 
 def sample(pids: list[int], began_s: float) -> Sample:
