@@ -43,6 +43,7 @@ QUEUED_MAX = 8192  # events on their way from the bus
 RECENT_MAX = 2048  # events kept in memory for all lanes; who is further behind reads the log
 PAGE_MAX = 200  # events that a lane takes at a time
 RECORD_S = 0.5  # what came of deliveries is written down together, this often
+IDLE_S = 2.0  # a registry whose hooks have changed, or were asked what they are, is looked at this often
 PASS_S = 30.0  # a lane that nothing concerned says how far it is
 AGAIN_S, AGAIN_S_MAX = 0.5, 30.0  # pauses while the catalog refuses
 BACKGROUND_S = 5.0  # longest that a BACKGROUND hook waits for the others, before each event
@@ -74,6 +75,7 @@ class Delivery:
         self._tail = 0
         self._group: anyio.abc.TaskGroup | None = None
         self._entering = anyio.Lock()
+        self._due = anyio.Event()  # there is something to write down
 
     async def run(self) -> None:
         """Deliver until cancelled; what was delivered by then is written down."""
@@ -133,6 +135,7 @@ class Delivery:
         lane = self._lanes.get(run.hook)
         if lane is not None:
             lane.note(run, context)
+            self._due.set()
 
     def state_of(self, name: str) -> tuple[dict[str, int], int]:
         """Return one hook's counts and how many events it is behind; nothing of a hook that is not known."""
@@ -277,6 +280,7 @@ class Delivery:
         log.error("hook.missed", cause=lane.name, count=count)
         lane.counts["missed"] = lane.counts.get("missed", 0) + count
         lane.changed = True
+        self._due.set()
         data = {"hook": lane.name, "count": count}
 
         async def tell(tx: Tx) -> None:
@@ -288,7 +292,10 @@ class Delivery:
         """Commit cursors, runs and findings of all lanes together, when some are due."""
         passed_s = self._clock.monotonic_s()
         while True:
-            await anyio.sleep(RECORD_S)
+            with anyio.move_on_after(IDLE_S):
+                await self._due.wait()
+                self._due = anyio.Event()
+                await anyio.sleep(RECORD_S)
             now_s = self._clock.monotonic_s()
             if self._lanes.keys() != {spec.name for spec in self.registry}:
                 await self.enter()
