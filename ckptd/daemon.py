@@ -205,7 +205,7 @@ def _assemble(loaded: origins.Loaded, options: argparse.Namespace, catalog: Cata
     )
     service.noticed = observers.noticed
     listener = Listener(settings.intake, clock, service.handle, service.gone)
-    admission.on_root = reconciler.add
+    admission.on_root, admission.before_open = reconciler.add, reconciler.look_before_open
     stop = anyio.Event()
     commands.stop = stop.set
     parts = Parts(

@@ -12,7 +12,7 @@ from typing import Any
 
 from sqlalchemy import Row, delete, insert, select, update
 
-from ckptd.catalog import harm, schema
+from ckptd.catalog import harm, schema, segments
 from ckptd.catalog.checkpoint_rows import (
     BY_ID,
     arena_of,
@@ -125,7 +125,7 @@ async def stage(tx: Tx, new: NewCheckpoint) -> Staged:
         uid=experiment.uid,
         project_no=experiment.project_no,
         experiment_no=experiment.no,
-        segment=experiment.segment if new.segment is None else new.segment,
+        segment=await segments.of_save(tx, experiment, new.segment),
         revision=await free_revision(tx.conn, experiment.no, new.step, new.revision),
         created_at=new.created_at or now,
         staged_at=now,

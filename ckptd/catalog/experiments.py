@@ -8,7 +8,7 @@ from typing import Any, Literal
 from sqlalchemy import Row, delete, func, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from ckptd.catalog import recovery, schema
+from ckptd.catalog import recovery, schema, segments
 from ckptd.catalog.keys import one_of
 from ckptd.catalog.tx import Tx
 from ckptd.errors import Ambiguous, BadRequest, NotFound
@@ -118,7 +118,7 @@ async def open_experiment(tx: Tx, new: NewExperiment, *, join: bool = False) -> 
     await _reopen(tx, known, new, segment)
     opened = await get(tx.conn, known.id)
     if not join:
-        await _add_segment(tx, opened, new)
+        await segments.add(tx, opened.sequence, segment, new.config, new.facts)
         _tell_opened(tx, opened)
     return Opened(opened, segment, existed=True)
 
@@ -313,7 +313,7 @@ async def _make(tx: Tx, new: NewExperiment) -> Experiment:
         )
     )
     made = await get(tx.conn, new.id)
-    await _add_segment(tx, made, new)
+    await segments.add(tx, made.sequence, made.segment, new.config, new.facts)
     if new.tags:
         await _set_tags(tx, made.sequence, tuple(sorted(set(new.tags))))
         made = await get(tx.conn, new.id)
@@ -340,18 +340,6 @@ async def _reopen(tx: Tx, known: Experiment, new: NewExperiment, segment: int) -
     tags = tuple(sorted({*known.tags, *new.tags}))
     if tags != known.tags:
         await _set_tags(tx, known.sequence, tags)
-
-
-async def _add_segment(tx: Tx, experiment: Experiment, new: NewExperiment) -> None:
-    await tx.conn.execute(
-        insert(schema.segment).values(
-            experiment_no=experiment.sequence,
-            number=experiment.segment,
-            opened_at=tx.clock.now(),
-            config=new.config,
-            facts=new.facts,
-        )
-    )
 
 
 async def _set_tags(tx: Tx, experiment_no: int, tags: tuple[str, ...]) -> None:

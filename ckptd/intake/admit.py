@@ -6,7 +6,7 @@ checkpoint. The row and its job are made in one transaction. Files have a door o
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
@@ -42,12 +42,13 @@ class Admission:
     """Checks hand-offs and enters them into the catalog and the queue."""
 
     def __init__(self, catalog: Catalog, jobs: Jobs, pool: ArenaPool) -> None:
-        """Keep what it works with; `current` and `on_root` are set by whoever composes the daemon."""
+        """Keep what it works with; `current`, `on_root` and `before_open` are set by whoever composes the daemon."""
         self._catalog = catalog
         self._jobs = jobs
         self._pool = pool
         self.current = Settings()
         self.on_root: Callable[[Root], None] = lambda _: None
+        self.before_open: Callable[[Root, str], Awaitable[None]] | None = None
 
     def settings(self) -> Settings:
         """Return the settings in force; a reload replaces them as a whole."""
@@ -106,6 +107,8 @@ class Admission:
             resume=request.resume,
         )
         rules = self.settings().rules_for(new.project, new.name)
+        if self.before_open is not None and not join:
+            await self.before_open(root, f"{new.project}/{new.name}")
 
         async def make(tx: Tx) -> Opened:
             made = await experiments.open_experiment(tx, new, join=join)

@@ -35,6 +35,7 @@ RESTS = 300  # lengths of a scan between two scans of a root whose events are al
 REST_S_MAX = 2.0  # between two scans of a root, so that hints cost at most half of a worker's time
 DIRECTORIES_MAX = 256  # more hinted directories than this: one scan of the whole root is cheaper
 BATCH_MAX = 250
+OPEN_S = 10.0  # how long a run that opens waits until what lies in its directory is known
 
 
 @dataclass(eq=False)
@@ -48,6 +49,7 @@ class _Watched:
     unseen: str = ""  # why its changes make no events
     seen: bool = False  # all its changes make events now, as far as its watcher knows
     took_s: float = 0.0  # the last scan of all of it
+    looked: bool = False  # at all of it, since this daemon started
 
 
 @dataclass
@@ -219,6 +221,7 @@ class Reconciler:
                 begun_s = anyio.current_time()
                 await self.scan(watched.root)
                 watched.took_s = anyio.current_time() - begun_s
+                watched.looked = True
                 return
             for directory in sorted(directories):
                 if not any(directory != above and directory.startswith(above + "/") for above in directories):
@@ -249,6 +252,25 @@ class Reconciler:
             problem=result.problem,
         )
         return result
+
+    async def look_before_open(self, root: Root, directory: str) -> None:
+        """Take in what lies in the directory of a run that opens, where this daemon has not looked yet.
+
+        A catalog that was lost, or put back from a copy, would number the run's execution below those whose
+        checkpoints lie there, and retention would take what it saves for the oldest. Waits OPEN_S at most: on a
+        disk that hangs or is in trouble the run opens all the same.
+        """
+        watched = self._roots.get(root.path)
+        if watched is not None and watched.looked:
+            return
+        try:
+            with anyio.fail_after(OPEN_S):
+                await self._scan_under(root, os.path.join(root.path, directory))
+        except TimeoutError:
+            log.warning("open.unseen", root=root.path, directory=directory, waited_s=OPEN_S)
+        except CkptdError as error:
+            if error.code not in {"not_found", "missing"}:  # nobody has saved there yet
+                log.warning("open.unseen", root=root.path, directory=directory, **error.to_wire())
 
     async def _standing(self, root: Root) -> _Standing:
         """Which files should lie under the root now, as far as their rows say: 24 bytes each, for a scan's time."""
