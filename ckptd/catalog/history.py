@@ -15,23 +15,32 @@ PAGE_ROWS = 250  # so long the event loop is not asked for anything else: some m
 
 _row = schema.checkpoint.c
 _segment = schema.segment.c
-_HERE = (State.PENDING, State.LIVE, State.CORRUPT)
+HERE = (State.PENDING, State.LIVE, State.CORRUPT)
 
 
 async def of_experiment(conn: AsyncConnection, experiment_id: str) -> list[Checkpoint]:
-    """Return what is PENDING, LIVE or CORRUPT, in the order of arrival."""
+    """Return what is PENDING, LIVE or CORRUPT, in the order of arrival.
+
+    State by state, because only then the index passes over all that the experiment has ever dropped.
+    """
     found: list[Checkpoint] = []
     no = (await conn.execute(_number(experiment_id))).scalar_one_or_none()
+    for state in () if no is None else HERE:
+        found += await _in_state(conn, int(no or 0), state)
+    return sorted(found, key=lambda one: one.sequence)
+
+
+async def _in_state(conn: AsyncConnection, no: int, state: State) -> list[Checkpoint]:
+    found: list[Checkpoint] = []
     after = 0
-    while no is not None:
-        wanted = SELECT.where(_row.experiment_no == no, _row.sequence > after, _row.state.in_(_HERE))
+    while True:
+        wanted = SELECT.where(_row.experiment_no == no, _row.state == state, _row.sequence > after)
         rows = (await conn.execute(wanted.order_by(_row.sequence).limit(PAGE_ROWS))).all()
         found += [from_row(row) for row in rows]
         if len(rows) < PAGE_ROWS:
-            break
+            return found
         after = rows[-1].sequence
         await anyio.lowlevel.checkpoint()
-    return found
 
 
 async def configurations(conn: AsyncConnection, experiment_id: str) -> dict[int, str]:

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, delete, insert, select, update
+from sqlalchemy import ColumnElement, and_, delete, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ckptd.catalog import schema
 from ckptd.catalog.checkpoint_rows import one
+from ckptd.catalog.history import HERE
 from ckptd.catalog.keys import one_of
 from ckptd.catalog.tx import Tx
 from ckptd.model import State
@@ -87,9 +88,10 @@ async def of_checkpoint(conn: AsyncConnection, checkpoint_id: str, now: datetime
 
 
 async def of_experiment(conn: AsyncConnection, experiment_id: str, now: datetime) -> list[Hold]:
-    """Return everything that holds checkpoints of one experiment at `now`."""
+    """Return everything that holds what one experiment has on disk, or on its way there, at `now`."""
     no = select(schema.experiment.c.no).where(schema.experiment.c.id == experiment_id).scalar_subquery()
-    return await _found(conn, _checkpoint.experiment_no == no, now)
+    # The states are said for the index: else each save's plan would read all that was ever dropped.
+    return await _found(conn, and_(_checkpoint.experiment_no == no, _checkpoint.state.in_(HERE)), now)
 
 
 async def of_checkpoints(conn: AsyncConnection, checkpoint_ids: Sequence[str], now: datetime) -> list[Hold]:

@@ -27,6 +27,7 @@ from ckptd.catalog import (
     contenders,
     eventlog,
     experiments,
+    history,
     holds,
     hookruns,
     listing,
@@ -76,6 +77,7 @@ SHIPPED: dict[str, Callable[..., Awaitable[Any]]] = {
     "silent": lambda c, x: experiments.silent_since(c, StillClock().now()),
     "summary": lambda c, x: experiments.summary(c, x.known),
     "holds": lambda c, x: holds.of_experiment(c, x.known, StillClock().now()),
+    "history": lambda c, x: history.of_experiment(c, x.known),
     "hold": lambda c, x: holds.of_checkpoint(c, x.one, StillClock().now()),
     "best leaders": lambda c, x: contenders.leaders(
         c, Among(experiment_nos=[1], is_one_experiment=True), "loss", "min", 1
@@ -195,6 +197,18 @@ async def test_every_shipped_query_uses_an_index(catalog: Catalog, rows: Rows, t
     }
     raw.close()
     assert missed >= {"by path", "next job", "audit of", "hold"}, "this test must notice missing indexes"
+
+
+@pytest.mark.parametrize("name", ["holds", "history"])
+async def test_the_plan_after_a_save_passes_over_all_that_its_experiment_ever_dropped(
+    catalog: Catalog, rows: Rows, tmp_path: Path, name: str
+) -> None:
+    """Else each of a million saves would read the million before it."""
+    raw = sqlite3.connect(tmp_path / "catalog.sqlite", cached_statements=0)
+    for statement, parameters in await statements_of(catalog, name, rows):
+        plan = [row[3] for row in raw.execute("EXPLAIN QUERY PLAN " + statement, parameters)]
+        assert all("state=?" in step for step in plan if step.startswith("SEARCH checkpoint ")), plan
+    raw.close()
 
 
 async def test_an_orphan_is_refused(catalog: Catalog) -> None:
