@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from typing import Any
 
 import anyio.lowlevel
 from sqlalchemy import Select, select
@@ -26,11 +27,11 @@ async def of_experiment(conn: AsyncConnection, experiment_id: str) -> list[Check
     found: list[Checkpoint] = []
     no = (await conn.execute(_number(experiment_id))).scalar_one_or_none()
     for state in () if no is None else HERE:
-        found += await _in_state(conn, int(no or 0), state)
+        found += await _in_state(conn, no, state)
     return sorted(found, key=lambda one: one.sequence)
 
 
-async def _in_state(conn: AsyncConnection, no: int, state: State) -> list[Checkpoint]:
+async def _in_state(conn: AsyncConnection, no: Any, state: State) -> list[Checkpoint]:
     found: list[Checkpoint] = []
     after = 0
     while True:
