@@ -1,7 +1,7 @@
 """What the daemon has seen since it started, in bounded memory: counts, and how long things took.
 
     in all            since the start
-    by time           SLOTS slots of SLOT_S each, a ring: what `--since` adds up, to the slot
+    by time           SLOTS of SLOT_S each, then HOURS: what `--since` adds up, to the minute and to the hour
     by experiment     the EXPERIMENTS_MAX that saved last
 
 For the event loop's thread. Nothing here waits or reads a clock: who counts says when.
@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from ckptd.query.distribution import Distribution
 
 SLOT_S = 60.0
-SLOTS = 24 * 60
+SLOTS = 61  # the last hour, and the minute that it began in
+HOUR_S = 3600.0
+HOURS = 24  # a minute for each of them would be some MiB, which grew for a day
 EXPERIMENTS_MAX = 256
 STEPS_MIN = 2  # fewer do not say how long a step takes
 
@@ -100,6 +102,7 @@ class Statistics:
         """Nothing was seen."""
         self.total = Period()
         self._slots: OrderedDict[int, Period] = OrderedDict()
+        self._hours: OrderedDict[int, Period] = OrderedDict()  # of slots that are over long since
         self._experiments: OrderedDict[str, Training] = OrderedDict()
         self.clients_rss_bytes: OrderedDict[str, int] = OrderedDict()
 
@@ -134,11 +137,12 @@ class Statistics:
             self.clients_rss_bytes.popitem(last=False)
 
     def since(self, from_s: float) -> Period:
-        """Add up the slots that end after `from_s`: a slot that began before it counts whole."""
+        """Add up what ends after `from_s`: a minute that began before it counts whole, and so does an hour long ago."""
         found = Period()
-        for number, period in self._slots.items():
-            if (number + 1) * SLOT_S > from_s:
-                found.merge(period)
+        for periods, length_s in ((self._hours, HOUR_S), (self._slots, SLOT_S)):
+            for number, period in periods.items():
+                if (number + 1) * length_s > from_s:
+                    found.merge(period)
         return found
 
     def of_experiment(self, experiment_id: str) -> Training | None:
@@ -150,8 +154,14 @@ class Statistics:
         if number not in self._slots:
             self._slots[number] = Period()
             while next(iter(self._slots)) <= number - SLOTS:
-                self._slots.popitem(last=False)
+                self._age(*self._slots.popitem(last=False))
         return self._slots[number]
+
+    def _age(self, number: int, slot: Period) -> None:
+        hour = int(number * SLOT_S // HOUR_S)
+        self._hours.setdefault(hour, Period()).merge(slot)
+        while next(iter(self._hours)) < hour - HOURS:
+            self._hours.popitem(last=False)
 
     def _training(self, experiment_id: str) -> Training:
         found = self._experiments.setdefault(experiment_id, Training())

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptd.query.distribution import BUCKETS, ERROR, LOWEST_S, STEPS_PER_DOUBLING, Distribution
-from ckptd.query.statistics import EXPERIMENTS_MAX, SLOT_S, SLOTS, Statistics
+from ckptd.query.statistics import EXPERIMENTS_MAX, HOUR_S, HOURS, SLOT_S, SLOTS, Statistics
 
 TOP_S = LOWEST_S * 2 ** (BUCKETS / STEPS_PER_DOUBLING)
 DURATIONS = st.lists(st.floats(LOWEST_S, TOP_S * 0.99), min_size=1, max_size=200)
@@ -63,11 +63,22 @@ def test_a_window_adds_up_the_minutes_that_it_reaches_into():
     assert figures.total.counts["saves"] == 15
 
 
+def test_a_window_beyond_the_last_minutes_adds_up_the_hours_that_it_reaches_into_and_loses_nothing():
+    figures = Statistics()
+    hours = 20
+    for minute in range(hours * 60):
+        figures.count("saves", minute * SLOT_S)
+    assert figures.since(0.0).counts["saves"] == hours * 60
+    assert figures.since(5.5 * HOUR_S).counts["saves"] == 15 * 60, "an hour that has begun counts whole"
+    assert figures.since((hours - 1) * HOUR_S).counts["saves"] == 60
+
+
 def test_memory_is_bounded_whatever_happens():
     figures = Statistics()
-    for number in range(3 * SLOTS):
-        figures.count("saves", number * SLOT_S)
+    for minute in range(3 * HOURS * 60):
+        figures.count("saves", minute * SLOT_S)
     assert len(figures._slots) <= SLOTS
+    assert len(figures._hours) <= HOURS + 1
     for number in range(3 * EXPERIMENTS_MAX):
         figures.stalled(f"e{number}", 0.1, 0.0)
         figures.client(f"e{number}", 1)
