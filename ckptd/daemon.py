@@ -338,7 +338,7 @@ async def _tend(parts: Parts) -> None:
             await parts.catalog.recover()
             if parts.clock.monotonic_s() - swept_s > parts.settings.orphan_age_s:
                 swept_s = parts.clock.monotonic_s()
-                await parts.catalog.write(lambda tx: holds.expire(tx, parts.clock.now()))
+                await parts.catalog.write(lambda tx: holds.expire(tx, tx.clock.now()))
                 await parts.reconciler.sweep(parts.settings.orphan_age_s)
         except CkptdError as error:
             log.warning("upkeep.failed", **error.to_wire())

@@ -248,7 +248,7 @@ class Denied(Operator):
 
 
 class RootDegraded(Operator):
-    """The file system under a root hangs or fails; other roots go on."""
+    """The file system under a root hangs or fails, or is not the one that was there; other roots go on."""
 
     code = "root_degraded"
     default_hint = "`ckpt status` names the mount; it is tried again by itself"

@@ -101,7 +101,9 @@ EVENTS: dict[str, Declared] = {
     "checkpoint.unstripped": Declared("they are back in their place", (*_CHECKPOINT, "files")),
     "checkpoint.tagged": Declared("its tags are others now", (*_CHECKPOINT, "tags")),
     "checkpoint.pinned": Declared("a person holds it", (*_CHECKPOINT, "note", "uid")),
-    "checkpoint.unpinned": Declared("a person let go of it", (*_CHECKPOINT, "uid")),
+    "checkpoint.unpinned": Declared(
+        "a person let go of it, or it went to what lies at its path now", (*_CHECKPOINT, "uid")
+    ),
     "checkpoint.unvetoed": Declared(
         "a person lets it count, whatever a hook said", (*_CHECKPOINT, "veto", "note", "uid")
     ),
@@ -119,9 +121,10 @@ EVENTS: dict[str, Declared] = {
     "latest.changed": Declared("another checkpoint is the newest verified one", _CHECKPOINT),
     "root.added": Declared("a directory tree is managed or watched from now on", ("root", "kind")),
     "root.degraded": Declared(
-        "a mount hangs or fails; its roots are set aside", ("mount", "filesystem", "roots", "why")
+        "a mount hangs or fails, or a root's disk is not mounted; its roots are set aside",
+        ("mount", "filesystem", "roots", "why"),
     ),
-    "root.recovered": Declared("a mount answers again", ("mount", "filesystem", "roots")),
+    "root.recovered": Declared("a mount answers again, or a root is there again", ("mount", "filesystem", "roots")),
     "disk.low": Declared(
         "less is free on a mount than [alerts] asks for: a person should make room",
         ("mount", "filesystem", "roots", "free_bytes", "floor_bytes"),

@@ -31,6 +31,10 @@ POINTS: dict[str, tuple[str, str]] = {
     "arena.lent": ("daemon", "an arena belongs to a trainer that does not know it yet"),
     "job.committed": ("daemon", "row and job of a save are committed; its trainer was told nothing"),
     "ack.accepted": ("daemon", "the trainer was told that its save is staged"),
+    "mark.written": ("worker", "a root's mark is in a temporary file"),
+    "mark.fsynced": ("worker", "that file is durable"),
+    "mark.renamed": ("worker", "it has its name, not durably"),
+    "mark.dir_fsynced": ("worker", "its name is durable; nothing is published under it"),
     "copy.tmp_created": ("worker", "the temporary directory is there, empty"),
     "copy.allocated": ("worker", "one file is there, its space reserved"),
     "copy.chunk": ("worker", "one more chunk was written"),
@@ -46,6 +50,9 @@ POINTS: dict[str, tuple[str, str]] = {
     "arena.released": ("daemon", "the arena is the hot copy"),
     "verify.read": ("worker", "one more chunk was read back"),
     "verify.recorded": ("daemon", "the catalog says verified"),
+    "repair.aside": ("daemon", "what is damaged is in the trash; memory holds the bytes, and their name is free"),
+    "repair.written": ("daemon", "they are whole under their name again; the catalog does not know"),
+    "repair.cleared": ("daemon", "what was damaged has gone from the trash; its job does not say so"),
     "link.made": ("worker", "a link leads to the new target, not durably"),
     "link.recorded": ("daemon", "the links are in their places, and the job is at its last stage"),
     "amend.written": ("worker", "late metrics are in a temporary file"),
@@ -89,6 +96,8 @@ POINTS: dict[str, tuple[str, str]] = {
     "reload.applied": ("daemon", "a new configuration holds; its roots are not entered yet"),
     "stop.draining": ("daemon", "it was told to stop, and has said so to everybody"),
     "stop.spilled": ("daemon", "one save that was not published in time lies in the spool"),
+    "rescue.written": ("supervisor", "an image of what no daemon took over is durable; its name is temporary"),
+    "rescue.spooled": ("supervisor", "it has its final name, durably; others may still be in memory alone"),
 }
 
 

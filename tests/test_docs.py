@@ -108,7 +108,7 @@ def test_the_table_of_the_control_page_is_where_the_code_reads_and_writes():
             built.append((at, code))
             at += struct.calcsize(f"<{code}")
     assert sorted((at, sizes[kind]) for at, kind in fields) == built
-    readers = re.search(r"(\d+)\s+(\d+) x \(u32 pid, u32 reserved, u64 start time\)", said)
+    readers = re.search(r"(\d+)\s+(\d+) x \(u32 pid, u32 mark, u64 start time\)", said)
     assert readers
     assert (int(readers[1]), int(readers[2])) == (control._READERS_AT, control.READERS_MAX)
     assert control._READER.format == "<IIQ"

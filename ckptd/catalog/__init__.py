@@ -9,7 +9,6 @@ Row functions live in one file per noun and take the transaction or the connecti
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -51,7 +50,6 @@ class Catalog:
         self._settings = settings
         self._where = where
         self._reading = anyio.Semaphore(settings.readers)
-        self._wall = timesteps.WallClock(writer.clock) if writer is not None else None
         self._standing: sqlite.Standing | None = None
         self._torn: Trouble | None = None
         self._upkeep_commits = 0
@@ -138,19 +136,16 @@ class Catalog:
         return self._writer.ballast.size_bytes, self._writer.ballast.whole
 
     async def follow_clock(self) -> None:
-        """Before wall times are compared: move graces and leases along when the clock was set. Errors as `write`."""
-        if self._wall is None:
+        """Before wall times are compared: move graces and leases along when the clock was set. Errors as `write`.
+
+        Every transaction does so first; this one makes one when a step is owed.
+        """
+        if self._writer is None:
             return
-        async with self._wall.turn:
-            if not self._wall.known:
-                await self.write(lambda tx: timesteps.clamp(tx, tx.clock.now()))
-                self._wall.known = True
-            by = self._wall.look()
-            if not by:
-                return
-            log.warning("clock.stepped", by_s=by.total_seconds())
-            await self.write(lambda tx: timesteps.shift(tx, by))
-            self._wall.owed = timedelta(0)
+        wall = self._writer.wall
+        if wall.look() or not wall.known:
+            await self.write(lambda tx: timesteps.clamp(tx, tx.clock.now()))
+            wall.known = True
 
     async def recover(self) -> None:
         """Upkeep of every few seconds: the clock, one row written again after trouble, the reserve when there is room."""

@@ -4,14 +4,14 @@ A scan of a tree brings thousands of paths. What is known costs one look-up for 
 transaction; what is new costs a few statements for a whole batch, not for each.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from sqlalchemy import BigInteger, ColumnElement, Text, bindparam, func, insert, select, type_coerce
+from sqlalchemy import BigInteger, ColumnElement, Text, bindparam, func, insert, select, type_coerce, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from ckptd.catalog import schema
+from ckptd.catalog import holds, schema, tags
 from ckptd.catalog.checkpoint_rows import identity_of
 from ckptd.catalog.experiments import Experiment
 from ckptd.catalog.keys import one_of
@@ -104,6 +104,26 @@ async def is_publishing(conn: AsyncConnection, root_id: int) -> bool:
         _row.state == State.PENDING, _row.root_no == root_id, _row.origin == Origin.MEMORY
     )
     return (await conn.execute(wanted.limit(1))).first() is not None
+
+
+async def set_root(tx: Tx, sequence: int, root_id: int) -> None:
+    """Note under which root a row's files lie now, after somebody moved them from another."""
+    await tx.conn.execute(update(schema.checkpoint).where(_row.sequence == sequence).values(root_no=root_id))
+
+
+async def inherit(tx: Tx, heirs: Mapping[str, str]) -> None:
+    """Give what people said of a path to what lies at it now: `heirs` has the new row's id by the old one's.
+
+    A pin moves and tags are copied, so that no rule removes what a person holds because a byte of it was changed.
+    Metrics and notes stay: they were said of bytes that may be others now. Emits checkpoint.unpinned,
+    checkpoint.pinned and checkpoint.tagged for those that had something to give.
+    """
+    marked = await holds.marked(tx.conn, list(heirs))
+    for old, said in marked.items():
+        if said.pinned:
+            await holds.carry(tx, old, heirs[old])
+        if said.tags:
+            await tags.change(tx, heirs[old], said.tags, ())
 
 
 async def enter(tx: Tx, arrivals: Sequence[Arrival]) -> None:

@@ -13,6 +13,7 @@ from ckptd.catalog.checkpoint_rows import one
 from ckptd.catalog.history import HERE
 from ckptd.catalog.keys import one_of
 from ckptd.catalog.tx import Tx
+from ckptd.errors import NotFound
 from ckptd.model import State
 
 
@@ -27,6 +28,14 @@ class Hold:
     until: datetime | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Marked:
+    """What people said of a checkpoint that keeps it, or may by a rule."""
+
+    pinned: bool
+    tags: tuple[str, ...]
+
+
 _checkpoint = schema.checkpoint.c
 _pin = schema.pin.c
 _lease = schema.lease.c
@@ -35,11 +44,19 @@ _GONE = (State.DROPPED, State.REPLACED, State.FAILED)
 
 
 async def pin(tx: Tx, checkpoint_id: str, uid: int, note: str = "") -> None:
-    """Hold a checkpoint until it is unpinned; pinning again replaces the note. NotFound.
+    """Hold a checkpoint until it is unpinned; pinning again replaces the note. Emits checkpoint.pinned.
 
-    Emits checkpoint.pinned.
+    NotFound  there is none, or it lies in the trash (only a restore takes it out of there), or is gone for good
     """
     row = await one(tx.conn, checkpoint_id)
+    if row.state == State.TRASHED:
+        raise NotFound(
+            f"checkpoint {row.id} is in the trash, where a pin keeps nothing",
+            hint="`ckpt restore ID` brings it back, and pins it",
+            state=str(row.state),
+        )
+    if row.state == State.DROPPED:
+        raise NotFound(f"checkpoint {row.id} is dropped: nothing of it is left to keep", state=str(row.state))
     await tx.conn.execute(delete(schema.pin).where(_pin.checkpoint_no == row.sequence))
     await tx.conn.execute(
         insert(schema.pin).values(checkpoint_no=row.sequence, uid=uid, note=note, pinned_at=tx.clock.now())
@@ -57,6 +74,39 @@ async def unpin(tx: Tx, checkpoint_id: str, uid: int) -> bool:
         return False
     tx.tell("checkpoint.unpinned", {**_about(row), "uid": uid}, experiment=row.experiment_id, checkpoint=row.id)
     return True
+
+
+async def marked(conn: AsyncConnection, checkpoint_ids: Sequence[str]) -> dict[str, Marked]:
+    """Return which of these checkpoints (a batch of them) a person pinned or tagged."""
+    if not checkpoint_ids:
+        return {}
+    wanted = (
+        select(_checkpoint.id, _checkpoint.tags, _pin.checkpoint_no)
+        .join_from(schema.checkpoint, schema.pin, isouter=True)
+        .where(one_of(_checkpoint.id, checkpoint_ids))
+    )
+    found = {row.id: Marked(row.checkpoint_no is not None, tuple(row.tags)) for row in await conn.execute(wanted)}
+    return {id_: one for id_, one in found.items() if one.pinned or one.tags}
+
+
+async def carry(tx: Tx, from_id: str, to_id: str) -> None:
+    """Move a pin, as it was made, to another checkpoint; nothing when there is none, or that one has its own.
+
+    Emits checkpoint.unpinned and then checkpoint.pinned, in the name of who pinned it. NotFound.
+    """
+    row, heir = await one(tx.conn, from_id), await one(tx.conn, to_id)
+    wanted = select(schema.pin).where(_pin.checkpoint_no.in_((row.sequence, heir.sequence)))
+    pins = {found.checkpoint_no: found for found in await tx.conn.execute(wanted)}
+    mine = pins.get(row.sequence)
+    if mine is None or heir.sequence in pins:
+        return
+    await tx.conn.execute(
+        update(schema.pin).where(_pin.checkpoint_no == row.sequence).values(checkpoint_no=heir.sequence)
+    )
+    uid, note = mine.uid, mine.note
+    tx.tell("checkpoint.unpinned", {**_about(row), "uid": uid}, experiment=row.experiment_id, checkpoint=row.id)
+    data = {**_about(heir), "note": note, "uid": uid}
+    tx.tell("checkpoint.pinned", data, experiment=heir.experiment_id, checkpoint=heir.id)
 
 
 async def lease(tx: Tx, checkpoint_id: str, holder: str, for_s: float) -> datetime:

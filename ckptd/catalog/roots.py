@@ -1,13 +1,16 @@
 """Rows of storage roots."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import PurePosixPath
 from typing import Any
 
 from sqlalchemy import Row, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ckptd.catalog import schema
+from ckptd.catalog.keys import one_of
 from ckptd.catalog.tx import Tx
 from ckptd.errors import NotFound
 from ckptd.model import Origin, RootKind
@@ -15,7 +18,10 @@ from ckptd.model import Origin, RootKind
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Root:
-    """One directory tree that ckptd manages or watches."""
+    """One directory tree that ckptd manages or watches.
+
+    mark, device  what the tree was known by when it was last seen (worker/rootmark.py); "": by nothing yet
+    """
 
     id: int
     path: str
@@ -26,6 +32,8 @@ class Root:
     allow_links: bool
     added_at: datetime
     reconciled_at: datetime | None = None
+    mark: str = ""
+    device: int = 0
 
     @property
     def may_link(self) -> bool:
@@ -95,6 +103,18 @@ async def by_path(conn: AsyncConnection, path: str) -> Root | None:
     return None if row is None else _from_row(row)
 
 
+async def at_paths(conn: AsyncConnection, paths: Collection[str]) -> list[Root]:
+    """Return the roots at exactly these paths (a page of them), in no order."""
+    wanted = select(schema.root).where(one_of(_root.path_key, [schema.path_key(path) for path in paths]))
+    return [_from_row(row) for row in await conn.execute(wanted)]
+
+
+async def above(conn: AsyncConnection, path: str) -> Root | None:
+    """Return the nearest root that a path lies in, itself not counted: a look-up for each directory above it."""
+    found = await at_paths(conn, [str(directory) for directory in PurePosixPath(path).parents])
+    return max(found, key=lambda root: len(root.path), default=None)
+
+
 async def all_roots(conn: AsyncConnection) -> list[Root]:
     """Return every root, oldest first."""
     return [_from_row(row) for row in await conn.execute(select(schema.root).order_by(_root.no))]
@@ -103,6 +123,12 @@ async def all_roots(conn: AsyncConnection) -> list[Root]:
 async def mark_reconciled(tx: Tx, root_id: int) -> None:
     """Note that a scan of the root has been completed now."""
     await tx.conn.execute(update(schema.root).where(_root.no == root_id).values(reconciled_at=tx.clock.now()))
+
+
+async def remember_mark(tx: Tx, path: str, mark: str, device: int) -> None:
+    """Note what the root at that path is known by from now on; "": by nothing."""
+    seen = {"mark": mark or None, "device": device}
+    await tx.conn.execute(update(schema.root).where(_root.path_key == schema.path_key(path)).values(seen))
 
 
 def _from_row(row: Row[Any]) -> Root:
@@ -116,4 +142,6 @@ def _from_row(row: Row[Any]) -> Root:
         allow_links=row.allow_links,
         added_at=row.added_at,
         reconciled_at=row.reconciled_at,
+        mark=row.mark or "",
+        device=row.device or 0,
     )

@@ -1,11 +1,9 @@
 """Every table of the catalog, once, for SQLite, PostgreSQL and MySQL.
 
-Rows refer to one another by short row numbers; ids (32 hex digits) are for people, wires and
-manifests. Text in an index is bounded, because MySQL asks for it; a path is looked up by
-`path_key`, the first half of its SHA-256. A name ending in `_no` is a row number, `special` says
-which non-finite number a NULL value stands for (columns.py).
-
-A change here needs a migration beside it (versions/steps/); a test compares the two.
+Rows refer to one another by short row numbers; ids (32 hex digits) are for people, wires and manifests. Text in an
+index is bounded, because MySQL asks for it; a path is looked up by `path_key`, the first half of its SHA-256. A name
+ending in `_no` is a row number, `special` says which non-finite number a NULL value stands for (columns.py). A change
+here needs a migration beside it (versions/steps/); a test compares the two.
 """
 
 import hashlib
@@ -65,6 +63,8 @@ root = Table(
     Column("allow_links", Boolean, nullable=False),
     Column("added_at", Utc, nullable=False),
     Column("reconciled_at", Utc),
+    Column("mark", String(ID)),  # of the file in the root that says which root it is; NULL: none was seen
+    Column("device", Unsigned64),  # where that was
     sqlite_autoincrement=True,
 )
 

@@ -6,7 +6,7 @@ from datetime import datetime
 from sqlalchemy import func, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from ckptd.catalog import schema
+from ckptd.catalog import holds, schema
 from ckptd.catalog.keys import one_of
 from ckptd.catalog.tx import Tx
 from ckptd.model import State
@@ -15,6 +15,7 @@ TOMBSTONES_MAX = 20_000  # of one root, the oldest first
 PAGE = 100  # of one experiment: as many as are unlinked in a round (pipeline/trash.py)
 
 _row = schema.checkpoint.c
+_HOLDS = frozenset({"pin", "lease"})  # a branch holds nothing that was retired before it began
 _TOMBSTONE = (_row.sequence, _row.id, _row.trash, _row.trashed_at)
 
 
@@ -79,13 +80,18 @@ async def under_root(conn: AsyncConnection, root_id: int) -> list[tuple[Tombston
 
 
 async def give_up_inodes(tx: Tx, checkpoint_ids: list[str]) -> list[str]:
-    """Note that what lies in the trash under these ids is unlinked from now on; return those still TRASHED.
+    """Note that what lies in the trash under these ids is unlinked from now on; return those of which it is so.
 
-    From here on no inode is meant by the row: its number may be another file's in a moment. And whoever
-    finds a row like this after a crash knows that its files were in the trash, not that they got lost.
+    That is those still TRASHED that no pin and no lease holds; what has begun before is gone on with whatever holds
+    it, for it is whole no more. From here on no inode is meant by the row: its number may be another file's in a
+    moment. And whoever finds a row like this after a crash knows that its files were in the trash, not that they
+    got lost.
     """
-    trashed = select(_row.id).where(one_of(_row.id, checkpoint_ids), _row.state == State.TRASHED)
-    found = list((await tx.conn.execute(trashed)).scalars())
+    trashed = select(_row.id, _row.ino).where(one_of(_row.id, checkpoint_ids), _row.state == State.TRASHED)
+    rows = (await tx.conn.execute(trashed)).all()
+    held = await holds.of_checkpoints(tx.conn, [row.id for row in rows], tx.clock.now())
+    stays = {hold.checkpoint_id for hold in held if hold.kind in _HOLDS}
+    found = [row.id for row in rows if row.ino is None or row.id not in stays]
     nowhere = {"dev": None, "ino": None, "inode_size_bytes": None, "mtime_ns": None, "ctime_ns": None}
     await tx.conn.execute(update(schema.checkpoint).where(one_of(_row.id, found)).values(nowhere))
     return found

@@ -3,6 +3,8 @@
 Who comes while a commit is under way waits in a queue. The first of the queue then runs the
 functions of all who wait, each behind a savepoint, and commits once: 32 trainers that hand off at
 the same moment cost one fsync. There is no writer task: the work is done by whoever waits first.
+
+A wall clock that was set is accounted for before any of them stamps a row (timesteps.py).
 """
 
 from collections import deque
@@ -17,7 +19,7 @@ import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ckptd import failpoint
-from ckptd.catalog import faults
+from ckptd.catalog import faults, timesteps
 from ckptd.catalog.ballast import Ballast
 from ckptd.catalog.edition import Edition
 from ckptd.catalog.tx import Tx
@@ -63,11 +65,16 @@ class Writer:
     ballast: Ballast
     where: str
     path: Path | None
+    wall: timesteps.WallClock = field(init=False)
     edition: Edition = field(default_factory=Edition)
     commits: int = 0
     trouble: Trouble | None = None
     _waiting: deque[_Pending] = field(default_factory=deque)
     _lock: anyio.Lock = field(default_factory=anyio.Lock)
+
+    def __post_init__(self) -> None:
+        """Nothing is owed to the clock yet."""
+        self.wall = timesteps.WallClock(self.clock)
 
     async def run(self, fn: Callable[[Tx], Awaitable[T]]) -> T:
         """Run one function as a transaction; see Catalog.write."""
@@ -149,17 +156,27 @@ class Writer:
             pending.error = pending.error or known or error
 
     async def _attempt(self, batch: list[_Pending]) -> None:
-        """Run a batch in one transaction. An error that comes out of here has undone all of it."""
+        """Run a batch in one transaction. An error that comes out of here has undone all of it.
+
+        A step of the clock is applied first, outside of every savepoint, and is owed until the commit: once, whatever
+        fails. A step that is made after the look moves what is stamped here too, in the next transaction: `clock`
+        knows nothing of it.
+        """
         transaction = await self.conn.begin()
         changes = await self._changes()
         try:
+            stepped = self.wall.look()
+            clock = self.wall.steady  # kept: others may look while this waits for its statements
+            if stepped:
+                await timesteps.shift(Tx(self.conn, clock), stepped)
             if len(batch) == 1:
-                await self._run(batch[0])
+                await self._run(batch[0], clock)
             else:
                 for pending in batch:
-                    await self._run_in_savepoint(pending)
+                    await self._run_in_savepoint(pending, clock)
             failpoint.hit("catalog.commit")
             await transaction.commit()
+            self.wall.settle(stepped)
         except BaseException:
             await transaction.rollback()  # noqa: ASYNC102  run() shields the whole batch
             raise
@@ -175,10 +192,10 @@ class Writer:
         driver = (await self.conn.get_raw_connection()).driver_connection
         return int(getattr(driver, "total_changes", self.commits))
 
-    async def _run_in_savepoint(self, pending: _Pending) -> None:
+    async def _run_in_savepoint(self, pending: _Pending, clock: Clock) -> None:
         savepoint = await self.conn.begin_nested()
         try:
-            await self._run(pending)
+            await self._run(pending, clock)
         except Exception as error:
             if faults.ends_transaction(error):
                 raise
@@ -187,9 +204,9 @@ class Writer:
         else:
             await savepoint.commit()
 
-    async def _run(self, pending: _Pending) -> None:
+    async def _run(self, pending: _Pending, clock: Clock) -> None:
         pending.error = None
-        pending.tx = tx = Tx(self.conn, self.clock)
+        pending.tx = tx = Tx(self.conn, clock)
         pending.result = await pending.fn(tx)
         await tx.log_events()
 

@@ -21,7 +21,7 @@ from ckptd.catalog.experiments import NewExperiment, Opened
 from ckptd.catalog.roots import NewRoot, Root
 from ckptd.catalog.tx import Tx
 from ckptd.config import Settings
-from ckptd.errors import BadPath, BadRequest, CkptdError, Exists, NotAuthorized, Refused
+from ckptd.errors import BadPath, BadRequest, CkptdError, Exists, NotAuthorized, NotFound, Refused
 from ckptd.intake import descriptor as descriptors
 from ckptd.intake.arena import owner_of
 from ckptd.intake.arenas import Arena, ArenaPool, Use
@@ -191,6 +191,13 @@ class Admission:
         checkpoint = await self._catalog.write(admit)
         failpoint.hit("job.committed")
         return checkpoint
+
+    async def uid_of(self, checkpoint_id: str) -> int | None:
+        """Say whose a checkpoint is; None when it is not known."""
+        try:
+            return await self._catalog.read(lambda conn: checkpoints.uid_of(conn, checkpoint_id))
+        except NotFound:
+            return None
 
     async def _stage(self, tx: Tx, found: Descriptor, uid: int, root: Root, arena: str | None) -> checkpoints.Staged:
         who = found.experiment

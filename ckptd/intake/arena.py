@@ -58,6 +58,7 @@ class Arena:
     owner_uid  for whom it was made, all its life: whoever once mapped an arena may keep the mapping, so it is
                never lent to another user. It is the memfd's own uid, which no client can change.
     hot_s      when it became a hot copy; read_s when it was read last, or became one
+    kept_for   the damaged checkpoint that is to be written again from it: until that is verified it counts as read
     """
 
     id: bytes
@@ -76,6 +77,7 @@ class Arena:
     used_s: float = 0.0
     hot_s: float = 0.0
     read_s: float = 0.0
+    kept_for: str = ""
 
     @property
     def name(self) -> str:
@@ -84,8 +86,8 @@ class Arena:
 
     @property
     def readers(self) -> int:
-        """How many living processes map it; written in the control page, so that it outlives this daemon."""
-        return control.readers(self.page)
+        """How many living processes map it (written in the control page, so that it outlives this daemon), and a repair."""
+        return control.readers(self.page) + bool(self.kept_for)
 
     def is_idle(self) -> bool:
         """Whether its memory may be given up or lent: nobody writes it, reads it, or waits for its bytes."""

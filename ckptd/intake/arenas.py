@@ -14,7 +14,6 @@ import math
 import mmap
 import os
 import secrets
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 
 import anyio
@@ -25,6 +24,7 @@ from ckptd.clock import Clock
 from ckptd.config import Arenas
 from ckptd.errors import BadRequest, NoArena, OverQuota
 from ckptd.intake.arena import FD_PREFIX, Arena, Holder, Store, Use, is_sealed, make, owner_of
+from ckptd.intake.budget import Budget
 from ckptd.intake.waiting import Line, Waiter
 from ckptd_client import control
 
@@ -40,8 +40,7 @@ class ArenaPool:
         self._store = store
         self._clock = clock
         self._arenas: dict[bytes, Arena] = {}
-        self._making_bytes: Counter[int] = Counter()  # by owner
-        self._making: Counter[str] = Counter()
+        self.budget = Budget(settings, store, self._arenas)
         self._line = Line(self._look)
         self._looked: tuple[object, ...] = ()
         self.denied_s = -math.inf  # when a save last waited in vain
@@ -54,7 +53,7 @@ class ArenaPool:
     @property
     def bytes_used(self) -> int:
         """Bytes of all arenas, those in the making included."""
-        return sum(arena.size_bytes for arena in self._arenas.values()) + self._making_bytes.total()
+        return self.budget.bytes_used
 
     @property
     def waiting(self) -> int:
@@ -120,7 +119,7 @@ class ArenaPool:
                 f"a save of {size_bytes} bytes can't fit into arenas.bytes_max={self._settings.bytes_max}",
                 hint="raise arenas.bytes_max, or hand the save off as files",
             )
-        if size_bytes > self._share(owner_of(holder.uid)):
+        if size_bytes > self.budget.share_bytes(owner_of(holder.uid)):
             raise OverQuota(f"{size_bytes} bytes are over one user's share", hint="see arenas.bytes_per_uid_max")
         waiter = Waiter(experiment_id, size_bytes, holder)
         self._line.enter(waiter)
@@ -181,11 +180,11 @@ class ArenaPool:
             if arena.owner_uid == owner and arena.is_idle() and arena.fits(waiter.size_bytes)
         ]
         own = [arena for arena in fits if arena.experiment_id == waiter.experiment_id]
-        capped = self._held(waiter.experiment_id) >= self._settings.per_experiment_max
+        capped = self.budget.is_spent(waiter.experiment_id)
         free = [arena for arena in (own if capped else fits) if arena.use is Use.FREE]
         if free:
             return max(free, key=lambda arena: (arena in own, arena.used_s))
-        room = not capped and self._fits(waiter.size_bytes)
+        room = not capped and self.budget.has_room(waiter.size_bytes)
         hot = sorted(own, key=lambda arena: arena.used_s)
         if len(hot) > 1 or (hot and not room):
             return hot[0]
@@ -193,55 +192,33 @@ class ArenaPool:
             return min(fits, key=lambda arena: arena.used_s)
         return None
 
-    def _held(self, experiment_id: str) -> int:
-        # An arena that somebody reads is out of use for saving; the two others are the experiment's.
-        held = sum(1 for a in self._arenas.values() if a.experiment_id == experiment_id and not a.readers)
-        return held + self._making[experiment_id]
-
-    def _fits(self, size_bytes: int) -> bool:
-        # An arena that nobody keeps over a crash would break the promise of STAGED.
-        kept = self._store.has_room(self._making.total() + 1)
-        return kept and self.bytes_used + size_bytes <= self._settings.bytes_max
-
-    def _share(self, owner: int) -> float:
-        return math.inf if owner == os.getuid() else self._settings.share_bytes
-
-    def _over_share_bytes(self, owner: int, size_bytes: int) -> float:
-        held = sum(arena.size_bytes for arena in self._arenas.values() if arena.owner_uid == owner)
-        return held + self._making_bytes[owner] + size_bytes - self._share(owner)
-
     async def _make_for(self, waiter: Waiter) -> Arena | None:
-        if self._held(waiter.experiment_id) >= self._settings.per_experiment_max:
+        if self.budget.is_spent(waiter.experiment_id):
             # A size that no longer fits (the model grew) must not lock the experiment out.
             self._drop_unfitting(waiter)
-            if self._held(waiter.experiment_id) >= self._settings.per_experiment_max:
+            if self.budget.is_spent(waiter.experiment_id):
                 return None
         if self._line.wants_room_before(waiter):
             return None
         owner = owner_of(waiter.holder.uid)
         # A user's own older copies make room in its share first; who is over it holds up nobody else.
-        while (over := self._over_share_bytes(owner, waiter.size_bytes)) > 0:
+        while (over := self.budget.over_share_bytes(owner, waiter.size_bytes)) > 0:
             idle = [a for a in self._arenas.values() if a.owner_uid == owner and a.is_idle()]
             if sum(arena.size_bytes for arena in idle) < over:
                 return None
             self.destroy(min(idle, key=lambda arena: (arena.use is Use.HOT, arena.used_s)))
         self._make_room(waiter.size_bytes)
-        waiter.wants_room = not self._fits(waiter.size_bytes)
+        waiter.wants_room = not self.budget.has_room(waiter.size_bytes)
         if waiter.wants_room:
             return None
-        self._making_bytes[owner] += waiter.size_bytes
-        self._making[waiter.experiment_id] += 1
-        self._line.served(waiter)
         try:
-            # Shielded: making is no waiting, and who asks without patience gets what there is room for.
-            with anyio.CancelScope(shield=True):
-                fd, page = await anyio.to_thread.run_sync(make, waiter.size_bytes, owner, limiter=self._maker)
+            with self.budget.making(waiter.experiment_id, owner, waiter.size_bytes):
+                self._line.served(waiter)
+                # Shielded: making is no waiting, and who asks without patience gets what there is room for.
+                with anyio.CancelScope(shield=True):
+                    fd, page = await anyio.to_thread.run_sync(make, waiter.size_bytes, owner, limiter=self._maker)
         except OSError as error:
             raise NoArena(f"memory for an arena of {waiter.size_bytes} bytes is not to be had: {error}") from error
-        finally:
-            self._making_bytes[owner] -= waiter.size_bytes
-            self._making[waiter.experiment_id] -= 1
-            self._making += Counter()  # forget zeros
         arena = Arena(secrets.token_bytes(16), fd, waiter.size_bytes, page, owner, experiment_id=waiter.experiment_id)
         control.write_lease(page, arena.id, 0, 0)
         control.set_state(page, control.FREE)
@@ -276,7 +253,7 @@ class ArenaPool:
             return
         idle.sort(key=lambda arena: (arena.use is Use.HOT, arena.used_s))
         for arena in idle:
-            if self._fits(size_bytes):
+            if self.budget.has_room(size_bytes):
                 return
             self.destroy(arena)
 
@@ -373,9 +350,20 @@ class ArenaPool:
                 continue
             if arena.descriptor() is not None:
                 committed.append(arena)
-            elif not control.is_alive(arena.holder_pid, arena.holder_ticks):
-                self.free(arena)
+            else:
+                self.take_back(arena)
         return committed
+
+    def take_back(self, arena: Arena) -> None:
+        """Free an arena that was lent, and holds no whole save, when the process that borrowed it is dead.
+
+        One whose borrower was never seen may be written for as long as that lives, which nobody can know: its
+        memory is never lent again, only forgotten. What the borrower yet commits in it goes to its spool.
+        """
+        if not arena.holder_ticks:
+            self.destroy(arena)
+        elif not control.is_alive(arena.holder_pid, arena.holder_ticks):
+            self.free(arena)
 
     def trim(self, idle_s: float | None = None) -> None:
         """Give the memory of free arenas back that were unused for longer than this; None: as configured."""

@@ -22,10 +22,10 @@ from ckptd.intake.listener import Peer
 from ckptd.intake.reconcile import Reconciled
 from ckptd.intake.status import Plant
 from ckptd.intake.training import Answer, Handler, select
-from ckptd.model import Checkpoint, Damage, Level, Origin, RootKind, State
+from ckptd.model import Checkpoint, Damage, Identity, Level, Origin, RootKind, State
 from ckptd.pipeline import asking, link, retain
 from ckptd.pipeline.tools import Tools
-from ckptd.pipeline.verify import Subject, bad, compare, good, look, subject
+from ckptd.pipeline.verify import Subject, bad, good, read_back, subject
 from ckptd.worker.protocol import Settle
 
 _ENDED = {State.CORRUPT, State.MISSING, State.FAILED, State.REPLACED, State.TRASHED, State.DROPPED}
@@ -72,9 +72,9 @@ class Commands:
         await self._allowed(HookEvent.BEFORE_INTEGRITY_CHECK, row)
         begun_s = self._front.clock.monotonic_s()
         read = await subject(self._tools, row.id)
-        damage = await compare(self._tools, read)
+        damage, seen = await read_back(self._tools, read)
         ms = round((self._front.clock.monotonic_s() - begun_s) * 1000, 1)
-        after = await self._record(read, damage)
+        after = await self._record(read, damage, seen)
         result = {
             "checkpoint": row.id,
             "project": row.project,
@@ -92,16 +92,16 @@ class Commands:
         }
         return {"results": [result]}
 
-    async def _record(self, read: Subject, damage: list[Damage]) -> Checkpoint:
+    async def _record(self, read: Subject, damage: list[Damage], seen: Identity | None) -> Checkpoint:
         """Write down what was found; damage that an arena can make good goes to the pipeline, which repairs it."""
         row = read.checkpoint
         rules = self._front.settings().rules_for(row.project, row.experiment)
         if damage:
+            kept = self._tools.sources.keep(row.id)  # at once: a trainer may ask for memory while this is written down
             after = await self._catalog.write(lambda tx: bad(tx, read, damage, rules))
-            if self._front.pool.of_checkpoint(row.id) is not None:
+            if kept:
                 await self._front.admission.recheck(after)
         else:
-            seen = await look(self._tools, read) if row.state is not State.LIVE else None
             after = await self._catalog.write(lambda tx: good(tx, read, seen, rules))
         await link.place(self._tools, after)
         return after
@@ -244,7 +244,10 @@ class Commands:
         )
 
     async def rebuild(self, peer: Peer, request: ask.Rebuild) -> Answer:
-        """Read every manifest under the roots back into the catalog. A root that fails says so in its own line."""
+        """Read every manifest under the roots back into the catalog. A root that fails says so in its own line.
+
+        One that is named is taken for the right one, whatever was known by its path.
+        """
         require_operator(peer, "rebuild")
         wanted = None if request.root is None else check_directory(request.root)
         if wanted is not None and await self._catalog.read(lambda conn: roots.by_path(conn, wanted)) is None:
@@ -253,7 +256,7 @@ class Commands:
         for root in await self._catalog.read(roots.all_roots):
             if root.kind is RootKind.MANAGED and wanted in {None, root.path}:
                 try:
-                    done = await self._plant.reconciler.scan(root)
+                    done = await self._plant.reconciler.scan(root, adopt=wanted is not None)
                 except CkptdError as error:
                     done = Reconciled(problem=error.message)
                 found.append(

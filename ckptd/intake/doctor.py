@@ -17,13 +17,13 @@ from ckptd.catalog import eventlog, figures
 from ckptd.clock import SystemClock
 from ckptd.errors import CkptdError, RootDegraded
 from ckptd.intake import requests as ask
+from ckptd.intake import spoolhomes
 from ckptd.intake.follow import visible_to
 from ckptd.intake.listener import Peer
 from ckptd.intake.status import Plant, Status
 from ckptd.intake.training import Answer
 from ckptd.intake.trouble import Troubles
 from ckptd.model import JobState, RootKind, State
-from ckptd_client import spool
 
 _WAL_RESET_FIXED = (3, 51, 3)  # https://sqlite.org/wal.html, "WAL-reset bug"; harmless with one writing connection
 _FREE_SHARE_WARN, _FREE_SHARE_FAIL = 0.10, 0.02
@@ -53,6 +53,7 @@ class Doctor:
     def __init__(self, plant: Plant, status: Status, troubles: Troubles) -> None:
         """Keep what the checks look at."""
         self._front = plant.front
+        self._reconciler = plant.reconciler
         self._status = status
         self._troubles = troubles
 
@@ -147,6 +148,10 @@ class Doctor:
                 f"{used.filesystem}, {share:.0%} free, direct I/O {'yes' if used.direct_io else 'no'}, "
                 f"leases {'yes' if used.leases else 'no'}"
             )
+            copies = self._reconciler.copies(root["path"])
+            if copies:  # nothing is wrong with it, but nothing will ever remove them
+                detail += f"; copies of checkpoints, left alone: {len(copies)}, {copies[0]}"
+                detail += " and others" if len(copies) > 1 else ""
             status = "fail" if share < _FREE_SHARE_FAIL else "warn" if share < _FREE_SHARE_WARN else "ok"
             checks[name] = _check(name, status, detail, "" if status == "ok" else _ROOM_HINT)
 
@@ -171,7 +176,7 @@ def _spool(directory: str) -> dict[str, Any]:
     """Look for saves that wait too long; the daemon takes in what it can as soon as it comes."""
     now_s = SystemClock().now().timestamp()
     ages_s = []
-    for entry in spool.entries(directory):
+    for entry, _ in spoolhomes.entries(directory):
         with contextlib.suppress(FileNotFoundError):  # taken in meanwhile
             ages_s.append(now_s - os.stat(entry.path).st_mtime)
     old = [age_s for age_s in ages_s if age_s > SPOOLED_S_MAX]

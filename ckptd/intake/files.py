@@ -21,9 +21,10 @@ from ckptd.catalog.tx import Tx
 from ckptd.config import Settings
 from ckptd.errors import BadPath, Exists
 from ckptd.intake import manifest
-from ckptd.intake.admit import Admission, under
+from ckptd.intake.admit import Admission
 from ckptd.intake.descriptor import check_directory, check_name
 from ckptd.intake.follow import sees_all
+from ckptd.intake.originals import Originals, claimed_id, claims
 from ckptd.jobs import Jobs, NewJob
 from ckptd.model import Checkpoint, Identity, Level, Origin, RootKind, State, new_id
 from ckptd.pipeline.manifest import amend
@@ -54,12 +55,16 @@ class FileOffer:
 
 @dataclass(slots=True)
 class Taken:
-    """What became of one batch of a scan. `sequences` are the rows that lie where they should."""
+    """What became of one batch of a scan. `sequences` are the rows that lie where they should.
+
+    copies  directories that name a checkpoint which lies elsewhere, and its row: left alone, or moved since
+    """
 
     added: int = 0
     known: int = 0
     damaged: int = 0
     sequences: list[int] = field(default_factory=list)
+    copies: dict[str, int] = field(default_factory=dict)
 
 
 class Files:
@@ -71,6 +76,7 @@ class Files:
         self._jobs = jobs
         self._admission = admission
         self._workers = workers
+        self._originals = Originals(catalog, workers, admission.settings)
 
     @property
     def _settings(self) -> Settings:
@@ -98,7 +104,7 @@ class Files:
         async def admit(tx: Tx) -> Checkpoint:
             again = (await arrivals.at_paths(tx.conn, [path])).get(path)
             if again is None or again.id == offer.id or again.state in {State.FAILED, State.TRASHED}:
-                return await self._enter(tx, root, offer, path)
+                return await self._succeed(tx, again, await self._enter(tx, root, offer, path))
             if not (sees_all(offer.uid) or again.uid == offer.uid):
                 raise Exists(f"{path} is catalogued for uid {again.uid}")
             if again.state is State.PENDING:
@@ -107,10 +113,17 @@ class Files:
             if again.state is State.MISSING or seen is None or is_other(again.identity, seen):
                 if again.state is not State.MISSING:
                     await self.decide_again(tx, [await checkpoints.mark_missing(tx, again.id, _OVERWRITTEN)])
-                return await self._enter(tx, root, offer, path)
+                return await self._succeed(tx, again, await self._enter(tx, root, offer, path))
             return await self._said(tx, root, again, offer)
 
         return await self._catalog.write(admit)
+
+    async def _succeed(self, tx: Tx, known: Recorded | None, entered: Checkpoint) -> Checkpoint:
+        """Let a new row have what people said of its path. What lies in the trash has its own bytes, and keeps its pin."""
+        if known is None or known.id == entered.id or known.state is State.TRASHED:
+            return entered
+        await arrivals.inherit(tx, {known.id: entered.id})
+        return await checkpoints.get(tx.conn, entered.id)
 
     async def _look(self, root: str, path: str) -> IdentityRecord | None:
         """What lies at a path now; None when nothing does."""
@@ -192,10 +205,9 @@ class Files:
         return NewJob(checkpoint_id=checkpoint_id, lane=path, stage="settle", can_wait=True, payload=payload)
 
     async def _root_of(self, path: str, uid: int) -> Root:
-        known = await self._catalog.read(roots.all_roots)
-        inside = [root for root in known if under(path, root.path) and path != root.path]
-        if inside:
-            return max(inside, key=lambda root: len(root.path))
+        above = await self._catalog.read(lambda conn: roots.above(conn, path))
+        if above is not None:
+            return above
         if self._settings.mode == "system":
             raise BadPath(f"{path} is under no configured root", hint="ask for a [[roots]] entry in the configuration")
         return await self._admission.ensure_root(NewRoot(path=os.path.dirname(path), kind=RootKind.SUBMITTED, uid=uid))
@@ -221,6 +233,7 @@ class Files:
         named: dict[tuple[str, str], Experiment] = {}
         new: list[Arrival] = []
         gone: list[Checkpoint] = []
+        heirs: dict[str, str] = {}
         back = 0
         for candidate in news:
             recorded = known.get(candidate.path)
@@ -256,8 +269,11 @@ class Files:
                     identity=_identity(candidate.identity),
                 )
             )
+            if recorded is not None and recorded.state is not State.TRASHED:
+                heirs[recorded.id] = new[-1].id
         await self.decide_again(tx, gone)
         await arrivals.enter(tx, new)
+        await arrivals.inherit(tx, heirs)
         await self._jobs.enqueue_new(tx, [self._job(root, one.id, one.path, told=False) for one in new])
         return len(new) + back
 
@@ -272,20 +288,27 @@ class Files:
 
     async def manifests(self, root: Root, found: Sequence[Candidate]) -> Taken:
         """Take checkpoints of ours back into a catalog that forgot them, or took them for lost."""
-        ids = {_claimed(candidate): candidate for candidate in found}
-        damaged = sum(1 for candidate in found if candidate.manifest is None)
-        ids.pop("", None)
-        known = await self._catalog.read(lambda conn: arrivals.by_ids(conn, list(ids)))
-        taken = Taken(damaged=damaged)
+        taken = Taken(damaged=sum(1 for candidate in found if candidate.manifest is None))
+        claimed = claims(found)
+        known = await self._catalog.read(lambda conn: arrivals.by_ids(conn, list(claimed)))
         news = []
-        for checkpoint_id, candidate in ids.items():
+        for checkpoint_id, claiming in claimed.items():
             recorded = known.get(checkpoint_id)
-            if recorded is None or recorded.state in {State.MISSING, State.FAILED}:
-                news.append(candidate)
-                continue
-            taken.known += 1
-            if recorded.path == candidate.path:
-                taken.sequences.append(recorded.sequence)
+            lies_at = recorded.path if recorded is not None else ""
+            if recorded is None or _is_lost(recorded):
+                chosen = await self._originals.choose(root, claiming, recorded)
+                if chosen is not None:
+                    news.append(chosen)
+                    lies_at = chosen.path
+                else:
+                    taken.known += 1
+            else:
+                taken.known += 1
+                if any(candidate.path == lies_at for candidate in claiming):
+                    taken.sequences.append(recorded.sequence)
+            if recorded is None or recorded.state not in {State.DROPPED, State.REPLACED, State.TRASHED}:
+                row = recorded.sequence if recorded is not None else 0
+                taken.copies.update((one.path, row) for one in claiming if one.path != lies_at)
         if news:
             added = await self._catalog.write(lambda tx: self._take_manifests(tx, root, news))
             taken.added += added
@@ -293,10 +316,10 @@ class Files:
         return taken
 
     async def _take_manifests(self, tx: Tx, root: Root, news: Sequence[Candidate]) -> int:
-        known = await arrivals.by_ids(tx.conn, [_claimed(candidate) for candidate in news])
+        known = await arrivals.by_ids(tx.conn, [claimed_id(candidate) for candidate in news])
         added = 0
         for candidate in news:
-            recorded = known.get(_claimed(candidate))
+            recorded = known.get(claimed_id(candidate))
             if recorded is None:
                 added += await manifest.enter(tx, self._jobs, root, candidate)
             elif recorded.state is State.FAILED:
@@ -304,6 +327,8 @@ class Files:
             elif recorded.state is State.MISSING and recorded.was_durable:
                 seen = _identity(candidate.identity)
                 after = await checkpoints.mark_restored(tx, recorded.id, candidate.path, seen)
+                if after.root != root.path:  # moved from one tree to another
+                    await arrivals.set_root(tx, recorded.sequence, root.id)
                 await refresh_best(tx, after, self._settings.rules_for(after.project, after.experiment))
                 await amend(tx, self._jobs, after)
                 await self._jobs.enqueue(tx, _verify_again(recorded.id))
@@ -326,10 +351,9 @@ def _is_news(recorded: Recorded | None, candidate: Candidate) -> bool:
     return is_other(recorded.identity, candidate.identity)
 
 
-def _claimed(candidate: Candidate) -> str:
-    """Return the id that a manifest claims, "" when there is none."""
-    claimed = (candidate.manifest or {}).get("checkpoint")
-    return claimed if isinstance(claimed, str) else ""
+def _is_lost(recorded: Recorded) -> bool:
+    """Whether a row would take back what is found; one that never was whole has no bytes to be known by."""
+    return recorded.state is State.FAILED or (recorded.state is State.MISSING and recorded.was_durable)
 
 
 def _verify_again(checkpoint_id: str) -> NewJob:

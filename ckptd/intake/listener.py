@@ -22,7 +22,7 @@ import structlog
 from ckptd import failpoint
 from ckptd.clock import Clock
 from ckptd.config import Intake
-from ckptd_client import wire
+from ckptd_client import control, wire
 
 log = structlog.get_logger()
 
@@ -63,6 +63,7 @@ class Peer:
         """Ask the kernel who this is."""
         raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         self.pid, self.uid, self.gid = _CREDENTIALS.unpack(raw)
+        self.ticks = control.seen_ticks(self.pid)  # 0: its end can't be seen from here
         self.sock = sock
         self.pidfd = self._pidfd()
         self.closed = False
@@ -71,7 +72,7 @@ class Peer:
         self.experiments: set[str] = set()
         self.ended: set[str] = set()  # of these, those it has closed
         self.fresh: dict[str, int] = {}  # segments it opened and neither logged nor saved into, by experiment
-        self.attached: dict[str, Any] = {}  # arenas this peer reads, by checkpoint
+        self.attached: dict[str, Any] = {}  # what it reads by requests of this connection, by their names (reading.py)
         self.group: anyio.abc.TaskGroup | None = None  # tasks of requests that may wait; ends with the connection
         self.running = 0
         self._out: deque[tuple[bytes, _Passenger | None]] = deque()

@@ -23,6 +23,7 @@ from ckptd.notify import Notifier
 log = structlog.get_logger()
 
 BEAT_S_MAX = 10.0  # without a watchdog, and with a patient one
+AGAIN_S_MAX = 1.0  # after a beat that was late: held up once, it must not be silent for two beats more
 ANSWER_S = 5.0  # a catalog that takes longer than this for nothing at all is slow
 JUMP_S = 5.0  # between two beats: more than any clock is slewed, less than any lease
 REMEMBERED_S = 3600.0  # how long a lag or a jump that is over is told of
@@ -63,13 +64,16 @@ class Pulse:
     async def run(self) -> None:
         """Beat until cancelled."""
         clock = self._organs.clock
+        sleep_s = self._interval_s
         while True:
             slept_s, slept_at = clock.monotonic_s(), clock.now()
-            await anyio.sleep(self._interval_s)
+            await anyio.sleep(sleep_s)
             passed_s = clock.monotonic_s() - slept_s
             self._look_at_clock((clock.now() - slept_at) / timedelta(seconds=1) - passed_s)
-            if self._look_at_loop(passed_s - self._interval_s):
-                continue  # late once is no standstill, but nothing to be praised for either
+            if self._look_at_loop(passed_s - sleep_s):
+                sleep_s = min(self._interval_s, AGAIN_S_MAX)
+                continue  # late once is no standstill, but nothing to be praised for either: that is the next round
+            sleep_s = self._interval_s
             await self._beat()
 
     @property

@@ -7,10 +7,8 @@ its own root only.
 """
 
 import os
-from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 
 import anyio
 import anyio.abc
@@ -23,10 +21,10 @@ from ckptd.catalog.tx import Tx
 from ckptd.config import Settings, Watching
 from ckptd.errors import CkptdError, RootDegraded
 from ckptd.intake.files import Files
+from ckptd.intake.standing import Standing, of_root
 from ckptd.model import RootKind, State
 from ckptd.worker import Workers, mounts
-from ckptd.worker.mark import KNOWN_MAX, mark
-from ckptd.worker.protocol import Hints, Scan, Scanned, Sweep, Watch
+from ckptd.worker.protocol import Hints, RootMark, Scan, Scanned, Sweep, Watch
 
 log = structlog.get_logger()
 
@@ -35,6 +33,8 @@ RESTS = 300  # lengths of a scan between two scans of a root whose events are al
 REST_S_MAX = 2.0  # between two scans of a root, so that hints cost at most half of a worker's time
 DIRECTORIES_MAX = 256  # more hinted directories than this: one scan of the whole root is cheaper
 BATCH_MAX = 250
+COPIES_NAMED_MAX = 3  # in a line of the log
+SAME_MAX = 16  # doublings
 OPEN_S = 10.0  # how long a run that opens waits until what lies in its directory is known
 
 
@@ -50,28 +50,8 @@ class _Watched:
     seen: bool = False  # all its changes make events now, as far as its watcher knows
     took_s: float = 0.0  # the last scan of all of it
     looked: bool = False  # at all of it, since this daemon started
-
-
-@dataclass
-class _Standing:
-    """What should lie under a root. `marked` are the rows of `marks`, in their order; `others` can't be marked."""
-
-    under: str = ""
-    marks: bytearray = field(default_factory=bytearray)
-    marked: "array[int]" = field(default_factory=partial(array, "q"))
-    others: "array[int]" = field(default_factory=partial(array, "q"))
-
-    def __bool__(self) -> bool:
-        return bool(self.marked or self.others)
-
-    def add(self, page: Sequence[arrivals.Standing], *, marked: bool) -> None:
-        """Take in one page of rows."""
-        for sequence, path, ino, size_bytes, mtime_ns in page:
-            if marked and ino is not None and size_bytes is not None and mtime_ns is not None:
-                self.marks += mark(path, ino, size_bytes, mtime_ns)
-                self.marked.append(sequence)
-            else:
-                self.others.append(sequence)
+    same: int = 0  # so many scans of all of it, one after the other, found what the catalog knew
+    copies: list[str] = field(default_factory=list)  # directories that name a checkpoint which lies elsewhere
 
 
 @dataclass
@@ -84,6 +64,8 @@ class Reconciled:
     damaged: int = 0
     missing: int = 0
     problem: str = ""
+    copies: dict[str, int] = field(default_factory=dict)  # as Taken has them
+    mark: RootMark = field(default_factory=RootMark)  # what the root is known by, if that was looked at
 
 
 class Reconciler:
@@ -97,22 +79,28 @@ class Reconciler:
         self._all_settings = settings
         self._roots: dict[str, _Watched] = {}
         self._group: anyio.abc.TaskGroup | None = None
+        workers.marks.remember = self._remember
 
     @property
     def _settings(self) -> Watching:
         return self._all_settings().watching
 
+    async def _remember(self, path: str, mark: RootMark) -> None:
+        await self._catalog.write(lambda tx: roots.remember_mark(tx, path, mark.id, mark.device))
+
     def add(self, root: Root) -> None:
-        """Look after one more root."""
+        """Look after one more root. Nothing is changed under a managed one that is not what it was.
+
+        The directory of a single file that was handed over is not looked after, and each of them may be another one.
+        """
+        if root.kind is RootKind.SUBMITTED:
+            return
+        # In the roots of others nothing is written, so they have no mark, and `_missing` alone looks out for them.
+        mark = RootMark(id=root.mark, device=root.device) if root.kind is RootKind.MANAGED else None
+        self._workers.marks.know(root.path, mark)
         known = self._roots.get(root.path)
         if known is not None:
-            rested = known.root.kind is RootKind.SUBMITTED
             known.root = root
-            if not rested or root.kind is RootKind.SUBMITTED:
-                return
-            known.everything = True
-            if self._group is not None:
-                self._group.start_soon(self._look_after, known)
             return
         watched = _Watched(root)
         self._roots[root.path] = watched
@@ -122,7 +110,10 @@ class Reconciler:
     def state_of(self, path: str) -> tuple[bool, str]:
         """Whether a root is being scanned, and what is wrong with it."""
         watched = self._roots.get(path)
-        return (watched.scanning, watched.problem) if watched is not None else (False, "")
+        refused = self._workers.marks.refused().get(path)
+        if watched is None:
+            return False, refused.message if refused is not None else ""
+        return watched.scanning, refused.message if refused is not None else watched.problem
 
     def unseen(self) -> list[tuple[str, str]]:
         """Name the watched roots whose changes make no events, and why: they are found by scans alone."""
@@ -137,6 +128,11 @@ class Reconciler:
         """Name the roots that can't be scanned now, and why."""
         return [(w.root.path, w.problem) for w in self._roots.values() if w.problem]
 
+    def copies(self, path: str) -> list[str]:
+        """Name the directories under a root that are copies of checkpoints: they are left alone."""
+        watched = self._roots.get(path)
+        return watched.copies if watched is not None else []
+
     async def run(self) -> None:
         """Look after every root until cancelled."""
         async with anyio.create_task_group() as group:
@@ -146,8 +142,6 @@ class Reconciler:
             await anyio.sleep_forever()
 
     async def _look_after(self, watched: _Watched) -> None:
-        if watched.root.kind is RootKind.SUBMITTED:
-            return
         async with anyio.create_task_group() as group:
             if watched.root.kind is RootKind.WATCHED:
                 group.start_soon(self._listen, watched)
@@ -172,7 +166,7 @@ class Reconciler:
                 watched.hinted = anyio.Event()
 
     async def _interval_s(self, watched: _Watched) -> float:
-        """How long a root may rest without a hint: longer than `reconcile_s` only while its events are all seen."""
+        """How long a root may rest without a hint: longer than `reconcile_s` only while its events are all seen, or it is ours."""
         try:
             remote = mounts.find(watched.root.path, await anyio.to_thread.run_sync(mounts.read)).remote
         except CkptdError:
@@ -181,6 +175,9 @@ class Reconciler:
         if remote:
             return settings.reconcile_remote_s
         rest_s = min(watched.took_s * RESTS, settings.reconcile_max_s) if watched.seen else 0.0
+        if watched.root.kind is RootKind.MANAGED:
+            # Nobody but ckptd writes there, and runs with a directory each leave one behind each: it rests longer and longer.
+            rest_s = min(settings.reconcile_s * 2 ** min(watched.same, SAME_MAX), settings.reconcile_max_s)
         return max(settings.reconcile_s, rest_s)
 
     async def _listen(self, watched: _Watched) -> None:
@@ -219,7 +216,8 @@ class Reconciler:
         try:
             if everything:
                 begun_s = anyio.current_time()
-                await self.scan(watched.root)
+                result = await self.scan(watched.root)
+                watched.same = 0 if result.added or result.missing else watched.same + 1
                 watched.took_s = anyio.current_time() - begun_s
                 watched.looked = True
                 return
@@ -229,10 +227,11 @@ class Reconciler:
         finally:
             watched.scanning = False
 
-    async def scan(self, root: Root) -> Reconciled:
-        """Compare everything under one root with the catalog."""
+    async def scan(self, root: Root, *, adopt: bool = False) -> Reconciled:
+        """Compare everything under one root with the catalog. `adopt`: a person says that it is the right one."""
         result = Reconciled()
-        standing = await self._standing(root)
+        standing = await of_root(self._catalog, root)
+        standing.adopt = adopt
         unseen = set(standing.others)
         try:
             scanned = await self._take(root, standing, result, unseen)
@@ -241,7 +240,10 @@ class Reconciler:
                 return result  # a root nobody has written to yet
             raise  # never "all its checkpoints are missing": a disk that is not mounted looks just like this
         if scanned.complete:
+            self._note_copies(root, result, unseen)
             await self._missing(root, unseen, scanned, result)
+        if adopt:
+            await self._workers.marks.adopt(root.path, result.mark)
         await self._catalog.write(lambda tx: roots.mark_reconciled(tx, root.id))
         log.info(
             "reconcile.done",
@@ -252,6 +254,14 @@ class Reconciler:
             problem=result.problem,
         )
         return result
+
+    def _note_copies(self, root: Root, result: Reconciled, unseen: set[int]) -> None:
+        """Remember what is left alone. Where the row itself was not met, it was moved there, and is followed."""
+        watched = self._roots.get(root.path)
+        copies = sorted(path for path, row in result.copies.items() if row not in unseen)
+        if watched is not None and watched.copies != copies:
+            watched.copies = copies
+            log.info("reconcile.copies", root=root.path, count=len(copies), first=copies[:COPIES_NAMED_MAX])
 
     async def look_before_open(self, root: Root, directory: str) -> None:
         """Take in what lies in the directory of a run that opens, where this daemon has not looked yet.
@@ -272,23 +282,11 @@ class Reconciler:
             if error.code not in {"not_found", "missing"}:  # nobody has saved there yet
                 log.warning("open.unseen", root=root.path, directory=directory, **error.to_wire())
 
-    async def _standing(self, root: Root) -> _Standing:
-        """Which files should lie under the root now, as far as their rows say: 24 bytes each, for a scan's time."""
-        found = _Standing()
-        after = 0
-        while True:
-            page = await self._catalog.read(lambda conn, at=after: arrivals.standing(conn, root.id, at))  # type: ignore[misc]
-            if not page:
-                return found
-            # A managed root is told with its manifests, always: they are what the catalog is made from again.
-            found.add(page, marked=root.kind is RootKind.WATCHED and len(found.marked) < KNOWN_MAX)
-            after = page[-1][0]
-
     async def _scan_under(self, root: Root, directory: str) -> None:
         below = os.path.relpath(directory, root.path)  # noqa: ASYNC240 - text only
-        await self._take(root, _Standing(under="" if below == "." else below), Reconciled(), set())
+        await self._take(root, Standing(under="" if below == "." else below), Reconciled(), set())
 
-    async def _take(self, root: Root, standing: _Standing, result: Reconciled, unseen: set[int]) -> Scanned:
+    async def _take(self, root: Root, standing: Standing, result: Reconciled, unseen: set[int]) -> Scanned:
         """Scan and take in what is new. Rows in `standing` that were not met go to `unseen`, less what was told."""
         managed = root.kind is RootKind.MANAGED
         request = Scan(
@@ -297,6 +295,7 @@ class Reconciler:
             under=standing.under,
             entries_max=self._settings.entries_max,
             known=bytes(standing.marks),
+            adopt=standing.adopt,
         )
         others = [path for path, w in self._roots.items() if path != root.path and w.root.kind is RootKind.MANAGED]
         told: set[int] = set()
@@ -310,8 +309,10 @@ class Reconciler:
                     result.added += taken.added
                     result.known += taken.known
                     result.damaged += taken.damaged
+                    result.copies.update(taken.copies)
                     told.update(taken.sequences)
             scanned: Scanned = parts.reply
+            result.mark = parts.root or RootMark()
         unseen.update(standing.marked[at] for at in scanned.unmet)
         unseen.difference_update(told)
         result.found += scanned.same

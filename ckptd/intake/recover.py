@@ -3,7 +3,9 @@
 arena word COMMITTED, no row       admitted now                     (the daemon died before it could)
 arena word COMMITTED, row PENDING  its job goes on                  (died before or in the publish)
 arena word RELEASED                hot copy again                   (died after the publish)
-arena word LEASED or WRITING       stays lent while its holder lives, else freed
+the same, row CORRUPT or MISSING   kept until its repair has ended  (died in the repair)
+arena word LEASED or WRITING       stays lent while its holder lives, else freed; of one nobody ever saw: forgotten
+a reader's hold                    renewed while its process lives, else ended
 spool image, spool offer           admitted now
 row PENDING, bytes nowhere         its job finds that out and the checkpoint FAILS, visibly
 """
@@ -12,11 +14,11 @@ import os
 
 import structlog
 
-from ckptd.catalog import Catalog, checkpoints, roots
+from ckptd.catalog import Catalog, checkpoints, readholds, roots
 from ckptd.catalog.roots import NewRoot
 from ckptd.catalog.tx import Tx
 from ckptd.config import Settings
-from ckptd.errors import Refused
+from ckptd.errors import CkptdError, Refused
 from ckptd.intake import descriptor
 from ckptd.intake.admit import Admission
 from ckptd.intake.arenas import FD_PREFIX, Arena, ArenaPool, Use
@@ -26,6 +28,8 @@ from ckptd.model import Level, State
 from ckptd_client import control
 
 log = structlog.get_logger()
+
+_COPIED = {State.LIVE, State.CORRUPT, State.MISSING}  # of damage, too, the copy in memory is whole
 
 
 def adopt(pool: ArenaPool, passed: list[tuple[str, int]]) -> list[Arena]:
@@ -42,13 +46,14 @@ def adopt(pool: ArenaPool, passed: list[tuple[str, int]]) -> list[Arena]:
 
 async def recover(catalog: Catalog, admission: Admission, pool: ArenaPool, spool: Spool) -> int:
     """Admit and sort everything that was left; return how many saves were found in arenas and spool."""
+    await _hold_on(catalog)
     found = 0
     for arena in pool.all():
         page = control.read(arena.page)
         raw = arena.descriptor()
         if page is None or raw is None:
-            if arena.use is Use.LEASED and not control.is_alive(arena.holder_pid, arena.holder_ticks):
-                pool.free(arena)
+            if arena.use is Use.LEASED:
+                pool.take_back(arena)
         elif page.state == control.COMMITTED:
             # What can't be admitted now (a full disk) stays with the reaper, which tries again.
             await admission.rescue(arena)
@@ -56,6 +61,14 @@ async def recover(catalog: Catalog, admission: Admission, pool: ArenaPool, spool
         else:
             await _hot_again(catalog, pool, arena, raw)
     return found + await spool.take_in()
+
+
+async def _hold_on(catalog: Catalog) -> None:
+    """Before anything is retired: what living processes read stays, however long no daemon was there to renew it."""
+    try:
+        await catalog.write(readholds.look_after)
+    except CkptdError as error:
+        log.warning("hold.not_looked_after", cause=error.code, **error.to_wire())  # the reaper tries again
 
 
 async def _hot_again(catalog: Catalog, pool: ArenaPool, arena: Arena, raw: bytes) -> None:
@@ -68,11 +81,13 @@ async def _hot_again(catalog: Catalog, pool: ArenaPool, arena: Arena, raw: bytes
         return
     rows = await catalog.read(lambda conn: checkpoints.get_many(conn, [saved.checkpoint]))
     row = rows.get(saved.checkpoint)
-    if row is None or row.state is not State.LIVE or row.level.rank < Level.DURABLE.rank:
+    if row is None or row.state not in _COPIED or row.level.rank < Level.DURABLE.rank:
         pool.free(arena)
         return
     arena.use = Use.HOT
     arena.experiment_id, arena.checkpoint_id = row.experiment_id, row.id
+    if row.state is not State.LIVE:  # its repair goes on, if it has one; else upkeep lets go of it
+        arena.kept_for = row.id
 
 
 async def enter_roots(catalog: Catalog, reconciler: Reconciler, settings: Settings) -> None:

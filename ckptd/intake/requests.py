@@ -124,11 +124,14 @@ class Submit(Request, frozen=True, tag="submit"):
 class Attach(Selecting, frozen=True, tag="attach"):
     """Map a hot copy, or say where the files are; holds the checkpoint until `detach`."""
 
+    read: Id | None = None
+
 
 class Detach(Request, frozen=True, tag="detach"):
     """Stop reading."""
 
-    checkpoint: Id
+    read: Id | None = None
+    checkpoint: Id | None = None
 
 
 class Resolve(Selecting, frozen=True, tag="resolve"):

@@ -13,7 +13,6 @@ import anyio.to_thread
 import structlog
 
 from ckptd import failpoint
-from ckptd.catalog import holds
 from ckptd.errors import BadRequest, Bug, Busy, CkptdError, NotAuthorized, OverQuota
 from ckptd.intake import requests as ask
 from ckptd.intake import retentionrequests as keeping
@@ -21,8 +20,9 @@ from ckptd.intake.bestrequests import Recompute
 from ckptd.intake.follow import sees_all
 from ckptd.intake.hookrequests import Extension, HookTest
 from ckptd.intake.listener import OUT_OF, REQUESTS_RUNNING_MAX, Peer
+from ckptd.intake.reading import Reading
 from ckptd.intake.training import Front, Handler, Training
-from ckptd_client import control, wire
+from ckptd_client import wire
 
 log = structlog.get_logger()
 
@@ -43,10 +43,10 @@ class Service:
         """Put the handlers together."""
         self._front = front
         self._training = Training(front)
-        self._handlers = {**self._training.handlers, **handlers}
+        self._reading = Reading(front)
+        self._handlers = {**self._training.handlers, **self._reading.handlers, **handlers}
         self._not_before_s: dict[bytes, tuple[float, float]] = {}  # arena -> when to try again, and the pause then
         self.noticed: Callable[[ask.Request, dict[str, Any]], None] = lambda _request, _answer: None
-        self._readers: dict[int, int] = {}  # pid -> start time of processes that left with read holds
 
     async def handle(self, peer: Peer, frame: bytes) -> None:
         """Answer one frame. Errors are answers; only the framing itself can end a connection."""
@@ -54,18 +54,18 @@ class Service:
             inline = len(frame) <= INLINE_BYTES_MAX
             request = ask.decode(frame) if inline else await anyio.to_thread.run_sync(ask.decode, frame)
             self._check_peer(peer, request)
+            if isinstance(request, _WAITING) and (peer.running >= REQUESTS_RUNNING_MAX or peer.group is None):
+                raise Busy(f"{peer.running} requests of this connection wait already", retry_after_s=1.0)
+            if isinstance(request, ask.Attach):
+                request = self._reading.begin(peer, request)
         except CkptdError as error:
             peer.send(failure(ask.request_id(frame), error))
             return
-        if not isinstance(request, _WAITING):
-            await self._answer(peer, request)
-        elif peer.running >= REQUESTS_RUNNING_MAX or peer.group is None:
-            peer.send(
-                failure(request.id, Busy(f"{peer.running} requests of this connection wait already", retry_after_s=1.0))
-            )
-        else:
+        if isinstance(request, _WAITING) and peer.group is not None:
             peer.running += 1
             peer.group.start_soon(self._answer_beside, peer, request)
+        else:
+            await self._answer(peer, request)
 
     def _check_peer(self, peer: Peer, request: ask.Request) -> None:
         settings = self._front.settings()
@@ -85,13 +85,7 @@ class Service:
             if isinstance(request, ask.Lease):
                 await self._lend(peer, request)
             elif isinstance(request, ask.Attach):
-                answer, fd = await self._training.attach(peer, request)
-                self.noticed(request, answer)
-                try:
-                    peer.send(_success(request.id, answer, fds=0 if fd is None else 1), fd)
-                finally:
-                    if fd is not None:
-                        os.close(fd)
+                await self._hand_out(peer, request)
             else:
                 answer = await self._handlers[type(request)](peer, request)
                 peer.send(_success(request.id, answer))
@@ -119,18 +113,35 @@ class Service:
             back()
             raise Busy(f"the daemon has no descriptor left: {error.strerror}", retry_after_s=1.0) from error
 
+    async def _hand_out(self, peer: Peer, request: ask.Attach) -> None:
+        """Answer a reader, with the descriptor of a hot copy if there is one; nothing is held for an answer that can't be sent."""
+        answer, fd = await self._reading.attach(peer, request)
+        back = partial(self._reading.undelivered, peer, str(request.read))
+        try:
+            peer.send(_success(request.id, answer, fds=0 if fd is None else 1), fd, back)
+        except BaseException:
+            back()
+            raise
+        finally:
+            if fd is not None:
+                os.close(fd)
+        self.noticed(request, answer)
+
     async def gone(self, peer: Peer) -> None:
         """A connection closed: look at what it left behind."""
         self._front.followers.remove(peer)
         self._front.presence.left(peer)
         self._front.pool.orphaned(peer, peer.ended)
-        if peer.attached:
-            # Mappings outlive the connection: while the process lives it may still read.
-            self._readers[peer.pid] = control.started_ticks(peer.pid)
-        await self.reap()
+        self._reading.left(peer)
+        await self._reap_memory()
 
     async def reap(self) -> None:
         """Admit saves whose trainer died after its commit; free leases and read holds of the dead."""
+        await self._reap_memory()
+        # Not as soon as a connection ends, which can't be cancelled: a catalog that hangs must not hold up a stop.
+        await self._reading.look()
+
+    async def _reap_memory(self) -> None:
         now_s = self._front.clock.monotonic_s()
         committed = self._front.pool.reap()
         waiting = {arena.id for arena in committed}
@@ -140,19 +151,6 @@ class Service:
             if at_s <= now_s:
                 self._not_before_s[arena.id] = (now_s + pause_s, min(pause_s * 2, ADMIT_AGAIN_S_MAX))
                 await self._front.admission.rescue(arena)
-        for pid, ticks in tuple(self._readers.items()):
-            if not control.is_alive(pid, ticks):
-                await self._release(pid)
-
-    async def _release(self, pid: int) -> None:
-        try:
-            await self._front.catalog.write(lambda tx: holds.release_all(tx, f"pid {pid}"))
-        except CkptdError as error:
-            log.warning(
-                "hold.not_released", cause=error.code, pid=pid, **error.to_wire()
-            )  # tried again at the next look
-        else:
-            self._readers.pop(pid, None)
 
 
 def _unforeseen(request: ask.Request, error: Exception) -> CkptdError:

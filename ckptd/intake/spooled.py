@@ -19,6 +19,7 @@ from ckptd import failpoint
 from ckptd.clock import tick
 from ckptd.errors import BadRequest, Busy, CkptdError, Refused
 from ckptd.intake import descriptor as descriptors
+from ckptd.intake import spoolhomes
 from ckptd.intake.admit import Admission
 from ckptd.intake.arena import DESCRIPTOR_BYTES_MAX
 from ckptd.intake.arenas import Arena, ArenaPool
@@ -43,7 +44,7 @@ class Spool:
         self._admission = admission
         self._files = files
         self._pool = pool
-        self._known: set[str] = set()
+        self._known: dict[str, str] = {}  # checkpoint -> the file that holds it
         self.refused: dict[str, str] = {}  # file -> why, for those that will never be a save
 
     async def run(self) -> None:
@@ -63,13 +64,13 @@ class Spool:
         except OSError as error:
             log.warning("spool.unreadable", cause="listing", error=str(error))
             return 0
-        here = {entry.path for entry in found}
+        here = {entry.path for entry, _ in found}
         self.refused = {path: why for path, why in self.refused.items() if path in here}
-        new = [e for e in found if e.path not in self.refused and e.checkpoint not in self._known]
+        new = [(e, uid) for e, uid in found if e.path not in self.refused and e.checkpoint not in self._known]
         taken = 0
-        for entry in new[:ENTRIES_MAX]:
+        for entry, uid in new[:ENTRIES_MAX]:
             try:
-                await (self._image(entry) if entry.kind == "arena" else self._offer(entry))
+                await (self._image(entry, uid) if entry.kind == "arena" else self._offer(entry, uid))
                 taken += 1
             except FileNotFoundError:
                 continue  # its writer took it back
@@ -80,17 +81,19 @@ class Spool:
                 log.warning("spool.delayed", cause=type(error).__name__, file=entry.path, error=str(error))
         return taken
 
-    async def _image(self, entry: spool.Spooled) -> None:
-        raw, size_bytes, uid = await anyio.to_thread.run_sync(_read_image, entry.path)
+    async def _image(self, entry: spool.Spooled, of_uid: int | None) -> None:
+        raw, size_bytes, uid = await anyio.to_thread.run_sync(_read_image, entry.path, of_uid)
         found = descriptors.decode(raw, size_bytes)
+        if found.checkpoint != entry.checkpoint:
+            raise BadRequest(f"{os.path.basename(entry.path)} holds the checkpoint {found.checkpoint}")
         checkpoint = await self._admission.memory(found, uid, arena=None, size_bytes=size_bytes)
         failpoint.hit("spool.admitted")
-        self._known.add(entry.checkpoint)
+        self._known[entry.checkpoint] = entry.path
         if checkpoint.state is not State.PENDING:
             await self.forget(checkpoint.id)
 
-    async def _offer(self, entry: spool.Spooled) -> None:
-        request, uid = await anyio.to_thread.run_sync(_read_offer, entry.path)
+    async def _offer(self, entry: spool.Spooled, of_uid: int | None) -> None:
+        request, uid = await anyio.to_thread.run_sync(_read_offer, entry.path, of_uid)
         await self._files.file(offer_of(request, uid))
         await anyio.to_thread.run_sync(_remove, entry.path)
 
@@ -100,9 +103,23 @@ class Spool:
         try:
             if arena is not None:
                 return os.dup(arena.fd)
-            return await anyio.to_thread.run_sync(_open, spool.arena_path(self._directory, checkpoint_id))
+            known = self._known.get(checkpoint_id)
+            if known is not None:
+                return await anyio.to_thread.run_sync(_open, known)
+            return await self._found(checkpoint_id)
         except OSError as error:
             raise Busy(f"the image of {checkpoint_id} can't be opened: {error.strerror}", retry_after_s=1.0) from error
+
+    async def _found(self, checkpoint_id: str) -> int | None:
+        """Open an image that nobody has looked at yet: its job goes on before the first look into the spool."""
+        fd = await anyio.to_thread.run_sync(_open, spool.arena_path(self._directory, checkpoint_id))
+        uid = await self._admission.uid_of(checkpoint_id) if fd is None else None
+        if uid is None or uid == os.getuid():
+            return fd
+        # Whoever saved it has a spool alone: nobody else's bytes come in under its name.
+        return await anyio.to_thread.run_sync(
+            _open, spool.arena_path(spoolhomes.of(self._directory, uid), checkpoint_id)
+        )
 
     async def published(self, checkpoint_id: str) -> None:
         """Its bytes are durable under their final name: the arena becomes a hot copy, the image goes."""
@@ -114,22 +131,41 @@ class Spool:
         self._pool.free_checkpoint(checkpoint_id)
         await self.forget(checkpoint_id)
 
+    def keep(self, checkpoint_id: str) -> bool:
+        """Hold the copy of a damaged checkpoint until it is written again; False when there is none. Safe to repeat."""
+        arena = self._pool.of_checkpoint(checkpoint_id)
+        if arena is not None:
+            arena.kept_for = checkpoint_id
+        return arena is not None
+
+    def let_go(self, checkpoint_id: str) -> None:
+        """Undo `keep`; safe to repeat."""
+        for arena in self._pool.all():
+            if arena.kept_for == checkpoint_id:
+                arena.kept_for = ""
+                self._pool.wake()
+
+    def kept(self) -> list[str]:
+        """Of which checkpoints copies are held."""
+        return [arena.kept_for for arena in self._pool.all() if arena.kept_for]
+
     async def spill(self, arena: Arena) -> None:
         """Write a committed arena into the spool, durably: the daemon ends before it could be published."""
         await anyio.to_thread.run_sync(_spill, self._directory, arena)
 
     async def forget(self, checkpoint_id: str) -> None:
         """Remove the spooled image of a checkpoint, if there is one."""
-        if checkpoint_id not in self._known:
+        path = self._known.get(checkpoint_id)
+        if path is None:
             return
         try:
-            await anyio.to_thread.run_sync(_remove, spool.arena_path(self._directory, checkpoint_id))
+            await anyio.to_thread.run_sync(_remove, path)
         except OSError as error:
             # The next look takes it in once more, finds its checkpoint past needing it, and comes here again.
             log.warning("spool.not_removed", cause="forget", checkpoint=checkpoint_id, error=str(error))
         else:
             failpoint.hit("spool.removed")
-        self._known.discard(checkpoint_id)
+        self._known.pop(checkpoint_id, None)
 
 
 def offer_of(request: Submit, uid: int) -> FileOffer:
@@ -149,14 +185,17 @@ def offer_of(request: Submit, uid: int) -> FileOffer:
     )
 
 
-def _listing(directory: str) -> list[spool.Spooled]:
-    for path in spool.abandoned(directory):
-        _remove(path)
-    return list(spool.entries(directory))
+def _listing(directory: str) -> list[tuple[spool.Spooled, int | None]]:
+    for home in spoolhomes.every(directory):
+        for path in spool.abandoned(home.directory):
+            _remove(path)
+    return list(spoolhomes.entries(directory))
 
 
-def _opened(path: str) -> tuple[int, os.stat_result]:
-    """Open a plain file of the spool: no symlink is followed, and nothing that could block is opened."""
+def _opened(path: str, of_uid: int | None) -> tuple[int, os.stat_result]:
+    """Open a plain file of the spool: no symlink is followed, nothing that could block is opened, and in a
+    user's own spool no file of anybody else's, which a hard link could be.
+    """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
@@ -167,11 +206,14 @@ def _opened(path: str) -> tuple[int, os.stat_result]:
     if not stat.S_ISREG(facts.st_mode):
         os.close(fd)
         raise BadRequest(f"{os.path.basename(path)} is no plain file")
+    if of_uid is not None and facts.st_uid != of_uid:
+        os.close(fd)
+        raise BadRequest(f"{os.path.basename(path)} is not its user's file")
     return fd, facts
 
 
-def _read_image(path: str) -> tuple[bytes, int, int]:
-    fd, facts = _opened(path)
+def _read_image(path: str, of_uid: int | None) -> tuple[bytes, int, int]:
+    fd, facts = _opened(path, of_uid)
     try:
         page = control.read(os.pread(fd, control.PAGE, 0).ljust(control.PAGE, b"\0"))
         if page is None or page.descriptor_offset + page.descriptor_size > facts.st_size:
@@ -186,8 +228,8 @@ def _read_image(path: str) -> tuple[bytes, int, int]:
         os.close(fd)
 
 
-def _read_offer(path: str) -> tuple[Submit, int]:
-    fd, facts = _opened(path)
+def _read_offer(path: str, of_uid: int | None) -> tuple[Submit, int]:
+    fd, facts = _opened(path, of_uid)
     try:
         if facts.st_size > spool.OFFER_BYTES_MAX:
             raise BadRequest(f"{os.path.basename(path)} is over {spool.OFFER_BYTES_MAX} bytes")
@@ -208,7 +250,7 @@ def _spill(directory: str, arena: Arena) -> None:
         raise BadRequest(f"arena {arena.id.hex()[:12]} has no control page")
     length = spool.image_bytes(page.descriptor_offset, page.descriptor_size)
     with mmap.mmap(arena.fd, min(length, arena.size_bytes), prot=mmap.PROT_READ) as image, memoryview(image) as view:
-        spool.write_arena(directory, arena.checkpoint_id, view)
+        spool.write_arena(directory, arena.checkpoint_id, view, owner_uid=arena.owner_uid)
 
 
 def _open(path: str) -> int | None:

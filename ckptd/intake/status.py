@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from ckptd import __version__
 from ckptd.catalog import experiments, figures, roots
 from ckptd.errors import CkptdError, TimedOut
-from ckptd.intake import describe
+from ckptd.intake import describe, spoolhomes
 from ckptd.intake import requests as ask
 from ckptd.intake.arenas import Use
 from ckptd.intake.follow import sees_all, visible_to
@@ -27,7 +27,6 @@ from ckptd.intake.trouble import Troubles, Vitals
 from ckptd.model import JobState, Level, State
 from ckptd.worker import Workers
 from ckptd.worker.protocol import Usage, Used
-from ckptd_client import spool
 
 EXPERIMENTS_SHOWN_MAX = 50
 DISK_ANSWER_S = 2.0
@@ -202,4 +201,7 @@ class Status:
 
 
 def _spooled(directory: str) -> dict[str, int]:
-    return {"files": sum(1 for _ in spool.entries(directory)), "size_bytes": spool.used_bytes(directory)}
+    return {
+        "files": sum(1 for _ in spoolhomes.entries(directory)),
+        "size_bytes": spoolhomes.used_bytes(directory),
+    }

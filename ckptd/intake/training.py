@@ -6,12 +6,10 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-import msgspec
-import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ckptd import __version__
-from ckptd.catalog import Catalog, checkpoints, experiments, holds, listing, metrics
+from ckptd.catalog import Catalog, checkpoints, experiments, listing
 from ckptd.catalog.listing import Scope
 from ckptd.catalog.metrics import Point
 from ckptd.catalog.owners import owners_of
@@ -19,8 +17,8 @@ from ckptd.catalog.tx import Tx
 from ckptd.clock import Clock
 from ckptd.config import Settings
 from ckptd.errors import BadRequest, Busy, NoArena, NotAuthorized, NotFound, UnsupportedVersion
-from ckptd.intake import descriptor
 from ckptd.intake import requests as ask
+from ckptd.intake import spoolhomes
 from ckptd.intake.admit import Admission
 from ckptd.intake.arena import owner_of
 from ckptd.intake.arenas import Arena, ArenaPool, Use
@@ -32,15 +30,12 @@ from ckptd.intake.spooled import offer_of
 from ckptd.jobs import Jobs
 from ckptd.model import Checkpoint, ExperimentStatus, Level, Origin, State
 from ckptd.query.statistics import Statistics
-from ckptd_client import control, wire
+from ckptd_client import wire
 from ckptd_client.wire import from_number, number
-
-log = structlog.get_logger()
 
 Answer = dict[str, Any]
 Handler = Callable[[Peer, Any], Awaitable[Answer]]
-READ_LEASE_S = 3600.0
-LISTED_BYTES_MAX = 800_000  # of the files in one answer, as JSON: a frame has 1 MiB
+_UNSEEN_HINT = "have it share the pid namespace of the daemon: a container with --pid=host, or both in one"
 
 
 @dataclass(frozen=True)
@@ -77,7 +72,6 @@ class Training:
             ask.Commit: self.commit,
             ask.Abandon: self.abandon,
             ask.Submit: self.submit,
-            ask.Detach: self.detach,
             ask.Resolve: self.resolve,
             ask.Follow: self.follow,
             ask.MetricPoints: self.points,
@@ -99,7 +93,7 @@ class Training:
             "uid": os.getuid(),
             "mode": settings.mode,
             "state_dir": self._front.state_dir,
-            "spool_dir": os.path.join(self._front.state_dir, "spool"),
+            "spool_dir": await spoolhomes.at_hello(self._front.state_dir, peer.uid, settings.mode),
             "limits": {"arena_bytes_max": settings.arenas.bytes_max, "frame_bytes_max": wire.FRAME_BYTES_MAX},
         }
 
@@ -150,8 +144,14 @@ class Training:
         return {"tags": list(tags)}
 
     async def lease(self, peer: Peer, request: ask.Lease) -> tuple[Answer, Arena]:
-        """Lend an arena; may wait. The caller sends the descriptor along with the answer."""
+        """Lend an arena; may wait. The caller sends the descriptor along with the answer.
+
+        Nothing to a process whose end can't be seen: its connection may break while it writes, and nobody could
+        tell when the memory may be lent to the next. It has the spool.
+        """
         await self._mine(peer, request.experiment)
+        if not peer.ticks:
+            raise NoArena(f"process {peer.pid} can't be seen from here: its saves go to the spool", hint=_UNSEEN_HINT)
         arena = await self._front.pool.lease(request.experiment, request.size_bytes, peer, request.wait_s)
         return {"arena": arena.id.hex(), "generation": arena.generation, "size_bytes": arena.size_bytes}, arena
 
@@ -185,97 +185,6 @@ class Training:
         row = await self._front.files.file(offer_of(request, owner_of(peer.uid)))
         self._front.followers.add(peer, [row.id])
         return level_of(row)
-
-    async def attach(self, peer: Peer, request: ask.Attach) -> tuple[Answer, int | None]:
-        """Find what a reader wants and hold it; with a descriptor when a hot copy is there."""
-        front = self._front
-        row = await self._selected(peer, request)
-        if not row.is_whole:
-            raise NotFound(f"checkpoint {row.id} is {row.state}, {row.level}: nothing to load yet")
-        await front.check_load(row, request.selector)
-        holder = f"pid {peer.pid}"
-
-        async def hold(tx: Tx) -> None:
-            # Looked at again in the transaction that holds it: retention may have been faster.
-            if not (await checkpoints.get(tx.conn, row.id)).is_whole:
-                raise NotFound(f"checkpoint {row.id} was retired a moment ago")
-            await holds.lease(tx, row.id, holder, READ_LEASE_S)
-
-            if row.experiment_id in peer.fresh and row.step is not None:
-                # The first load of a new segment, before it logged or saved: training goes on from there.
-                await metrics.resume_from(tx, row.experiment_id, peer.fresh[row.experiment_id], row.step)
-
-        await front.catalog.write(hold)
-        peer.fresh.pop(row.experiment_id, None)
-        facts: Answer = {
-            "checkpoint": row.id,
-            "experiment": row.experiment_id,
-            "step": row.step,
-            "level": str(row.level),
-            "path": row.path,
-            "size_bytes": row.size_bytes,
-            "format": row.format,
-        }
-        peer.attached[row.id] = None
-        hot = self._hot(peer, row)
-        if hot is not None:
-            arena, images, fd = hot
-            return {**facts, "hot": True, "files": images, "arena_bytes": arena.size_bytes}, fd
-        files = await front.catalog.read(lambda conn: checkpoints.files(conn, row.id))
-        listed = [{"path": f.path, "size_bytes": f.size_bytes, "sha256": f.sha256} for f in files]
-        if _fits(listed):
-            return {**facts, "hot": False, "files": listed}, None
-        if row.origin in {Origin.MEMORY, Origin.REBUILD}:  # the manifest beside them names them all
-            return {**facts, "hot": False, "files": None}, None
-        raise BadRequest(
-            f"checkpoint {row.id} has {len(listed)} files: more than one answer can name",
-            hint="`ckpt path` prints where it lies, `ckpt verify` reads it back: load it with the library that wrote it",
-        )
-
-    def _hot(self, peer: Peer, row: Checkpoint) -> tuple[Arena, list[dict[str, Any]], int] | None:
-        """Note the peer as a reader of the arena that holds `row`; None when there is no place or no arena.
-
-        A process that /proc does not show (another pid namespace) can't be seen to end, so it gets the files.
-        """
-        arena = self._front.pool.of_checkpoint(row.id)
-        raw = arena.descriptor() if arena is not None else None
-        if arena is None or raw is None or not control.started_ticks(peer.pid):
-            return None
-        images = self._images(raw, arena)
-        if not _fits(images):
-            return None
-        # Opened anew and read-only: the reader can map it, never write what others may still read. Without
-        # waiting: whoever was lent the arena can hold a file lease on it, and open() would wait for that.
-        try:
-            fd = os.open(f"/proc/self/fd/{arena.fd}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except OSError as error:
-            log.warning(
-                "arena.not_attached", cause="open", errno=error.errno, arena=arena.id.hex(), uid=arena.owner_uid
-            )
-            return None
-        if not control.add_reader(arena.page, peer.pid):
-            os.close(fd)
-            return None
-        peer.attached[row.id] = arena
-        arena.read_s = self._front.clock.monotonic_s()
-        return arena, images, fd
-
-    def _images(self, raw: bytes, arena: Arena) -> list[dict[str, Any]]:
-        found = descriptor.decode(raw, arena.size_bytes)
-        return [{"path": f.path, "offset": f.offset, "size_bytes": f.size_bytes} for f in found.files]
-
-    async def detach(self, peer: Peer, request: ask.Detach) -> Answer:
-        """A reader is done."""
-        self.release(peer, request.checkpoint)
-        await self._front.catalog.write(lambda tx: holds.release(tx, request.checkpoint, f"pid {peer.pid}"))
-        return {}
-
-    def release(self, peer: Peer, checkpoint_id: str) -> None:
-        """Let go of the arena that a reader mapped."""
-        arena = peer.attached.pop(checkpoint_id, None) or self._front.pool.of_checkpoint(checkpoint_id)
-        if arena is not None:
-            control.remove_reader(arena.page, peer.pid)
-            self._front.pool.wake()
 
     async def resolve(self, peer: Peer, request: ask.Resolve) -> Answer:
         """Name one checkpoint and say where it is."""
@@ -387,13 +296,3 @@ async def select(front: Front, peer: Peer, request: ask.Selecting) -> Checkpoint
         rules=lambda project, name: settings.rules_for(project, name).keep_best,
     )
     return await front.catalog.read(lambda conn: listing.resolve(conn, request.selector, scope))
-
-
-def _fits(listed: list[dict[str, Any]]) -> bool:
-    """Whether so many files can be named in one frame."""
-    size_bytes = 0
-    for one in listed:
-        size_bytes += len(msgspec.json.encode(one)) + 1
-        if size_bytes > LISTED_BYTES_MAX:
-            return False
-    return True

@@ -176,7 +176,7 @@ class Troubles:
             do = "is the machine out of CPU or swapping? A defect if not: please report it with the log"
             yield Trouble("loop", f"the event loop was held up for {pulse.lag_s:.1f} s", do, since=pulse.lagged_at)
         if pulse.jump_s:
-            do = "times of this hour's rows and of graces may be off by that; order and time-outs are not"
+            do = "times of this hour's rows may be off by that; graces, leases, order and time-outs are not"
             yield Trouble("clock", f"the wall clock jumped by {pulse.jump_s:+.0f} s", do, since=pulse.jumped_at)
         yield from self._of_the_store()
         armed = failpoint.armed()
@@ -237,7 +237,13 @@ class Troubles:
         for path, why in self._signs.reconciler.unseen():
             do = "raise fs.inotify.max_user_watches with sysctl; until then scans find everything, later"
             yield Trouble(f"watching {path}", why, do, owner=self._signs.reconciler.owner(path))
+        refused = self._signs.tools.workers.marks.refused()
+        for path, error in refused.items():
+            why = f"{error.message}; nothing is changed under it, and what is to be saved there waits"
+            yield Trouble(f"root {path}", why, error.hint, grave=True, owner=self._signs.reconciler.owner(path))
         for path, why in self._signs.reconciler.problems():
+            if path in refused:
+                continue
             do = "look at its mount, its permissions and whether the service may write there (ReadWritePaths)"
             yield Trouble(f"root {path}", why, do, grave=True, owner=self._signs.reconciler.owner(path))
 

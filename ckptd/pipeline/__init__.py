@@ -9,7 +9,9 @@
 Stages know nothing of one another; only this table knows what there is. A stage records its result
 and the job's next stage in one transaction, so a crash repeats at most one stage, and each stage
 can be repeated. Errors are sorted here, once: passing ones are tried again with growing pauses,
-the others end the checkpoint with an error that everybody sees.
+the others end a file's checkpoint with an error that everybody sees. A memory hand-off was acknowledged:
+while its bytes are there nothing from outside ends it. Its job is tried again, then parked and tried now
+and then; only a memory that is gone makes it FAILED.
 """
 
 from collections.abc import Callable
@@ -44,6 +46,7 @@ STAGES: dict[str, Stage] = {
 PASSING = (Weather, RootDegraded, NoSpace, DiskFault, Denied, CatalogFault)
 CLAIM_AGAIN_S = 1.0
 PARKED_FIRST_S, PARKED_AGAIN_S = 20.0, 900.0
+PARKED_MAX = 1000  # tried at once: those that fail again must not stand before the others for ever
 LAST_WORD_S = 2.0
 DRAIN_LOOK_S = 0.05
 RENEW_SHARE = 3  # a running job's lease is renewed after a third of it
@@ -68,6 +71,7 @@ class Pipeline:
             claiming.start_soon(upkeep.run, self._tools)
             claiming.start_soon(self._try_parked)
             claiming.start_soon(self._follow_rules)
+            claiming.start_soon(repair.tend, self._tools)
             await stop.wait()
             while undone():  # noqa: ASYNC110 - several things end it, and it runs once in a daemon's life
                 await anyio.sleep(DRAIN_LOOK_S)
@@ -169,11 +173,7 @@ class Pipeline:
                 log.warning("lease.not_renewed", job=job.id, **error.to_wire())  # two thirds of it are left
 
     async def _failed(self, job: Job, error: CkptdError) -> None:
-        """Try again what may pass; end what can't, and say so on the checkpoint.
-
-        A full or failing disk never ends a hand-off: it was acknowledged, its bytes are still in the
-        arena, and they are written when the disk takes them.
-        """
+        """Try again what may pass; end what can't, and say so on the checkpoint."""
         passing = isinstance(error, PASSING)
         if isinstance(error, NoSpace):
             self._tools.space.ring()
@@ -198,30 +198,31 @@ class Pipeline:
     async def _record_failure(self, tx: Tx, job: Job, error: CkptdError, *, passing: bool) -> bool:
         """Write down what becomes of the job and its checkpoint; say whether the checkpoint has ended by it.
 
-        A defect of ours never ends a memory hand-off: its bytes stay where they are, and a later
-        daemon, or a later look, tries again.
+        Whatever is in the way of a memory hand-off (a directory that somebody removed, a link or a file on the
+        way, a defect of ours), its bytes are in the arena or the spool, and are written when it is gone.
         """
         settings = self._tools.settings().jobs
         row = (await checkpoints.get_many(tx.conn, [job.checkpoint_id])).get(job.checkpoint_id)
         if passing and job.attempts >= settings.retries_max:
             await self._tools.jobs.postpone(tx, job, settings.backoff_s_max)
             return False
-        if passing:
+        pending = row is not None and row.state is State.PENDING
+        promised = pending and row is not None and row.origin is Origin.MEMORY
+        held = promised and not isinstance(error, publish.MemoryGone)
+        if passing or (held and not isinstance(error, Bug)):
             await self._tools.jobs.retry(tx, job, error)
             return False
-        pending = row is not None and row.state is State.PENDING
-        spared = pending and row is not None and row.origin is Origin.MEMORY and isinstance(error, Bug)
-        if pending and not spared:
+        if pending and not held:
             await checkpoints.mark_failed(tx, job.checkpoint_id, error.to_wire())
         await self._tools.jobs.park(tx, job, error)
-        return pending and not spared
+        return pending and not held
 
     async def _try_parked(self) -> None:
         """A hand-off whose job gave up holds memory: it has one more try after each start, and then now and then."""
         await anyio.sleep(PARKED_FIRST_S)
         while True:
             try:
-                woken = await self._tools.jobs.try_parked()
+                woken = await self._tools.jobs.try_parked(PARKED_MAX)
             except CkptdError as error:
                 log.warning("parked.not_tried", **error.to_wire())
             else:

@@ -43,7 +43,8 @@ async def read(conn: AsyncConnection, clock: Clock, experiment_id: str, rules: R
         reasons[hold.checkpoint_id].append(f"{hold.kind} of {hold.by}" + (f": {hold.note}" if hold.note else ""))
     for winner in await bests.held(conn, experiment_id):
         reasons[winner.checkpoint_id].append(winner.words)
-    known = {root.path: root for root in await roots.all_roots(conn)}
+    places = {checkpoint.root for checkpoint in found}
+    known = {root.path: root for root in await roots.at_paths(conn, places)}
     for checkpoint in found:
         root = known.get(checkpoint.root)
         if root is None or not root.may_remove(checkpoint.origin):

@@ -15,7 +15,7 @@ from ckptd import failpoint
 from ckptd.catalog import checkpoints, experiments
 from ckptd.catalog.checkpoints import Durable
 from ckptd.catalog.tx import Tx
-from ckptd.errors import CkptdError, Missing
+from ckptd.errors import CkptdError, Exists, Missing
 from ckptd.hooks.points import HookEvent
 from ckptd.jobs import Job
 from ckptd.model import Checkpoint, FileEntry, Identity, JobState, Level, Origin, State, step_name
@@ -36,6 +36,10 @@ NEXT = "verify"
 BACK = "settle"
 TOGETHER_BYTES_MAX = 64 << 20  # so large a file is digested again when the daemon dies before it was read back
 COLLISIONS_MAX = 100  # directories of an older catalog that may be in the way of one step
+
+
+class MemoryGone(Missing):
+    """Neither an arena nor the spool has the bytes any more: the only error that ends a memory hand-off."""
 
 
 async def run(job: Job, tools: Tools) -> Outcome:
@@ -79,7 +83,8 @@ async def run(job: Job, tools: Tools) -> Outcome:
 
 async def _already(job: Job, tools: Tools, checkpoint: Checkpoint) -> Outcome:
     """A crash hit between the catalog's commit and ours, or the save was replaced meanwhile."""
-    if checkpoint.state is State.LIVE and checkpoint.level.rank >= Level.DURABLE.rank:
+    known = {State.LIVE, State.CORRUPT, State.MISSING}  # of damage the next stage knows what to do with the copy
+    if checkpoint.state in known and checkpoint.level.rank >= Level.DURABLE.rank:
         await tools.sources.published(checkpoint.id)
 
         async def onward(tx: Tx) -> Job:
@@ -94,7 +99,7 @@ async def _already(job: Job, tools: Tools, checkpoint: Checkpoint) -> Outcome:
 async def _from_image(job: Job, tools: Tools, checkpoint: Checkpoint) -> Durable:
     fd = await tools.sources.open(checkpoint.id)
     if fd is None:
-        raise Missing(
+        raise MemoryGone(
             f"the memory that held checkpoint {checkpoint.id} is gone: the machine restarted before it was durable",
             hint="load an older checkpoint; STAGED survives the death of processes, not of the machine",
         )
@@ -122,8 +127,9 @@ async def _from_image(job: Job, tools: Tools, checkpoint: Checkpoint) -> Durable
             return replace(made, adopted=published.adopted, took_ms={} if published.adopted else took_ms)
     finally:
         os.close(fd)
-    raise Missing(
-        f"{COLLISIONS_MAX} unknown directories stand where step {checkpoint.step} belongs: run `ckpt rebuild`"
+    raise Exists(
+        f"{COLLISIONS_MAX} unknown directories stand where step {checkpoint.step} belongs",
+        hint="move them away; the save is kept in memory, and written when there is a place for it",
     )
 
 

@@ -34,6 +34,18 @@ class Sources(Protocol):
     async def drop(self, checkpoint_id: str) -> None:
         """Nobody needs the image any more."""
 
+    def keep(self, checkpoint_id: str) -> bool:
+        """Its files are damaged: from now on nobody is lent the memory of its copy, nor is it given up.
+
+        False when there is no copy. Without an `await`: there is no moment between the look and the mark.
+        """
+
+    def let_go(self, checkpoint_id: str) -> None:
+        """What `keep` kept is a hot copy as others are. Safe to repeat."""
+
+    def kept(self) -> list[str]:
+        """Of which checkpoints copies are kept."""
+
 
 class Bell:
     """Wakes the one who waits for it; rung while nobody waits, it is heard at the next waiting."""
@@ -46,11 +58,13 @@ class Bell:
         """Wake the one who waits, or the next who will. Never blocks."""
         self._rung.set()
 
-    async def heard(self, within_s: float) -> None:
-        """Wait until it was rung, or for so long."""
+    async def heard(self, within_s: float) -> bool:
+        """Wait until it was rung, or for so long; return whether it was."""
         with anyio.move_on_after(within_s):
             await self._rung.wait()
+        rung = self._rung.is_set()
         self._rung = anyio.Event()
+        return rung
 
 
 @dataclass(slots=True)

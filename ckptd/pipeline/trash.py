@@ -5,7 +5,8 @@ were not retired by us, and their row says MISSING. The note before the unlink t
 for whoever comes after a crash: it is written while the files are known to lie in the trash.
 """
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import timedelta
 
 import anyio
@@ -17,13 +18,17 @@ from ckptd.catalog.checkpoint_rows import identity_and_state
 from ckptd.catalog.tombstones import Graveyard, Tombstone, give_up_inodes, graveyards, retired_after, retired_before
 from ckptd.catalog.tx import Tx
 from ckptd.errors import CkptdError, Missing, NotFound
-from ckptd.model import Checkpoint, Identity, State
+from ckptd.jobs import NewJob
+from ckptd.model import Checkpoint, Identity, Level, State
 from ckptd.pipeline import strip
+from ckptd.pipeline.deed import to_its_end
 from ckptd.pipeline.tools import Tools
 from ckptd.pipeline.winners import refresh_best
 from ckptd.worker.protocol import IdentityRecord, Purge, Restore, Settle, Settlement, Trash
 
 log = structlog.get_logger()
+
+Record = Callable[[Tx, Identity], Awaitable[Checkpoint]]
 
 MOVES_MAX = 5  # renames in a row; then saves go first
 REST_S = 0.05  # after these
@@ -35,30 +40,41 @@ NOTED_MAX = 20  # unlinked before that is written down, all of them in one trans
 async def move(tools: Tools, checkpoint: Checkpoint) -> None:
     """Carry a tombstone out; safe to repeat. What is not the recorded bytes stays untouched, and the row is MISSING."""
     async with tools.emptying[checkpoint.root]:
-        found, state = await tools.catalog.read(lambda conn: identity_and_state(conn, checkpoint.id))
-        if state is not State.TRASHED:  # restored meanwhile
-            return
-        if found is None:  # its unlinking has begun
-            tools.moved.add(checkpoint.id)
-            return
-        try:
-            await tools.workers.call(
-                Trash(
-                    root=checkpoint.root,
-                    path=checkpoint.path,
-                    identity=IdentityRecord(found.dev, found.ino, found.size_bytes, found.mtime_ns, found.ctime_ns),
-                    trash=checkpoint.id,
-                    checkpoint=checkpoint.id,
-                )
+        is_done = await to_its_end(lambda: _carry_out(tools, checkpoint))
+    if is_done:
+        failpoint.hit("retain.moved")
+        await tools.sources.drop(checkpoint.id)
+
+
+async def _carry_out(tools: Tools, checkpoint: Checkpoint) -> bool:
+    """Move it, if it is to be moved; return whether it was. The caller holds the root's `emptying`."""
+    found, state = await tools.catalog.read(lambda conn: identity_and_state(conn, checkpoint.id))
+    if state is not State.TRASHED:  # restored meanwhile
+        return False
+    if found is None:  # its unlinking has begun
+        tools.moved.add(checkpoint.id)
+        return False
+    try:
+        await tools.workers.call(
+            Trash(
+                root=checkpoint.root,
+                path=checkpoint.path,
+                identity=_recorded(found),
+                trash=checkpoint.id,
+                checkpoint=checkpoint.id,
             )
-        except CkptdError as error:
-            if error.code not in {"missing", "not_found", "source_changed", "bad_path"}:
-                raise
-            await _not_ours(tools, checkpoint, error)
-        else:
-            tools.moved.add(checkpoint.id)
-    failpoint.hit("retain.moved")
-    await tools.sources.drop(checkpoint.id)
+        )
+    except CkptdError as error:
+        if error.code not in {"missing", "not_found", "source_changed", "bad_path"}:
+            raise
+        await _not_ours(tools, checkpoint, error)
+    else:
+        tools.moved.add(checkpoint.id)
+    return True
+
+
+def _recorded(found: Identity) -> IdentityRecord:
+    return IdentityRecord(found.dev, found.ino, found.size_bytes, found.mtime_ns, found.ctime_ns)
 
 
 async def _not_ours(tools: Tools, checkpoint: Checkpoint, error: CkptdError) -> None:
@@ -110,29 +126,59 @@ async def _unmoved(tools: Tools) -> list[str]:
 async def restore(tools: Tools, checkpoint: Checkpoint, uid: int, pid: int, *, pin: bool) -> Checkpoint:
     """Move a retired checkpoint back to its place, and pin it so that the rules do not retire it again.
 
+    Below VERIFIED it is read back by a job, entered in the same transaction.
+
     NotFound  it is not in the trash, or its unlinking has begun
     Exists    something else has its place; both stay as they are
+    Missing   the trash does not hold it any more, and what lies in its place is not it: nothing was touched
     """
+
+    async def record(tx: Tx, seen: Identity) -> Checkpoint:
+        after = await checkpoints.mark_restored(tx, checkpoint.id, checkpoint.path, seen)
+        await refresh_best(tx, after, tools.settings().rules_for(after.project, after.experiment))
+        if pin:
+            await holds.pin(tx, checkpoint.id, uid, "restored from the trash")
+        await audits.record(tx, audits.Deed(uid=uid, pid=pid, verb="restore", subject=checkpoint.id))
+        if after.state is State.LIVE and after.level.rank < Level.VERIFIED.rank:
+            lane = f"{checkpoint.id}/recheck"
+            job = NewJob(checkpoint_id=checkpoint.id, lane=lane, stage="verify", can_wait=True)
+            await tools.jobs.enqueue_behind(tx, job)
+        return after
+
     async with tools.emptying[checkpoint.root]:
-        found, state = await tools.catalog.read(lambda conn: identity_and_state(conn, checkpoint.id))
-        if state is not State.TRASHED or found is None:
-            why = "its unlinking has begun" if state is State.TRASHED else f"it is {state}"
-            raise NotFound(f"checkpoint {checkpoint.id} is not in the trash any more: {why}")
-        await tools.workers.call(Restore(root=checkpoint.root, path=checkpoint.path, trash=checkpoint.id))
+        return await to_its_end(lambda: _bring_back(tools, checkpoint, record))
+
+
+async def _bring_back(tools: Tools, checkpoint: Checkpoint, record: Record) -> Checkpoint:
+    """Ask the worker, then write it down. The caller holds the root's `emptying`.
+
+    From the question until the catalog has the answer nobody knows where the files are: the worker may have
+    moved them before it died, was given up, or the write failed. `moved` must not say that they are in the trash
+    then: a purge would unlink nothing and write DROPPED, and the files would be forgotten where they lie. Without
+    it, whoever comes next (resume(), or the purge itself) asks the worker for the move into the trash once more,
+    which is right in both cases.
+    """
+    found, state = await tools.catalog.read(lambda conn: identity_and_state(conn, checkpoint.id))
+    if state is not State.TRASHED or found is None:
+        why = "its unlinking has begun" if state is State.TRASHED else f"it is {state}"
+        raise NotFound(f"checkpoint {checkpoint.id} is not in the trash any more: {why}")
+    tools.moved.discard(checkpoint.id)
+    try:
+        await tools.workers.call(
+            Restore(
+                root=checkpoint.root,
+                path=checkpoint.path,
+                identity=_recorded(found),
+                trash=checkpoint.id,
+                checkpoint=checkpoint.id,
+            )
+        )
         failpoint.hit("restore.moved")
         seen = await _look(tools, checkpoint)
-
-        async def record(tx: Tx) -> Checkpoint:
-            after = await checkpoints.mark_restored(tx, checkpoint.id, checkpoint.path, seen)
-            await refresh_best(tx, after, tools.settings().rules_for(after.project, after.experiment))
-            if pin:
-                await holds.pin(tx, checkpoint.id, uid, "restored from the trash")
-            await audits.record(tx, audits.Deed(uid=uid, pid=pid, verb="restore", subject=checkpoint.id))
-            return after
-
-        after = await tools.catalog.write(record)
-        tools.moved.discard(checkpoint.id)
-        return after
+        return await tools.catalog.write(lambda tx: record(tx, seen))
+    except BaseException:
+        tools.trashed.ring()  # nothing was written, so upkeep would not look by itself
+        raise
 
 
 async def _look(tools: Tools, checkpoint: Checkpoint) -> Identity:
@@ -156,6 +202,7 @@ async def purge(tools: Tools) -> int:
     for graveyard in await tools.catalog.read(graveyards):
         if purged < PURGES_MAX:
             purged += await _purge_of(tools, graveyard, PURGES_MAX - purged)
+    await tools.catalog.follow_clock()  # unlinking takes its time
     return purged + await strip.purge(tools)
 
 
@@ -165,10 +212,13 @@ async def _purge_of(tools: Tools, graveyard: Graveyard, at_most: int) -> int:
     now = tools.clock.now()
     if (now - graveyard.since).total_seconds() < grace_s:
         return 0
-    before = now - timedelta(seconds=grace_s)  # no time before all times: something is as old as that
+    grace = timedelta(seconds=grace_s)  # no time before all times: something is as old as that
     purged = after = 0
     while purged < at_most:
-        page = await tools.catalog.read(lambda conn, after=after: retired_before(conn, graveyard, before, after))  # type: ignore[misc]
+        # Decided in a transaction, whose clock and rows are of one mind, whatever was set since `now`.
+        page = await tools.catalog.write(
+            lambda tx, after=after: retired_before(tx.conn, graveyard, tx.clock.now() - grace, after)  # type: ignore[misc]
+        )
         due = page[: at_most - purged]
         if not due:
             break
@@ -178,19 +228,18 @@ async def _purge_of(tools: Tools, graveyard: Graveyard, at_most: int) -> int:
 
 
 async def unlink(tools: Tools, due: Sequence[Tombstone], at_most: int) -> int:
-    """Unlink these for good, whatever their grace; return how many."""
+    """Unlink these for good, whatever their grace; return how many. What a pin or a lease holds stays."""
     purged = 0
     begun = (await _begun(tools, due))[:at_most]
     for start in range(0, len(begun), NOTED_MAX):
         gone = []
         for one in begun[start : start + NOTED_MAX]:
             try:
-                await _unlink_one(tools, one)
+                if await _unlink_one(tools, one):
+                    gone.append(one)
             except CkptdError as error:
                 log.warning("purge.delayed", checkpoint=one.id, **error.to_wire())
                 tools.delayed.add(one.id)
-                continue
-            gone.append(one)
         purged += await _note(tools, gone)
     return purged
 
@@ -200,22 +249,34 @@ async def _begun(tools: Tools, due: Sequence[Tombstone]) -> list[Tombstone]:
     for one in due:
         if one.id not in tools.moved:  # never carried out, or by an earlier daemon
             await try_to_move(tools, await tools.catalog.read(lambda conn, of=one.id: checkpoints.get(conn, of)))  # type: ignore[misc]
-    there = [one for one in due if one.id in tools.moved]
+    rows = await tools.catalog.read(lambda conn: checkpoints.get_many(conn, [one.id for one in due]))
+    by_root: defaultdict[str, list[str]] = defaultdict(list)
+    for row in rows.values():
+        by_root[row.root].append(row.id)
+    begun: set[str] = set()
+    for root, ids in by_root.items():
+        # Under the lock, so that none of them is on its way back while its inode is given up: what a restore
+        # has begun with is not in `moved`, and what is given up no restore begins with.
+        async with tools.emptying[root]:
+            there = [one for one in ids if one in tools.moved]
+            if there:
+                begun.update(await tools.catalog.write(lambda tx, of=there: give_up_inodes(tx, of)))  # type: ignore[misc]
+                failpoint.hit("retain.purging")
     tools.delayed.update(one.id for one in due if one.id not in tools.moved)
-    if not there:
-        return []
-    begun = await tools.catalog.write(lambda tx: give_up_inodes(tx, [one.id for one in there]))
-    failpoint.hit("retain.purging")
-    return [one for one in there if one.id in begun]
+    return [one for one in due if one.id in begun]
 
 
-async def _unlink_one(tools: Tools, one: Tombstone) -> None:
+async def _unlink_one(tools: Tools, one: Tombstone) -> bool:
+    """Unlink it; False when it is not TRASHED any more, and nothing was touched."""
     checkpoint = await tools.catalog.read(lambda conn: checkpoints.get(conn, one.id))
     async with tools.emptying[checkpoint.root]:
+        if await tools.catalog.read(lambda conn: checkpoints.state_of(conn, one.id)) is not State.TRASHED:
+            return False
         # What was taken out of it before goes first: nobody would look for it once its checkpoint is gone.
         await strip.unlink_with(tools, checkpoint)
         await tools.workers.call(Purge(root=checkpoint.root, trash=one.trash))
     failpoint.hit("retain.purged")
+    return True
 
 
 async def _note(tools: Tools, gone: Sequence[Tombstone]) -> int:

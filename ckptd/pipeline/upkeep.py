@@ -27,11 +27,12 @@ async def run(tools: Tools) -> None:
 async def _move(tools: Tools) -> None:
     """Carry out what a plan left over, what an earlier daemon left, and what could not be done at the first try."""
     nothing_at: int | None = None  # the catalog's edition when there was nothing to do: at rest nobody reads
+    rung = True
     while True:
         full = False
         edition = tools.catalog.edition()
         try:
-            if edition is None or edition != nothing_at:
+            if rung or edition is None or edition != nothing_at:
                 moved, stripped = await trash.resume(tools), await strip.resume(tools)
                 full = stripped >= strip.STRIPS_MAX
                 nothing_at = edition if moved == stripped == 0 else None
@@ -40,7 +41,7 @@ async def _move(tools: Tools) -> None:
         if full:
             await anyio.sleep(MOVE_AGAIN_S)
         else:
-            await tools.trashed.heard(MOVE_S)
+            rung = await tools.trashed.heard(MOVE_S)
 
 
 async def _purge(tools: Tools) -> None:

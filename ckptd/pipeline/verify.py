@@ -4,15 +4,14 @@ In the same transaction the best of each rule is decided again, so that no reade
 verified checkpoint whose best flag is still open, and nothing can retire a winner in between.
 """
 
-import os
 from dataclasses import dataclass, replace
 
 import structlog
 
 from ckptd import failpoint
-from ckptd.catalog import checkpoints, roots
+from ckptd.catalog import arrivals, checkpoints, roots
 from ckptd.catalog.tx import Tx
-from ckptd.errors import CkptdError
+from ckptd.errors import CkptdError, SourceChanged
 from ckptd.hooks.points import HookEvent
 from ckptd.jobs import Job
 from ckptd.model import Checkpoint, Damage, FileEntry, Identity, JobState, Origin, State
@@ -51,33 +50,54 @@ async def run(job: Job, tools: Tools) -> Outcome:
     """Verify one checkpoint. Damage while its arena still holds the bytes: written again to new inodes."""
     fresh: Fresh | None = job.fresh
     read = _just_digested(fresh) if fresh is not None else await subject(tools, job.checkpoint_id)
+    if job.payload.get("repaired"):
+        return await _clear(job, tools, read.checkpoint)
     if fresh is None and (read.checkpoint.state not in READABLE or not read.files):
+        tools.sources.let_go(job.checkpoint_id)
+        if job.payload.get("repairs"):  # retired since: what was moved aside goes all the same
+            return await _clear(job, tools, read.checkpoint)
         await tools.catalog.write(lambda tx: tools.jobs.finish(tx, job))
         return Ended()
     if await _is_postponed(job, tools, read):
         return Ended()
-    damage = await compare(tools, read)
+    damage, seen = await read_back(tools, read)
     if damage:
         return await _damaged(job, tools, read, damage)
-    # Rows made by a repair, a restore or a rebuild may tell of other inodes than those that were read.
-    seen = await look(tools, read) if fresh is None and read.checkpoint.state is not State.LIVE else None
     rules = tools.settings().rules_for(read.checkpoint.project, read.checkpoint.experiment)
 
     async def record(tx: Tx) -> Job:
         if fresh is not None:
             await fresh.record(tx)
         await good(tx, read, seen, rules)
-        root = await roots.by_path(tx.conn, read.checkpoint.root)
-        linked = rules.links and root is not None and root.may_link
-        if linked or rules.deletes:
-            return await tools.jobs.advance(tx, job, NEXT)
-        await tools.jobs.finish(tx, job)  # of the stages that follow, none has anything to do
-        return replace(job, state=JobState.DONE)
+        if job.payload.get("repairs"):
+            return await tools.jobs.advance(tx, job, job.stage, {**job.payload, "repaired": True})
+        return await _onward(tx, job, tools, read.checkpoint)
 
     onward = await tools.catalog.write(record)
     failpoint.hit("verify.recorded")
-    for number in range(1, int(job.payload.get("repairs", 0)) + 1):
-        await tools.workers.call(Purge(root=read.checkpoint.root, trash=_evidence(job.checkpoint_id, number)))
+    tools.sources.let_go(job.checkpoint_id)
+    return Ended() if onward.state is JobState.DONE else Onward(onward)
+
+
+async def _onward(tx: Tx, job: Job, tools: Tools, checkpoint: Checkpoint) -> Job:
+    rules = tools.settings().rules_for(checkpoint.project, checkpoint.experiment)
+    root = await roots.by_path(tx.conn, checkpoint.root)
+    linked = rules.links and root is not None and root.may_link
+    if linked or rules.deletes:
+        return await tools.jobs.advance(tx, job, NEXT)
+    await tools.jobs.finish(tx, job)  # of the stages that follow, none has anything to do
+    return replace(job, state=JobState.DONE)
+
+
+async def _clear(job: Job, tools: Tools, checkpoint: Checkpoint) -> Outcome:
+    """Unlink what repairs moved aside, now that what they wrote is verified. Only this job knows of it: it is
+    repeated until it is done, and then goes on.
+    """
+    async with tools.emptying[checkpoint.root]:
+        for number in range(1, REPAIRS_MAX + 1):
+            await tools.workers.call(Purge(root=checkpoint.root, trash=_evidence(checkpoint.id, number)))
+    failpoint.hit("repair.cleared")
+    onward = await tools.catalog.write(lambda tx: _onward(tx, job, tools, checkpoint))
     return Ended() if onward.state is JobState.DONE else Onward(onward)
 
 
@@ -112,6 +132,26 @@ def _just_digested(fresh: Fresh) -> Subject:
     )
 
 
+async def read_back(tools: Tools, read: Subject) -> tuple[list[Damage], Identity | None]:
+    """Compare, and say which inode was read when the row may tell of another: after a repair, a restore or a rebuild.
+
+    It is looked at before and after: a file that its writer puts there in between would be recorded as what was
+    read, and never be found to be another one.
+    SourceChanged  something else lies there than before
+    """
+    if read.checkpoint.state is State.LIVE:
+        return await compare(tools, read), None
+    try:
+        before = await look(tools, read)
+    except CkptdError:
+        before = None  # a disk that can't read a header: comparing says what is wrong with it
+    damage = await compare(tools, read)
+    after = None if damage else await look(tools, read)
+    if after is not None and (before is None or not before.means(after)):
+        raise SourceChanged(f"{read.checkpoint.path} was replaced while it was read back", hint="verify it once more")
+    return damage, after
+
+
 async def compare(tools: Tools, read: Subject) -> list[Damage]:
     """Ask the worker to read a checkpoint back; return what is wrong with it, DAMAGE_MAX files at most."""
     answer: Verified = await tools.workers.call(
@@ -137,11 +177,11 @@ async def good(tx: Tx, read: Subject, seen: Identity | None, rules: Rules) -> Ch
     """Record that every digest was equal, whatever was thought of the checkpoint before.
 
     seen  the inode that was read, when it may be another than the recorded one. What was retired
-          meanwhile stays retired.
+          meanwhile stays retired, and what another row took the place of stays missing.
     """
     row = read.checkpoint
     state = await checkpoints.state_of(tx.conn, row.id)
-    if state not in READABLE:
+    if state not in READABLE or (state is State.MISSING and await _is_succeeded(tx, row)):
         return await checkpoints.get(tx.conn, row.id)
     found = seen or read.recorded
     if state is State.MISSING and found is not None:
@@ -151,6 +191,14 @@ async def good(tx: Tx, read: Subject, seen: Identity | None, rules: Rules) -> Ch
     verified = await checkpoints.mark_verified(tx, row.id)
     await refresh_best(tx, row, rules)
     return verified
+
+
+async def _is_succeeded(tx: Tx, row: Checkpoint) -> bool:
+    """Whether what lies at its path is another row's now, however equal its bytes: a rule that retired this one
+    would remove the file of that one, pinned or not.
+    """
+    newest = (await arrivals.at_paths(tx.conn, [row.path])).get(row.path)
+    return newest is not None and newest.id != row.id and newest.state in {State.PENDING, State.LIVE, State.CORRUPT}
 
 
 async def bad(tx: Tx, read: Subject, damage: list[Damage], rules: Rules) -> Checkpoint:
@@ -181,10 +229,9 @@ async def _damaged(job: Job, tools: Tools, read: Subject, damage: list[Damage]) 
     """Say what is wrong; while an arena still holds the bytes, send the job to be written again."""
     checkpoint = read.checkpoint
     repairs = int(job.payload.get("repairs", 0))
-    image = await tools.sources.open(checkpoint.id) if checkpoint.origin is Origin.MEMORY else None
-    if image is not None:
-        os.close(image)
-    repairable = image is not None and repairs < REPAIRS_MAX and "descriptor" in job.payload
+    # At once, with nothing awaited since the damage was told: from here on nobody is lent this memory.
+    kept = checkpoint.origin is Origin.MEMORY and tools.sources.keep(checkpoint.id)
+    repairable = kept and repairs < REPAIRS_MAX and "descriptor" in job.payload
     overwritten = not repairable and await is_overwritten(tools, read)
     rules = tools.settings().rules_for(checkpoint.project, checkpoint.experiment)
     trash = _evidence(checkpoint.id, repairs + 1)
@@ -203,7 +250,10 @@ async def _damaged(job: Job, tools: Tools, read: Subject, damage: list[Damage]) 
         # The links must not lead here any more.
         return await tools.jobs.advance(tx, job, NEXT)
 
-    return Onward(await tools.catalog.write(record))
+    onward = await tools.catalog.write(record)
+    if not repairable:
+        tools.sources.let_go(checkpoint.id)
+    return Onward(onward)
 
 
 def _evidence(checkpoint_id: str, number: int) -> str:

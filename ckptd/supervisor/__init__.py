@@ -4,8 +4,10 @@ Under systemd it becomes the daemon at once: systemd is the supervisor. Elsewher
 batch job, a laptop) it stays, small, and does what systemd would: one instance per state directory,
 the listening socket, stored descriptors, restarts, watchdog. The daemon can't tell the difference.
 
-Should the supervisor itself be killed, the kernel sends the daemon SIGTERM: it drains and exits, for
-nobody would keep its arenas any more. What it can't finish, trainers submit again to the next one.
+It keeps saves in memory for as long as it lives: before it ends, those that no daemon took over go into
+the spool (rescue.py). Should the supervisor itself be killed, the kernel sends the daemon SIGTERM: it
+drains and exits, for nobody would keep its arenas any more. What it can't finish, trainers submit again
+to the next one.
 """
 
 import argparse
@@ -22,6 +24,7 @@ from ckptd.errors import AlreadyRunning, BadConfig, CkptdError
 from ckptd.origins.files import places
 from ckptd.supervisor import detach, listen
 from ckptd.supervisor.mailbox import Mailbox
+from ckptd.supervisor.rescue import Rescue
 from ckptd.supervisor.say import Voice
 from ckptd.supervisor.unit import Plan, Timing, Unit
 from ckptd_client import places as user_places
@@ -100,6 +103,7 @@ def supervise(flags: Flags, command: tuple[str, ...], voice: Voice, timing: Timi
         timing=timing or Timing(),
         on_ready=background.ready,
         on_beat=background.trim,
+        rescue=Rescue(where.state_dir, voice.say).run,
     )
     try:
         return Unit(plan, listener, mailbox, SystemClock()).run()

@@ -7,6 +7,9 @@
 
 Exit status 0 and 78 (bad configuration) are the daemon's last word; anything else is a crash, and the
 next daemon gets the same listening socket and every stored descriptor.
+
+The store goes with this process. However the loop ends, what a next daemon would need of it is rescued
+first (rescue.py): the daemon may have died before it took it over, or never have come back.
 """
 
 import ctypes
@@ -26,7 +29,8 @@ from ckptd.supervisor.fdstore import FdStore
 from ckptd.supervisor.mailbox import Mailbox, Message
 
 FIRST_FD = 3
-FINAL_CODES = frozenset({0, 78})
+BAD_CONFIG, NOT_RESCUED = 78, 1
+FINAL_CODES = frozenset({0, BAD_CONFIG})
 EXTEND_S_MAX = 3600.0
 _NAME_CHARS_MAX = 255
 _PR_SET_PDEATHSIG = 1
@@ -51,7 +55,10 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to run and how. `on_ready` and `on_beat` are called for each READY=1 and each sign of life."""
+    """What to run and how. `on_ready` and `on_beat` are called for each READY=1 and each sign of life.
+
+    `rescue` brings what the store holds to safety before this process ends, and returns how many saves it could not.
+    """
 
     command: tuple[str, ...]
     say: Callable[..., None]
@@ -59,6 +66,7 @@ class Plan:
     timing: Timing = field(default_factory=Timing)
     on_ready: Callable[[], None] = lambda: None
     on_beat: Callable[[], None] = lambda: None
+    rescue: Callable[[FdStore], int] = lambda _: 0
 
 
 class Phase(StrEnum):
@@ -92,20 +100,49 @@ class Unit:
         self._code: int | None = None
 
     def run(self) -> int:
-        """Run until the daemon is gone for good; return its exit status (128 + N after a signal N). Blocks."""
+        """Run until the daemon is gone for good; return its exit status (128 + N after a signal N). Blocks.
+
+        1 in the place of a 0 when a save that only the store held could not be brought to safety.
+        """
         heard, wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         before = {number: signal.signal(number, _note) for number in _FORWARDED}
         old_wake = signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
         try:
-            while self._code is None:
-                self._turn(heard)
+            return self._watch(heard)
         finally:
+            # Until here: no signal ends the rescue.
             signal.set_wakeup_fd(old_wake)
             for number, handler in before.items():
                 signal.signal(number, handler)
             os.close(heard)
             os.close(wake)
-        return self._code
+
+    def _watch(self, heard: int) -> int:
+        while True:
+            try:
+                self._turn(heard)
+            except BaseException:
+                # A defect, or a machine without a process to spare: what we hold must not end with us all the same.
+                self._plan.rescue(self.store)
+                raise
+            if self._code is not None and self._lets_go(self._code):
+                return self._code
+
+    def _lets_go(self, code: int) -> bool:
+        """No daemon runs, and none is to: whether we may end, with `code`. What only the store holds is rescued now.
+
+        When it can't be, and the configuration alone keeps the next daemon away, nobody waits for our end:
+        then we stay, and so does our memory, until a person has put right one or the other.
+        """
+        lost = self._plan.rescue(self.store)
+        if lost and code == BAD_CONFIG and not self._asked and not self._plan.once:
+            pause_s = self._plan.timing.restart_s_max
+            self._plan.say("error", "supervisor.holds_on", saves=lost, code=code, restart_in_s=pause_s)
+            self._code = None
+            self._set(Phase.DOWN, pause_s)
+            return False
+        self._code = code or (NOT_RESCUED if lost else 0)
+        return True
 
     def _turn(self, heard: int) -> None:
         poll = select.poll()

@@ -22,7 +22,7 @@ import msgspec
 
 from ckptd import failpoint
 from ckptd.errors import BadRequest, Bug, Busy, CkptdError
-from ckptd.worker import fetching, heap, kernel, protocol, verbs
+from ckptd.worker import fetching, heap, kernel, protocol, rootmark, verbs
 from ckptd.worker.context import Context, Limits, TakesLong
 from ckptd.worker.fault import coded
 from ckptd.worker.lane import Lane
@@ -206,18 +206,19 @@ class Loop:
             run: Callable[[Any, Context], Any] = getattr(
                 importlib.import_module(f"ckptd.worker.{verb.module}"), verb.function
             )
-            reply = run(request, context)
+            with rootmark.checked(request, context):
+                reply = run(request, context)
         except TakesLong:
             self._again(number, request, context)
             return
         except CkptdError as error:
-            outcome = partial(self._fail, number, error)
+            outcome = partial(self._fail, number, error, context.root)
         except OSError as error:
-            outcome = partial(self._fail, number, coded(error) or self._bug(request, error))
+            outcome = partial(self._fail, number, coded(error) or self._bug(request, error), context.root)
         except Exception as error:  # noqa: BLE001  the border
-            outcome = partial(self._fail, number, self._bug(request, error))
+            outcome = partial(self._fail, number, self._bug(request, error), context.root)
         else:
-            outcome = partial(self._send, {"id": number, "ok": True, "result": reply})
+            outcome = partial(self._send, {"id": number, "ok": True, "result": reply, **_mark(context.root)})
         with self._table:
             del self._running[number]
         try:
@@ -231,8 +232,8 @@ class Loop:
         _log("worker.internal", verb=type(request).__name__, traceback="".join(traceback.format_exception(error)))
         return Bug(f"{type(error).__name__}: {error}")
 
-    def _fail(self, number: int, error: CkptdError) -> None:
-        self._send({"id": number, "ok": False, "error": error.to_wire()})
+    def _fail(self, number: int, error: CkptdError, root: protocol.RootMark | None = None) -> None:
+        self._send({"id": number, "ok": False, "error": error.to_wire(), **_mark(root)})
 
     def _speak(self, number: int, lane: Lane, body: dict[str, object]) -> None:
         """Send what a verb says before its reply.
@@ -256,6 +257,11 @@ class Loop:
                 self._socket.sendall(frame)
         except OSError:
             os._exit(0)  # as at the end of the socket
+
+
+def _mark(root: protocol.RootMark | None) -> dict[str, object]:
+    """Say what a root is known by, also beside an error: the mark may have been written before it."""
+    return {} if root is None else {"root": root}
 
 
 def _log(event: str, **facts: object) -> None:

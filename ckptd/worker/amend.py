@@ -5,6 +5,7 @@ it. So what comes later has a file of its own, which is replaced whole each time
 """
 
 import os
+from contextlib import suppress
 
 import msgspec
 
@@ -12,7 +13,7 @@ from ckptd.errors import BadRequest, Missing, SourceChanged
 from ckptd.worker import beneath, durable
 from ckptd.worker.context import Context
 from ckptd.worker.formats.ckptd_dir import LATE, LATE_BYTES_MAX, named_in
-from ckptd.worker.fsync import fsync_directory
+from ckptd.worker.fsync import FailedEarlier, fsync_directory
 from ckptd.worker.protocol import Amend, Done
 
 
@@ -38,9 +39,11 @@ def run(request: Amend, _context: Context) -> Done:
         if named_in(directory_fd) != request.checkpoint:
             raise SourceChanged(f"{request.path!r} does not say that it is checkpoint {request.checkpoint}")
         if _read(directory_fd) == text:
-            # Its name may be from a process that died before its fsync.
-            fsync_directory(directory_fd)
-            return Done(0)
+            # Its name may be from a process that died before its fsync. Where that fsync failed it is written again:
+            # another is asked for only after another change.
+            with suppress(FailedEarlier):
+                fsync_directory(directory_fd)
+                return Done(0)
         durable.replace_file(directory_fd, LATE, text)
     finally:
         os.close(directory_fd)

@@ -6,6 +6,9 @@ A root itself is the operator's word: its own path may hold symlinks. Below it n
 import errno
 import os
 import stat
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from ckptd.errors import BadPath, NotFound
 from ckptd.worker import kernel
@@ -37,8 +40,30 @@ def parts_of(relative: str) -> tuple[str, ...]:
     return parts
 
 
+class _Held(threading.local):
+    """The root that this thread's verb was let in to."""
+
+    root = ""
+    fd = -1
+
+
+_held = _Held()
+
+
+@contextmanager
+def held(root: str, fd: int) -> Iterator[None]:
+    """Make open_root of this thread open the directory behind `fd` for `root`, whatever has its path by then."""
+    _held.root, _held.fd = root, fd
+    try:
+        yield
+    finally:
+        _held.root, _held.fd = "", -1
+
+
 def open_root(root: str) -> int:
     """Open a root directory for reading. NotFound when it is not there."""
+    if root == _held.root:
+        return open_directory(_held.fd, ())
     try:
         return os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except FileNotFoundError as error:

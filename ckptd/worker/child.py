@@ -46,6 +46,7 @@ class _Frame(msgspec.Struct):
     part: msgspec.Raw = msgspec.Raw()
     error: dict[str, Any] | None = None
     alive: bool = False
+    root: protocol.RootMark | None = None
 
 
 class _Letter(NamedTuple):
@@ -64,11 +65,15 @@ def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 @dataclass(eq=False)
 class Pending:
-    """A request on its way. `heard_s` is when the worker last spoke of it, `changed` is set then."""
+    """A request on its way. `heard_s` is when the worker last spoke of it, `changed` is set then.
+
+    root  what the worker saw of its root's mark, once it has ended
+    """
 
     number: int
     heard_s: float
     outcome: msgspec.Raw | CkptdError | None = None
+    root: protocol.RootMark | None = None
     parts: deque[msgspec.Raw] = field(default_factory=deque)
     parts_bytes: int = 0
     changed: anyio.Event = field(default_factory=anyio.Event)
@@ -294,6 +299,7 @@ class Child:
         if frame.ok is not None:
             self.answered = True
             del self._pending[frame.id]
+            pending.root = frame.root
             pending.settle(frame.result if frame.ok else from_wire(frame.error or {}))
         elif frame.part:
             pending.add_part(frame.part)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from ckptd.errors import TimedOut
+from ckptd.worker.protocol import RootMark
 
 ALIVE_EVERY_S = 5.0  # at most
 BEATS = 8  # in the time a worker may be silent: a few that come late are no verdict
@@ -51,6 +52,7 @@ class Context:
     fd         the arena that came with the request, or None; it closes when the verb has answered
     cancelled  set by the daemon's `cancel`
     quick      the thread is for questions of a millisecond: TakesLong instead of reading much
+    root       what the request's root is known by, once that was seen (rootmark.checked)
     """
 
     send: Callable[[dict[str, object]], None] = lambda _: None
@@ -58,6 +60,7 @@ class Context:
     limits: Limits = field(default_factory=Limits)
     cancelled: threading.Event = field(default_factory=threading.Event)
     quick: bool = False
+    root: RootMark | None = None
     _beat_s: float = field(default_factory=time.monotonic)
     _held: list[Callable[[], None]] = field(default_factory=list)
 

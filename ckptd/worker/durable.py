@@ -8,8 +8,8 @@ import errno
 import fcntl
 import os
 import stat
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from ckptd import failpoint
@@ -213,6 +213,34 @@ def replace_file(directory_fd: int, name: str, text: bytes) -> None:
     instant a power cut leaves the old file or the new one, and each is whole. One writer at a time:
     what a dead one left under the other name is removed first.
     """
+    with _beside(directory_fd, name, text) as (fd, temporary):
+        failpoint.hit("amend.written")
+        fsync_file(fd, "amend.fsynced")
+        os.rename(temporary, name, src_dir_fd=directory_fd, dst_dir_fd=directory_fd)
+    failpoint.hit("amend.renamed")
+    fsync_directory(directory_fd, "amend.dir_fsynced")
+
+
+def write_mark(root_fd: int, name: str, text: bytes) -> None:
+    """Give a root its mark, as replace_file does it: durable before anything is published under it.
+
+    FsyncFailed: it is gone again, for a name whose fsync failed lasts only when it is made anew.
+    """
+    with _beside(root_fd, name, text) as (fd, temporary):
+        failpoint.hit("mark.written")
+        fsync_file(fd, "mark.fsynced")
+        os.rename(temporary, name, src_dir_fd=root_fd, dst_dir_fd=root_fd)
+    try:
+        failpoint.hit("mark.renamed")
+        fsync_directory(root_fd, "mark.dir_fsynced", _change)
+    except BaseException:
+        os.unlink(name, dir_fd=root_fd)
+        raise
+
+
+@contextmanager
+def _beside(directory_fd: int, name: str, text: bytes) -> Iterator[tuple[int, str]]:
+    """Write a file under another name than `name`, for the block to give it that; it goes when the block fails."""
     temporary = f".{name[:_STEM_CHARS_MAX]}{TEMPORARY}replaces"
     with suppress(FileNotFoundError):
         os.unlink(temporary, dir_fd=directory_fd)
@@ -221,16 +249,12 @@ def replace_file(directory_fd: int, name: str, text: bytes) -> None:
         rest = memoryview(text)
         while rest:
             rest = rest[os.write(fd, rest) :]
-        failpoint.hit("amend.written")
-        fsync_file(fd, "amend.fsynced")
-        os.rename(temporary, name, src_dir_fd=directory_fd, dst_dir_fd=directory_fd)
+        yield fd, temporary
     except BaseException:
         os.unlink(temporary, dir_fd=directory_fd)
         raise
     finally:
         os.close(fd)
-    failpoint.hit("amend.renamed")
-    fsync_directory(directory_fd, "amend.dir_fsynced")
 
 
 def replace_symlink(directory_fd: int, name: str, target: str) -> None:

@@ -22,6 +22,7 @@ from ckptd.events import Event
 from ckptd.worker import mounts, protocol
 from ckptd.worker.child import Child, Pending
 from ckptd.worker.context import ALIVE_EVERY_S, BEATS
+from ckptd.worker.rootmarks import RootMarks
 from ckptd.worker.station import Pace, Setup, Station, WorkerState
 
 __all__ = ["Pace", "Parts", "Rig", "WorkerState", "Workers", "worker_command"]
@@ -58,11 +59,15 @@ class Rig:
 
 
 class Parts:
-    """The answer of a verb that answers in parts; iterate it once. `reply` is its end, once it has come."""
+    """The answer of a verb that answers in parts; iterate it once. `reply` is its end, once it has come.
+
+    root  what the root is known by now, if the verb had a look at that
+    """
 
     def __init__(self, station: Station, request: protocol.Request, child: Child, pending: Pending) -> None:
         """Read what the worker sends for `pending`."""
         self.reply: Any = None
+        self.root: protocol.RootMark | None = None
         self._station = station
         self._request = request
         self._child = child
@@ -78,7 +83,8 @@ class Parts:
         pending = self._pending
         while not pending.parts:
             if pending.outcome is not None:
-                self.reply = self._station.reply(self._request, pending.outcome)
+                self.reply = await self._station.ended(self._request, pending)
+                self.root = pending.root
                 raise StopAsyncIteration
             await self._station.listen(self._child, pending, self._silence_s)
         return self._station.part(self._request, pending.take_part())
@@ -96,12 +102,14 @@ class Workers:
     ) -> None:
         """Start no process. `rig` is for those who test."""
         rig = rig or Rig()
+        self.marks = RootMarks()
         self._setup = Setup(
             settings=settings,
             command=rig.command or worker_command(settings),
             pace=rig.pace,
             now=clock.now,
             publish_event=publish_event,
+            marks=self.marks,
         )
         self._clock = clock
         self._mountinfo = rig.mountinfo
@@ -129,11 +137,11 @@ class Workers:
 
         WorkerLost    the worker died on the way: the request may or may not have been done
         TimedOut      it was silent for workers.request_s and was killed
-        RootDegraded  its mount hangs; nothing was asked
+        RootDegraded  its mount hangs, and nothing was asked; or the root is not what it was, and nothing was touched
         and every error that the verb itself answers with (errors.from_wire)
         """
         station = await self._station(request.root)
-        return await station.call(request, arena_fd)
+        return await station.call(self.marks.on(request), arena_fd)
 
     @asynccontextmanager
     async def parts(self, request: protocol.Request, *, arena_fd: int | None = None) -> AsyncIterator[Parts]:
@@ -142,6 +150,7 @@ class Workers:
         The reader may call other verbs between two parts. Who leaves child.PARTS_BYTES_MAX unread
         has Busy instead of more. Errors as `call`, raised while iterating.
         """
+        request = self.marks.on(request)
         station = await self._station(request.root)
         child, pending = await station.ask(request, arena_fd)
         try:

@@ -1,11 +1,12 @@
 """The symlinks beside checkpoints: `latest` and `best`."""
 
 import os
+from contextlib import suppress
 
 from ckptd.errors import BadPath
 from ckptd.worker import beneath, durable
 from ckptd.worker.context import Context
-from ckptd.worker.fsync import fsync_directory
+from ckptd.worker.fsync import FailedEarlier, fsync_directory
 from ckptd.worker.protocol import Done, Link
 
 
@@ -29,9 +30,11 @@ def run(request: Link, _context: Context) -> Done:
         if not request.target:
             return Done(int(durable.remove_symlink(directory_fd, parts[-1])))
         if _points_to(directory_fd, parts[-1]) == request.target:
-            # Its name may be from a process that died before its fsync.
-            fsync_directory(directory_fd)
-            return Done(0)
+            # Its name may be from a process that died before its fsync. Where that fsync failed it is made again:
+            # another is asked for only after another change.
+            with suppress(FailedEarlier):
+                fsync_directory(directory_fd)
+                return Done(0)
         durable.replace_symlink(directory_fd, parts[-1], request.target)
         return Done(1)
     finally:

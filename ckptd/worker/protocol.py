@@ -7,6 +7,7 @@ verbs that answer in parts (scan, watch), any number of {"id": 3, "part": {...}}
 (a watch with Done, all others with the error "timeout"). "fds": 1 in a request: one arena rides along.
 {"id": 3, "alive": true} comes at least every 5 s while a request makes progress, or waits behind one
 that does; a request that hangs in the kernel falls silent. A worker exits at the end of its socket.
+"root": {...} beside a result or an error is what the root is known by from now on (RootMark).
 
 Frames of this socket pair may have FRAME_BYTES_MAX of this file, not that of clients: a damage map
 takes 19 bytes a MiB, so a checkpoint of 1 TB needs 19 MB. Both ends encode with msgspec.
@@ -22,10 +23,21 @@ import msgspec
 FRAME_BYTES_MAX = 64 << 20
 
 
+class RootMark(msgspec.Struct, frozen=True):
+    """What a managed root is known by: its mark's id, and the device where that was seen. id "": by nothing yet."""
+
+    id: str = ""
+    device: int = 0
+
+
 class Request(msgspec.Struct, frozen=True, kw_only=True, tag_field="verb", forbid_unknown_fields=True):
-    """Base of all verbs. `root` is the storage root that the worker must not leave."""
+    """Base of all verbs. `root` is the storage root that the worker must not leave.
+
+    mark  what the root must be (worker/rootmark.py), or the error is "root_degraded"; None: nobody asks
+    """
 
     root: str
+    mark: RootMark | None = None
 
 
 class FileImage(msgspec.Struct, frozen=True):
@@ -70,13 +82,16 @@ class Publish(Request, frozen=True, tag="publish"):
 
     target    absolute directory that must not exist yet (parents are made, 0755 & ~umask)
     manifest  everything manifest.json says except "files"; holds "checkpoint": the id
+    sha256   what each file must have, by path, where that is known already (a repair); {}: it is not
     A target that exists with the same checkpoint id is adopted (a repeated publish is one
-    publish); with another id the answer is the error "exists".
+    publish); with another id the answer is the error "exists". "source_changed": the arena holds
+    other bytes than `sha256` says; nothing has the final name.
     """
 
     target: str
     files: list[FileImage]
     manifest: dict[str, Any]
+    sha256: dict[str, str] = {}
 
 
 class Published(msgspec.Struct, frozen=True):
@@ -206,12 +221,14 @@ class Scan(Request, frozen=True, tag="scan"):
     managed  the root's layout is ours: manifests are read, nothing else is a checkpoint
     under    scan only this sub-directory ("" for all)
     known    marks (worker/mark.py) of what is not to be told again, MARK_BYTES each, one after the other
+    adopt    the root is not asked for its mark: which one it has, or none, is told with the reply
     """
 
     managed: bool
     under: str = ""
     entries_max: int = 2_000_000
     known: bytes = b""
+    adopt: bool = False
 
 
 class Candidate(msgspec.Struct, frozen=True):
@@ -282,19 +299,27 @@ class Trash(Request, frozen=True, tag="trash"):
     """Move `path` into <root>/.ckptd-trash/<trash> by rename; refused unless it is still `identity`.
 
     checkpoint  the id that a manifest must name, where the device number is another than recorded
+    named       it must have a manifest that names `checkpoint`, whatever else is as recorded
     """
 
     path: str
     identity: IdentityRecord
     trash: str
     checkpoint: str = ""
+    named: bool = False
 
 
 class Restore(Request, frozen=True, tag="restore"):
-    """Move <root>/.ckptd-trash/<trash> back to `path`, which must not exist."""
+    """Move <root>/.ckptd-trash/<trash> back to `path`, which must not exist.
+
+    identity, checkpoint  what was retired, as for Trash: what lies at `path` while the trash holds nothing counts
+                          as restored only when it is that
+    """
 
     path: str
+    identity: IdentityRecord
     trash: str
+    checkpoint: str = ""
 
 
 class Amend(Request, frozen=True, tag="amend"):

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import msgspec
 
 from ckptd import failpoint
-from ckptd.errors import BadPath, BadRequest, Corrupt, Exists, NoSpace
+from ckptd.errors import BadPath, BadRequest, Corrupt, Exists, NoSpace, SourceChanged
 from ckptd.model import is_id
-from ckptd.worker import beneath, durable
+from ckptd.worker import beneath, durable, rootmark
 from ckptd.worker.context import Context
 from ckptd.worker.durable import MANIFEST, TemporaryDirectory
 from ckptd.worker.fsync import FsyncFailed, fsync_directory, fsync_file
@@ -45,6 +45,7 @@ def run(request: Publish, context: Context) -> Published:
     Corrupt     the target is this checkpoint, but its files are not as its manifest says
     NoSpace     before anything was written, or with nothing left behind
     FsyncFailed the disk lost bytes twice
+    SourceChanged  the arena holds other bytes than those asked for; nothing is left behind
     """
     if context.fd is None:
         raise BadRequest("a publish needs an arena")
@@ -54,7 +55,7 @@ def run(request: Publish, context: Context) -> Published:
     parts = beneath.parts_below(request.root, request.target)
     if not parts:
         raise BadPath("the target is the root itself")
-    root_fd = durable.make_root(request.root)
+    root_fd = rootmark.make_root(request, context)
     try:
         parent_fd = durable.make_dir_chain(root_fd, parts[:-1])
     finally:
@@ -107,6 +108,7 @@ def _attempt(request: Publish, context: Context, place: _Place, image: Image) ->
     try:
         failpoint.hit("copy.tmp_created")
         written = ImageWriter(image, request.files, temporary.fd, context).run()
+        _check_digests(request, written.records)
         text = manifest_text(request.manifest, written.records)
         _write_manifest(temporary.fd, text)
         temporary.publish(place.name)
@@ -191,10 +193,18 @@ def _adopted(request: Publish, place: _Place) -> Published | None:
         if found.checkpoint != place.checkpoint:
             raise Exists(f"{request.target!r} is checkpoint {found.checkpoint!r}", checkpoint=found.checkpoint)
         _check_sizes(request, fd, found)
+        _check_digests(request, found.files)
         fsync_directory(place.parent_fd)
         return _reply(request, fd, (text, None))
     finally:
         os.close(fd)
+
+
+def _check_digests(request: Publish, records: list[FileRecord]) -> None:
+    """Refuse to name bytes that are not those asked for: their own manifest would vouch for them ever after."""
+    written = {record.path: record.sha256 for record in records}
+    if any(written.get(path) != sha256 for path, sha256 in request.sha256.items()):
+        raise SourceChanged(f"the memory no longer holds the bytes of {request.target!r}", path=request.target)
 
 
 def _read_manifest(directory_fd: int, target: str) -> bytes:

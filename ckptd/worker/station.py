@@ -22,6 +22,7 @@ from ckptd.events import Event
 from ckptd.worker import protocol, verbs
 from ckptd.worker.child import Child, Pending, spawn
 from ckptd.worker.mounts import Mount
+from ckptd.worker.rootmarks import RootMarks
 
 LAST_WORD_S = 0.5  # frames that came while this process itself was stopped are read before the verdict
 
@@ -46,6 +47,7 @@ class Setup:
     pace: Pace
     now: Callable[[], datetime]
     publish_event: Callable[[Event], None]
+    marks: RootMarks
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +107,7 @@ class Station:
         try:
             while pending.outcome is None:
                 await self.listen(child, pending, silence_s)
-            return self.reply(request, pending.outcome)
+            return await self.ended(request, pending)
         finally:
             child.forget(pending)
 
@@ -136,6 +138,19 @@ class Station:
         if isinstance(outcome, CkptdError):
             raise outcome
         return _decoded(outcome, verbs.REPLY_OF[type(request)])
+
+    async def ended(self, request: protocol.Request, pending: Pending) -> msgspec.Struct:
+        """Take in what a request that has ended tells of its root; then as `reply`. Errors of the catalog."""
+        outcome = pending.outcome
+        assert outcome is not None
+        marks = self._setup.marks
+        if await marks.heard(request, outcome, pending.root):
+            refused = marks.refused().get(request.root)
+            if refused is None:
+                self._tell("root.recovered", roots=[request.root])
+            else:
+                self._tell("root.degraded", roots=[request.root], why=refused.message)
+        return self.reply(request, outcome)
 
     def part(self, request: protocol.Request, raw: msgspec.Raw) -> msgspec.Struct:
         """Turn one part of an answer into its struct."""

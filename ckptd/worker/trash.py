@@ -3,7 +3,7 @@
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from ckptd.errors import BadPath, Missing, SourceChanged
 from ckptd.worker import beneath, durable
@@ -34,25 +34,33 @@ def trash(request: Trash, _context: Context) -> Done:
 def _trash(request: Trash) -> Done:
     with _opened(request.root) as root_fd, _trash_at(root_fd, request.trash) as bin_fd:
         parts = _below(request.root, request.path)
-        with _directory(root_fd, parts[:-1]) as parent_fd:
-            facts = _facts(parent_fd, parts[-1])
-            if facts is None:
-                binned = _facts(bin_fd, request.trash)
-                if binned is None or not _is_in_bin(bin_fd, binned, request):
-                    raise Missing(f"{request.path!r} is not there", path=request.path)
-                fsync_directory(bin_fd)
+        with _parent(root_fd, parts) as parent_fd:
+            # The path first, then the trash: what another request moves between the two looks, the second one sees.
+            facts = None if parent_fd is None else _facts(parent_fd, parts[-1])
+            binned = _facts(bin_fd, request.trash)
+            if parent_fd is not None and facts is not None:
+                try:
+                    _check(parent_fd, parts[-1], facts, request)
+                except SourceChanged:
+                    # Who writes into an old name takes nothing from us that lies in the trash already.
+                    if not _is_in_bin(bin_fd, binned, request):
+                        raise
+                else:
+                    durable.move((parent_fd, parts[-1]), (bin_fd, request.trash), (facts.st_dev, facts.st_ino))
+                    return Done(1)
+            elif not _is_in_bin(bin_fd, binned, request):
+                raise Missing(f"{request.path!r} is not there", path=request.path)
+            fsync_directory(bin_fd)
+            if parent_fd is not None:
                 fsync_directory(parent_fd)
-                return Done(0)
-            _check(parent_fd, parts[-1], facts, request)
-            durable.move((parent_fd, parts[-1]), (bin_fd, request.trash), (facts.st_dev, facts.st_ino))
-    return Done(1)
+    return Done(0)
 
 
 def restore(request: Restore, _context: Context) -> Done:
-    """Move it back, durably. `count` is 0 when the trash has nothing and the path something: done by another.
+    """Move it back, durably. `count` is 0 when the trash has nothing and the path has it: done by another.
 
     Exists   the path is taken; nothing moves
-    Missing  neither the trash nor the path holds anything
+    Missing  the trash does not hold it, and the path nothing, or something else; nothing is touched
     """
     try:
         return _restore(request)
@@ -63,15 +71,16 @@ def restore(request: Restore, _context: Context) -> Done:
 def _restore(request: Restore) -> Done:
     with _opened(request.root) as root_fd, _trash_at(root_fd, request.trash) as bin_fd:
         parts = _below(request.root, request.path)
+        binned = _facts(bin_fd, request.trash)
+        if binned is None:
+            with _parent(root_fd, parts) as there_fd:
+                if there_fd is None or not _is_back(there_fd, parts[-1], request):
+                    raise Missing(f"{request.trash!r} is not in the trash", path=request.path)
+                fsync_directory(there_fd)
+                fsync_directory(bin_fd)
+            return Done(0)
         parent_fd = durable.make_dir_chain(root_fd, parts[:-1])
         try:
-            binned = _facts(bin_fd, request.trash)
-            if binned is None:
-                if _facts(parent_fd, parts[-1]) is None:
-                    raise Missing(f"{request.trash!r} is not in the trash", path=request.path)
-                fsync_directory(parent_fd)
-                fsync_directory(bin_fd)
-                return Done(0)
             durable.move((bin_fd, request.trash), (parent_fd, parts[-1]), (binned.st_dev, binned.st_ino))
         finally:
             os.close(parent_fd)
@@ -84,7 +93,7 @@ def purge(request: Purge, context: Context) -> Done:
         return Done(durable.remove_tree(bin_fd, request.trash, context.alive))
 
 
-def _check(parent_fd: int, name: str, facts: os.stat_result, request: Trash) -> None:
+def _check(parent_fd: int, name: str, facts: os.stat_result, request: Trash | Restore) -> None:
     """Refuse what is not the recorded thing any more.
 
     The same inode may hold another checkpoint: trainers write into old names. So a file's size and
@@ -98,6 +107,8 @@ def _check(parent_fd: int, name: str, facts: os.stat_result, request: Trash) -> 
     recorded = request.identity
     if facts.st_ino != recorded.ino:
         raise SourceChanged(f"{name!r} is another file than the recorded one")
+    if isinstance(request, Trash) and request.named and not _names(parent_fd, name, facts, request.checkpoint):
+        raise SourceChanged(f"{name!r} does not say that it is checkpoint {request.checkpoint}")
     if not stat.S_ISDIR(facts.st_mode):
         if (facts.st_size, facts.st_mtime_ns) != (recorded.size_bytes, recorded.mtime_ns):
             raise SourceChanged(f"{name!r} was written to since it was recorded")
@@ -116,17 +127,45 @@ def _check(parent_fd: int, name: str, facts: os.stat_result, request: Trash) -> 
         raise SourceChanged(f"{name!r} is on another file system and not as long as it was")
 
 
-def _is_in_bin(bin_fd: int, binned: os.stat_result, request: Trash) -> bool:
+def _is_in_bin(bin_fd: int, binned: os.stat_result | None, request: Trash) -> bool:
     """Say whether what has the name in the trash is what an earlier request moved there.
 
     Where inode numbers change with each mount, too, its manifest tells.
     """
+    if binned is None:
+        return False
     if binned.st_ino == request.identity.ino:
         return True
-    if not request.checkpoint or not stat.S_ISDIR(binned.st_mode):
+    return bool(request.checkpoint) and _names(bin_fd, request.trash, binned, request.checkpoint)
+
+
+def _names(at: int, name: str, facts: os.stat_result, checkpoint: str) -> bool:
+    """Whether it is a directory whose manifest names this checkpoint."""
+    if not stat.S_ISDIR(facts.st_mode):
         return False
-    with _directory(bin_fd, (request.trash,)) as fd:
-        return named_in(fd) == request.checkpoint
+    with _directory(at, (name,)) as fd:
+        return named_in(fd) == checkpoint
+
+
+def _is_back(parent_fd: int, name: str, request: Restore) -> bool:
+    """Say whether what lies at the path is the checkpoint itself, when the trash has nothing of it.
+
+    A manifest decides alone: inode numbers are given out again, and a directory that was written after
+    somebody emptied the trash may well have the old one.
+    """
+    facts = _facts(parent_fd, name)
+    if facts is None:
+        return False
+    if stat.S_ISDIR(facts.st_mode):
+        with _directory(parent_fd, (name,)) as fd:
+            named = named_in(fd)
+        if named is not None:
+            return named == request.checkpoint
+    try:
+        _check(parent_fd, name, facts, request)
+    except SourceChanged:
+        return False
+    return True
 
 
 def _below(root: str, path: str) -> tuple[str, ...]:
@@ -159,6 +198,19 @@ def _directory(at: int, parts: tuple[str, ...]) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
+
+
+@contextmanager
+def _parent(root_fd: int, parts: tuple[str, ...]) -> Iterator[int | None]:
+    """Open the directory that the last part lies in; None when there is none."""
+    fd = None
+    with suppress(FileNotFoundError):
+        fd = beneath.open_directory(root_fd, parts[:-1], one_mount=True)
+    try:
+        yield fd
+    finally:
+        if fd is not None:
+            os.close(fd)
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from ckptd_client.torchzip import save_into
 GIL_BYTES_MIN = 1 << 20  # about 60 microseconds of copying: from here on the GIL is released
 CHUNK_BYTES = 64 << 20  # so that a signal is handled within some milliseconds of copying
 POPULATE_BYTES = 64 << 20  # the kernel's lock on the address space is given back between such pieces
+TAKEN_BACK = "arena_taken_back"
 TARGETS_MAX = 4  # plans whose addresses in this arena are remembered
 
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; Python has no name for it
@@ -119,17 +120,20 @@ class CopiedImage(NamedTuple):
     format: str = "safetensors"
 
 
-def copy_state(plan: Plan, state: Any, arena: MappedArena) -> CopiedImage:
+def copy_state(plan: Plan, state: Any, arena: MappedArena, generation: Optional[int] = None) -> CopiedImage:
     """Copy `state`, or its `flatten(state)`, into `arena` as `plan` lays it out.
+
+    generation  of the lease; without one, whoever holds it is the caller
 
     Blocks for one memcpy of the tensors; when it returns they may change again. Until then the control
     word is WRITING, so that an arena whose writer died is never taken for a whole one. Refused
-    arena_too_small, arena_not_leased: lease another. ValueError: `state` has another structure.
+    arena_too_small, arena_not_leased, arena_taken_back: lease another. ValueError: `state` has another structure.
     """
     if arena.size_bytes < plan.arena_bytes:
         message = f"the arena has {arena.size_bytes} bytes, the plan needs {plan.arena_bytes}"
         raise Refused("arena_too_small", message, "lease an arena of plan.arena_bytes")
     page = control.read(arena.buffer)
+    _check_lease(page, generation)
     if page is not None:
         if page.state not in (control.LEASED, control.WRITING):
             raise Refused("arena_not_leased", f"the arena's control word is {page.state}", "lease an arena first")
@@ -150,11 +154,17 @@ def copy_state(plan: Plan, state: Any, arena: MappedArena) -> CopiedImage:
     return CopiedImage(files, plan.state_offset + size)
 
 
-def commit_image(arena: MappedArena, descriptor: Union[Dict[str, Any], bytes], image: CopiedImage) -> None:
+def commit_image(
+    arena: MappedArena,
+    descriptor: Union[Dict[str, Any], bytes],
+    image: CopiedImage,
+    generation: Optional[int] = None,
+) -> None:
     """Write the descriptor behind the files and flip the arena's control word to COMMITTED.
 
-    A dict gets "files" and "format" from the image where it has none. Refused descriptor_too_large: it has
-    more in it (config, notes) than the plan left room for.
+    A dict gets "files" and "format" from the image where it has none; `generation` is that of the lease.
+    Refused descriptor_too_large: it has more in it (config, notes) than the plan left room for;
+    arena_taken_back: the arena is somebody else's by now, lease another.
     """
     if not isinstance(descriptor, bytes):
         full = {"format": image.format, "files": image.files, **descriptor}
@@ -164,8 +174,22 @@ def commit_image(arena: MappedArena, descriptor: Union[Dict[str, Any], bytes], i
         room = arena.size_bytes - image.end_offset
         message = f"a descriptor of {len(descriptor)} bytes, room for {room}"
         raise Refused("descriptor_too_large", message, "log less in config, note or meta")
+    _check_lease(control.read(arena.buffer), generation)  # before a byte of the descriptor: it may be another's memory
     arena.buffer[image.end_offset : end] = descriptor
-    control.commit(arena.buffer, image.end_offset, descriptor)
+    if not control.commit(arena.buffer, image.end_offset, descriptor, generation):
+        raise _taken_back(generation)
+
+
+def _check_lease(page: Optional[control.Control], generation: Optional[int]) -> None:
+    if generation is None:
+        return
+    if page is None or page.generation != generation or page.state not in (control.LEASED, control.WRITING):
+        raise _taken_back(generation)
+
+
+def _taken_back(generation: Optional[int]) -> Refused:
+    message = f"the daemon took the arena back: the lease of generation {generation} is over"
+    return Refused(TAKEN_BACK, message, "lease another arena")
 
 
 def _copy_leaves(plan: Plan, flat: FlatState, arena: MappedArena) -> None:

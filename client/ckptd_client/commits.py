@@ -1,6 +1,7 @@
 """Saves whose commit the daemon has not acknowledged yet. None of them may be lost, whoever dies first.
 
     committed in the page ──message──► acknowledged: the arena is the daemon's
+            │                 │ too much waits to be sent: tried again with the next tick
             │                 │ connection lost: sent again after the next hello
             │                 │ daemon away for RESCUE_AFTER_S, or it does not know the arena,
             │                 ▼ or this process ends
@@ -48,6 +49,9 @@ class Commits:
         self._changed = threading.Condition()
         self._open: Dict[str, _Commit] = {}
         self._rescuing: Dict[str, _Commit] = {}
+        # Of those that are open: not sent, and not to be before this time. After a hello all are sent again.
+        self._unsent: Dict[str, float] = {}
+        self._refused = False  # since the last settle()
 
     def add(self, lease: Lease, handle: Handle, stall_s: float) -> None:
         """Tell the daemon of a committed arena, now or after the next hello. Never blocks.
@@ -67,31 +71,46 @@ class Commits:
             self._send(commit)
 
     def tend(self) -> None:
-        """Called now and then: what waits for an absent daemon for long goes into the spool."""
-        if self._session.connection.is_up:
-            return
+        """Called now and then: what could not be sent is sent; what waits for an absent daemon for long is spooled."""
         now_s = time.monotonic()
+        if self._session.connection.is_up:
+            with self._changed:
+                due = [checkpoint for checkpoint, at_s in self._unsent.items() if now_s >= at_s]
+                unsent = [self._open[checkpoint] for checkpoint in due if checkpoint in self._open]
+            for commit in unsent:
+                self._send(commit)
+            return
         with self._changed:
             late = [commit for commit in self._open.values() if now_s - commit.since_s > RESCUE_AFTER_S]
         for commit in late:
             self._rescue(commit)
 
     def settle(self, deadline_s: float) -> bool:
-        """Wait for acknowledgements, then write the rest to the spool; False when `deadline_s` came first."""
-        if self._session.connection.is_up:
-            limit_s = min(ANSWER_S, deadline_s - time.monotonic())
-            with self._changed:
-                self._changed.wait_for(lambda: not self._open or not self._session.connection.is_up, max(0.0, limit_s))
+        """Wait for acknowledgements, then write the rest to the spool.
+
+        False when `deadline_s` came first, when the spool did not take it, and when a save was refused since
+        the last time: then something that was handed over is neither with a daemon nor in the spool.
+        """
+        connection = self._session.connection
         with self._changed:
-            waiting = list(self._open.values())
+            asked = {*self._open, *self._rescuing}  # not what other threads save meanwhile
+            if connection.is_up:
+                limit_s = min(ANSWER_S, deadline_s - time.monotonic())
+                self._changed.wait_for(lambda: not asked & self._open.keys() or not connection.is_up, max(0.0, limit_s))
+            waiting = [self._open[checkpoint] for checkpoint in asked & self._open.keys()]
         for commit in waiting:
             self._rescue(commit)
+        self._session.overflow.drain(deadline_s - time.monotonic())  # done here, where no thread is to be had
         with self._changed:
-            return self._changed.wait_for(lambda: not self._rescuing, max(0.0, deadline_s - time.monotonic()))
+            self._changed.wait_for(lambda: not asked & self._rescuing.keys(), max(0.0, deadline_s - time.monotonic()))
+            refused, self._refused = self._refused, False
+            return not (asked & self._rescuing.keys() or asked & self._open.keys() or refused)
 
     def _send(self, commit: _Commit) -> None:
         lease, handle = commit.lease, commit.handle
-        self._session.ask(
+        with self._changed:
+            self._unsent.pop(handle.id, None)
+        sent = self._session.ask(
             "commit",
             lambda reply, fds: self._on_reply(commit, reply, fds),
             checkpoint=handle.id,
@@ -99,6 +118,10 @@ class Commits:
             generation=lease.generation,
             stall_s=round(commit.stall_s, 6),
         )
+        if not sent:
+            with self._changed:
+                if handle.id in self._open:
+                    self._unsent[handle.id] = 0.0
 
     def _on_reply(self, commit: _Commit, reply: Message, fds: List[int]) -> None:
         close_all(fds)
@@ -114,7 +137,7 @@ class Commits:
                 self._session.handles.apply({"state": "pending", **reply, "checkpoint": commit.handle.id})
                 self._session.leases.rest(commit.lease)
         elif code in _FINAL and isinstance(error, dict):
-            if self._pop(commit):
+            if self._pop(commit, refused=True):
                 refused = Refused(code, str(error.get("message", "")), str(error.get("hint", "")))
                 self._session.count("failed")
                 self._session.say(f"commit {code}", "step %s was refused: %s", commit.handle.step, refused)
@@ -124,9 +147,11 @@ class Commits:
         else:
             self._rescue(commit)
 
-    def _pop(self, commit: _Commit) -> bool:
+    def _pop(self, commit: _Commit, *, refused: bool = False) -> bool:
         with self._changed:
             found = self._open.pop(commit.handle.id, None)
+            self._unsent.pop(commit.handle.id, None)
+            self._refused = self._refused or (refused and found is not None)
             self._changed.notify_all()
         return found is not None
 
@@ -135,7 +160,13 @@ class Commits:
             if self._open.pop(commit.handle.id, None) is None:
                 return
             self._rescuing[commit.handle.id] = commit
-        self._session.overflow.rescue(commit.lease, commit.handle.id, lambda error: self._rescued(commit, error))
+            self._unsent.pop(commit.handle.id, None)
+        try:
+            self._session.overflow.rescue(commit.lease, commit.handle.id, lambda error: self._rescued(commit, error))
+        except BaseException:
+            with self._changed:
+                self._open[commit.handle.id] = self._rescuing.pop(commit.handle.id, commit)
+            raise
 
     def _rescued(self, commit: _Commit, error: Optional[OSError]) -> None:
         session, handle = self._session, commit.handle
@@ -144,6 +175,7 @@ class Commits:
             self._rescuing.pop(handle.id, None)
             if kept:  # the arena still holds it: the next daemon hears of it
                 self._open[handle.id] = commit._replace(since_s=time.monotonic())
+                self._unsent[handle.id] = time.monotonic() + RESCUE_AFTER_S  # should the one that is there know it now
             self._changed.notify_all()
         if kept:
             session.say("spool", "step %s could not be written to the spool: %s", handle.step, error)

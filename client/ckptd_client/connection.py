@@ -31,6 +31,9 @@ STABLE_S = 1.0  # a connection that lived this long starts the pauses anew
 PING_AFTER_S = 1.0
 HANG_S = 3.0
 PENDING_MAX = 1024  # requests without a reply on one connection
+AGAIN_S = 0.2  # until what could not be sent although a daemon is there is tried again
+# The acts of a save, of which there are no more than arenas: never kept back by requests of other kinds.
+_SAVING = frozenset({"commit", "abandon"})
 JOIN_S = 1.0
 TICK_AGAIN_S = 1.0  # when a tick failed
 
@@ -91,13 +94,23 @@ class Connection:
             self._leave_parent()
         with self._changed:
             if self._thread is None and not self._closing.is_set():
-                self._thread = threading.Thread(target=self._run, name="ckptd-connection", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="ckptd-connection", daemon=True)
+                try:
+                    thread.start()
+                except (RuntimeError, MemoryError) as error:  # the next call that needs a daemon tries again
+                    self._tried = True
+                    self.problem = f"no thread to connect with: {error}"
+                else:
+                    self._thread = thread
 
     @property
     def is_up(self) -> bool:
         """Whether a daemon has said hello on a connection that stands, in this process."""
         return self._channel is not None and not self._broken and self._pid == os.getpid()
+
+    def is_own_thread(self) -> bool:
+        """Whether the caller runs in the connection's thread, where nothing may wait for an answer."""
+        return threading.current_thread() is self._thread
 
     def wait_up(self, timeout_s: float) -> bool:
         """Wait for the first attempt to connect to end; return whether a daemon answered.
@@ -122,7 +135,7 @@ class Connection:
 
     def exchange(self, op: str, timeout_s: float, **fields: Any) -> Message:
         """Like `request`, but return the daemon's error as the reply it is ("ok" false, "error")."""
-        if threading.current_thread() is self._thread:
+        if self.is_own_thread():
             message = "a callback must not wait for the thread it runs in"
             raise RuntimeError(message)
         deadline_s = time.monotonic() + timeout_s
@@ -142,7 +155,8 @@ class Connection:
         if self._pid != os.getpid():
             self.start()
         with self._changed:
-            if self._channel is None or self._broken or len(self._pending) >= PENDING_MAX:
+            is_full = len(self._pending) >= PENDING_MAX and op not in _SAVING
+            if self._channel is None or self._broken or is_full:
                 return False
             self._last_id += 1
             if not self._channel.queue(encode({"v": VERSION, "id": self._last_id, "op": op, **fields})):

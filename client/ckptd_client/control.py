@@ -16,8 +16,9 @@ An arena is a sealed memfd (or, where no daemon was to be had, a spool file with
          56   u64  descriptor offset            64  u64 descriptor size
          72   32s  SHA-256 of the descriptor bytes
         104   u64  generation the descriptor was written for
-        128   8 x (u32 pid, u32 reserved, u64 start time): processes that map the arena to read it.
-              An arena with a living reader is never lent again, whichever daemon looks at it.
+        128   8 x (u32 pid, u32 mark, u64 start time): processes that map the arena to read it, once for each
+              of their loads, which the mark tells apart. An arena with a living reader is never lent again,
+              whichever daemon looks at it.
 
 Who writes what. The daemon writes the page while the word is FREE or RELEASED; the lease holder
 owns it from LEASED on. COMMITTED is set last, after the descriptor and its digest, by one aligned
@@ -27,6 +28,7 @@ every machine the digest and the repeated generation tell a torn commit from a w
 
 import errno
 import hashlib
+import os
 import struct
 from typing import Any, NamedTuple, Optional
 
@@ -80,24 +82,25 @@ def write_lease(page: Any, arena: bytes, generation: int, pid: int) -> int:
     return ticks
 
 
-def add_reader(page: Any, pid: int) -> bool:
-    """Daemon: note that process `pid` is about to map the arena; False when all places are taken."""
+def add_reader(page: Any, pid: int, mark: int = 0) -> bool:
+    """Daemon: note that process `pid` is about to map the arena for its load `mark`; False when no place is left."""
     for index in range(READERS_MAX):
         at = _READERS_AT + index * _READER.size
         other, _, ticks = _READER.unpack_from(page, at)
         if not is_alive(other, ticks):
-            _READER.pack_into(page, at, pid, 0, started_ticks(pid))
+            _READER.pack_into(page, at, pid, mark, started_ticks(pid))
             return True
     return False
 
 
-def remove_reader(page: Any, pid: int) -> None:
-    """Daemon: process `pid` has given one mapping up."""
+def remove_reader(page: Any, pid: int, mark: int = 0) -> bool:
+    """Daemon: process `pid` has given up the mapping of its load `mark`; False when there is none here."""
     for index in range(READERS_MAX):
         at = _READERS_AT + index * _READER.size
-        if _READER.unpack_from(page, at)[0] == pid:
+        if _READER.unpack_from(page, at)[:2] == (pid, mark):
             _READER.pack_into(page, at, 0, 0, 0)
-            return
+            return True
+    return False
 
 
 def readers(page: Any) -> int:
@@ -111,15 +114,25 @@ def set_state(page: Any, state: int) -> None:
     _WORD.pack_into(page, _WORD_AT, state)
 
 
-def commit(page: Any, offset: int, descriptor: bytes) -> None:
+def commit(page: Any, offset: int, descriptor: bytes, generation: Optional[int] = None) -> bool:
     """Lease holder: say that the arena is whole. The descriptor's bytes already lie at `offset`.
 
-    The order is the promise: digest and generation first, the word last.
+    generation  of the lease that the arena was written under; without one, whatever the page says
+
+    False, and nothing is changed, when the arena was taken back, and lent again under another generation.
+    The order is the promise: digest and generation first, the word last. Where the daemon lends the arena to
+    somebody else between our look and our stores, the generation is still ours: what we call COMMITTED then
+    is not whole to any reader.
     """
-    generation = _HEAD.unpack_from(page, 0)[3]
+    current = _HEAD.unpack_from(page, 0)[3]
+    if generation is None:
+        generation = current
+    elif generation != current or _WORD.unpack_from(page, _WORD_AT)[0] not in (LEASED, WRITING):
+        return False
     digest = hashlib.sha256(descriptor).digest()
     _DESCRIPTOR.pack_into(page, _DESCRIPTOR_AT, offset, len(descriptor), digest, generation)
     _WORD.pack_into(page, _WORD_AT, COMMITTED)
+    return True
 
 
 def is_whole(control: Control, descriptor: bytes) -> bool:
@@ -148,6 +161,18 @@ def started_ticks(pid: int) -> int:
         return UNKNOWN if error.errno in _CAN_NOT_LOOK else 0
     except (IndexError, ValueError):
         return 0
+
+
+def seen_ticks(pid: int) -> int:
+    """Start time of a process that can be watched from here; 0 when it is gone, or in a pid namespace that is not seen.
+
+    A /proc of another namespace than our own shows somebody else under that number: then nobody is seen.
+    """
+    try:
+        is_ours = os.readlink("/proc/self") == str(os.getpid())
+    except OSError:
+        is_ours = True  # there is no /proc, where nobody is found, or no memory to look
+    return started_ticks(pid) if is_ours else 0
 
 
 def round_up(size_bytes: int) -> int:

@@ -18,9 +18,9 @@ from ckptd_client.metrics import checked as checked_metrics
 from ckptd_client.overflow import SPOOL_BYTES_MAX
 from ckptd_client.places import PlaceError, named_place
 from ckptd_client.saver import Saver
-from ckptd_client.session import OPEN_S, Session, Spec
+from ckptd_client.session import OPEN_S, Session
+from ckptd_client.spec import OVERLAP_WAIT_S, Spec
 
-OVERLAP_WAIT_S = 30.0
 CLOSE_S = 30.0
 
 PathLike = Union[str, "os.PathLike[str]"]
@@ -208,6 +208,8 @@ class Experiment:
 
         fields  epoch, metrics, note, meta, update_best as for save
 
+        With 4096 on their way already it waits for room, for at most 5 s; then `handle.error` says "busy".
+
         ValueError  names the bad argument
         """
         checked = arguments.save_fields(arguments.known_fields({"step": step, **fields}))
@@ -329,7 +331,11 @@ class Experiment:
         return {**found, "not_due": sum(cadence.skipped_count for cadence in self._cadences)}
 
     def flush(self, timeout_s: float = CLOSE_S) -> bool:
-        """Wait until everything handed over so far is with a daemon or in the spool; False when time ran out."""
+        """Wait until everything handed over so far is with a daemon or in the spool.
+
+        False when time ran out, and when something was refused, or taken by neither, since the last flush.
+        Blocks for at most `timeout_s`, or for one write to the spool where no thread can be started for it.
+        """
         if self._disabled:
             return True
         deadline_s = time.monotonic() + arguments.seconds("timeout_s", timeout_s)
@@ -389,12 +395,3 @@ class Experiment:
         handle = Handle(checkpoint, step)
         handle.fail(Refused("closed", f"experiment {self._spec.project}/{self._spec.name} is closed"))
         return handle
-
-
-def plain_spec() -> Spec:
-    """Return the spec of a session without an experiment, for module-level submits."""
-    return Spec(
-        experiment=os.urandom(16).hex(), name="", project="", directory="", config={}, tags=[], parent=None,
-        resume="allow", on_overlap="wait", overlap_wait_s=OVERLAP_WAIT_S, format="safetensors", raise_errors=False,
-        autostart=True, socket=None, spool_bytes_max=SPOOL_BYTES_MAX, offline=arguments.mode() == "offline",
-    )  # fmt: skip

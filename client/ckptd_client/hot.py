@@ -14,6 +14,9 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Deque, Dict, List, Set, Tuple
 
+from ckptd_client import forking
+from ckptd_client.reads import Read
+
 if TYPE_CHECKING:
     from ckptd_client.session import Session
 
@@ -34,11 +37,13 @@ class HotCopies:
         """Hold none."""
         self._session = session
         self._lock = threading.Lock()
-        self._held: Dict[int, Tuple[str, float, Ranges]] = {}
+        self._held: Dict[int, Tuple[Read, float, Ranges]] = {}
         self._freed: Deque[int] = deque()
         self._last = 0
         self._owned: Set[int] = set()  # let go of; a few numbers for each load of a process
+        self._shared: Set[int] = set()  # with a child, which may read on when nobody here does
         self._running = False
+        forking.watch(self)
 
     def token(self) -> int:
         """Return the number of a load that is about to begin."""
@@ -46,11 +51,11 @@ class HotCopies:
             self._last += 1
             return self._last
 
-    def hold(self, token: int, checkpoint: str, fd: int) -> None:
+    def hold(self, token: int, read: Read, fd: int) -> None:
         """Note that the arena behind `fd` is mapped; from now on `tend` makes it private when its time has come."""
         ranges = _private_mappings(fd)
         with self._lock:
-            self._held[token] = (checkpoint, time.monotonic() + OWN_AFTER_S, ranges)
+            self._held[token] = (read, time.monotonic() + OWN_AFTER_S, ranges)
         self._session.connection.tick_within(OWN_AFTER_S)
 
     def failed(self, token: int) -> None:
@@ -73,7 +78,23 @@ class HotCopies:
             if not due or self._running:
                 return
             self._running = True
-        threading.Thread(target=self._own, args=(due,), name="ckptd-own", daemon=True).start()
+        try:
+            threading.Thread(target=self._own, args=(due,), name="ckptd-own", daemon=True).start()
+        except (RuntimeError, MemoryError):  # no thread is to be had: the next look tries again
+            with self._lock:
+                self._running = False
+
+    def own_all(self) -> None:
+        """Make everything private now, in this thread: a fork is about to happen. What is given back goes later.
+
+        What can't be made private is kept from being lent again for as long as this process lives.
+        """
+        with self._lock:
+            held = [token for token, (_, _, ranges) in self._held.items() if ranges]
+        for token in held:
+            if not self._own_one(token) and token not in self._freed:
+                with self._lock:
+                    self._shared.add(token)
 
     def _own(self, due: List[int]) -> None:
         try:
@@ -92,7 +113,7 @@ class HotCopies:
         that one are filled in, which changes nothing that it holds.
         """
         with self._lock:
-            checkpoint, _, ranges = self._held.get(token, ("", 0.0, []))
+            read, _, ranges = self._held.get(token, (Read(""), 0.0, []))
         for start, end in ranges:
             for at in range(start, end, PIECE_BYTES):
                 if token not in self._held or token in self._freed:
@@ -100,20 +121,23 @@ class HotCopies:
                 if _libc.madvise(at, min(PIECE_BYTES, end - at), _MADV_POPULATE_WRITE) != 0:
                     with self._lock:
                         if token in self._held:  # unknown to this kernel, or memory is short: ask again much later
-                            self._held[token] = (checkpoint, time.monotonic() + 100 * OWN_AFTER_S, ranges)
+                            self._held[token] = (read, time.monotonic() + 100 * OWN_AFTER_S, ranges)
                     return False
         return bool(ranges)
 
     def _let_go(self, token: int) -> bool:
-        """Give the arena back when this was its last mapping; False when the token was not held."""
+        """Give back what the daemon keeps for this one load; False when the token was not held.
+
+        Another load of the same checkpoint has a place of its own in the arena, and keeps it.
+        """
         with self._lock:
             if token not in self._held:
                 return token in self._owned
-            checkpoint = self._held.pop(token)[0]
+            read = self._held.pop(token)[0]
             self._owned.add(token)
-            others = any(name == checkpoint for name, _, _ in self._held.values())
-        if not others:
-            self._session.detached.append(checkpoint)
+            if token in self._shared:
+                return True
+        self._session.reads.end(read)
         return True
 
 

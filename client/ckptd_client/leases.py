@@ -16,7 +16,7 @@ import os
 import threading
 import time
 from collections import OrderedDict, deque
-from typing import Any, Callable, Deque, List, NamedTuple, Optional, Set, Tuple
+from typing import Any, Callable, Deque, Dict, List, NamedTuple, Optional, Tuple
 
 from ckptd_client import control
 from ckptd_client.arena import MappedArena
@@ -73,19 +73,24 @@ class Lease(NamedTuple):
 class LeasePool:
     """The leases of one experiment in one process. Thread-safe."""
 
-    def __init__(self, ask: Ask, background: Background) -> None:
-        """`ask(op, on_reply, **fields)` sends a request without waiting and says whether it was sent."""
+    def __init__(self, ask: Ask, background: Background, heard: Callable[[], None] = lambda: None) -> None:
+        """`ask(op, on_reply, **fields)` sends a request without waiting and says whether it was sent.
+
+        `heard()` is called, in the connection's thread, when the daemon has heard what was given back.
+        """
         self._ask = ask
+        self._heard = heard
         self._background = background
         self._changed = threading.Condition()
         self._ready: Deque[Lease] = deque()
         self._asked = 0  # requests without a reply, and replies that are being mapped
         self._mapped: OrderedDict[str, MappedArena] = OrderedDict()
         self._idle_since_s: dict[str, float] = {}
-        self._in_use: Set[str] = set()
+        self._in_use: Dict[str, int] = {}  # arena -> the generation under which it is
         self._refusals = 0
         self._refusal = ""
-        self._unsent: Deque[Tuple[str, int]] = deque()  # abandons that no daemon could take
+        self._told = ""
+        self._abandoned: Dict[Tuple[str, int], bool] = {}  # unanswered, and whether it was sent on this connection
         self._closed = False
 
     def want(self, size_bytes: int, count: int, wait_s: float = LEASE_WAIT_S) -> None:
@@ -106,18 +111,22 @@ class LeasePool:
                 self._refuse("unreachable")
 
     def take(self, size_bytes: int, wait_s: float) -> Tuple[Optional[Lease], str]:
-        """Return a lease of at least `size_bytes`, or None and why: "unreachable", "timeout" or the daemon's code.
+        """Return a lease of at least `size_bytes`, or None and why: "unreachable", "timeout", "closed" or the daemon's code.
 
-        Blocks for at most `wait_s`; not at all when one is ready, or when no daemon is there to ask.
+        Blocks for at most `wait_s`, or for one mapping where no thread is to be had; not at all when one is
+        ready, or when no daemon is there to ask.
         """
         deadline_s = time.monotonic() + wait_s
         seen = self._refusals
         asked_here = False
         while True:
+            self._background.stand_in(deadline_s)
             with self._changed:
                 lease = self._pick(size_bytes)
                 if lease is not None:
                     return lease, ""
+                if self._closed:  # nothing is asked for any more
+                    return None, "closed"
                 left_s = deadline_s - time.monotonic()
                 # What was refused may be a request that ran out of its own time before this call.
                 if self._refusals != seen and (asked_here or self._refusal != "no_arena"):
@@ -130,6 +139,10 @@ class LeasePool:
                     continue
             asked_here = True
             self.want(size_bytes, 1, left_s)
+
+    def explain(self, why: str) -> str:
+        """Return what `take` said why, in the daemon's own words where it was the last to refuse."""
+        return f"{why}: {self._told}" if self._told and why == self._refusal else why
 
     def is_coming(self) -> bool:
         """Whether a lease is asked for or being mapped."""
@@ -147,19 +160,29 @@ class LeasePool:
 
     def give_back(self, lease: Lease) -> None:
         """Return an arena in which nothing was committed."""
-        if lease.is_ours():
-            self._abandon(lease.name, lease.generation)
+        is_ours = lease.is_ours()  # asked first: rest() may unmap the page
         self.rest(lease)
+        # Said last: from then on the arena may be lent to us again, and that lease is not at rest.
+        if is_ours:
+            self._abandon(lease.name, lease.generation)
 
     def up(self) -> None:
-        """A daemon is there again: tell it what was given back meanwhile."""
-        for _ in range(len(self._unsent)):
-            self._abandon(*self._unsent.popleft())
+        """A daemon is there again: tell it what was given back and may not have been heard of."""
+        with self._changed:
+            waiting = list(self._abandoned)
+        for arena, generation in waiting:
+            self._abandon(arena, generation)
+
+    def is_unheard(self) -> bool:
+        """Whether something was given back that no daemon has confirmed."""
+        return bool(self._abandoned)
 
     def rest(self, lease: Lease) -> None:
         """The arena's content is the daemon's now: keep only the mapping, for its next lease."""
         with self._changed:
-            self._in_use.discard(lease.name)
+            if self._in_use.get(lease.name, lease.generation) != lease.generation:
+                return  # lent to us again since
+            self._in_use.pop(lease.name, None)
             self._idle_since_s[lease.name] = time.monotonic()
             if self._closed:  # there will be no next lease
                 self._unmap(lease.name)
@@ -178,15 +201,19 @@ class LeasePool:
                 self._unmap(arena)
 
     def tend(self) -> None:
-        """Unmap what has been idle for long; called now and then."""
+        """Unmap what has been idle for long, give back what could not be; called now and then."""
         with self._changed:
             self._drop_idle()
+            unsent = [key for key, is_sent in self._abandoned.items() if not is_sent]
+        for arena, generation in unsent:
+            self._abandon(arena, generation)
 
     def close(self) -> None:
         """Give back what is ready and unmap what nobody uses. Arenas in use stay mapped: their commit is under way."""
         with self._changed:
             self._closed = True
             ready, self._ready = list(self._ready), deque()
+            self._changed.notify_all()
         for lease in ready:
             self.give_back(lease)
         with self._changed:
@@ -199,8 +226,7 @@ class LeasePool:
             self._ready.remove(lease)
             if lease.is_writable():
                 return lease
-            self._idle_since_s[lease.name] = time.monotonic()  # the daemon took it back while nobody listened
-            self._in_use.discard(lease.name)
+            self.rest(lease)  # the daemon took it back while nobody listened
         return None
 
     def _on_lease(self, reply: Message, fds: List[int]) -> None:
@@ -208,20 +234,29 @@ class LeasePool:
         if reply.get("ok") is not True:
             _close_fds(reply, fds)
             error = reply.get("error")
-            self._refuse(str(error.get("code", "error")) if isinstance(error, dict) else "error")
-        elif len(fds) != 1 or not self._background.submit(lambda: self._map(reply, fds[0])):
+            error = error if isinstance(error, dict) else {}
+            told = "; ".join(str(error[part]) for part in ("message", "hint") if error.get(part))
+            self._refuse(str(error.get("code", "error")), told)
+        elif len(fds) != 1 or not self._background.submit(lambda: self._map(reply, fds)):
             _close_fds(reply, fds)
             self._refuse("error")
+        else:
+            with self._changed:
+                self._changed.notify_all()  # who waits for it maps it himself where no thread is to be had
 
-    def _map(self, reply: Message, fd: int) -> None:
+    def _map(self, reply: Message, fds: List[int]) -> None:
+        """Map what was lent. Ctrl-C leaves the descriptor open: the job is done again."""
         try:
-            lease = self._lease_of(reply, fd)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            self._abandon(str(reply.get("arena")), reply.get("generation", 0))
+            lease = self._lease_of(reply, fds[0])
+        except Exception as error:  # noqa: BLE001 - whoever waits for the arena must hear of any end
+            while fds:
+                os.close(fds.pop())
+            arena, generation = str(reply.get("arena")), reply.get("generation")
+            self._forget(arena)
+            self._abandon(arena, generation if type(generation) is int else 0)
             self._refuse(f"can't map the arena: {error}")
             return
-        finally:
-            os.close(fd)
+        os.close(fds.pop())
         with self._changed:
             self._asked -= 1
             closed = self._closed
@@ -236,7 +271,7 @@ class LeasePool:
         with self._changed:
             arena = self._mapped.get(name)
             self._idle_since_s.pop(name, None)
-            self._in_use.add(name)
+            self._in_use[name] = generation
         if arena is None or arena.size_bytes != size_bytes:
             if os.fstat(fd).st_size < size_bytes:
                 raise ValueError("the descriptor is shorter than the lease says")
@@ -249,15 +284,38 @@ class LeasePool:
             raise ValueError("the control page does not speak of this lease")
         return lease
 
-    def _abandon(self, arena: str, generation: int) -> None:
-        if not self._ask("abandon", _close_fds, arena=arena, generation=generation):
-            self._unsent.append((arena, generation))
+    def _forget(self, arena: str) -> None:
+        """Nothing came of a lease of this arena: what is mapped of it is idle."""
+        with self._changed:
+            self._in_use.pop(arena, None)
+            if arena in self._mapped:
+                self._idle_since_s.setdefault(arena, time.monotonic())
 
-    def _refuse(self, reason: str) -> None:
+    def _abandon(self, arena: str, generation: int) -> None:
+        key = arena, generation
+        with self._changed:
+            self._abandoned[key] = True
+        if not self._ask(
+            "abandon", lambda reply, fds: self._on_abandoned(key, reply, fds), arena=arena, generation=generation
+        ):
+            with self._changed:
+                self._abandoned[key] = False
+
+    def _on_abandoned(self, key: Tuple[str, int], reply: Message, fds: List[int]) -> None:
+        _close_fds(reply, fds)
+        error = reply.get("error")
+        with self._changed:
+            if isinstance(error, dict) and error.get("code") in ("unreachable", "busy"):
+                self._abandoned[key] = False
+                return
+            self._abandoned.pop(key, None)
+        self._heard()
+
+    def _refuse(self, reason: str, told: str = "") -> None:
         with self._changed:
             self._asked -= 1
             self._refusals += 1
-            self._refusal = reason
+            self._refusal, self._told = reason, told
             self._changed.notify_all()
 
     def _drop_idle(self) -> None:

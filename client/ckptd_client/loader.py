@@ -13,6 +13,7 @@ from ckptd_client import restore
 from ckptd_client.errors import CorruptCheckpoint, MissingPart, NotFound, Refused, TimedOut, Unavailable
 from ckptd_client.find import Found, list_checkpoints
 from ckptd_client.finder import close_all
+from ckptd_client.reads import Read
 from ckptd_client.session import OPEN_S
 from ckptd_client.wire import Message
 
@@ -89,7 +90,7 @@ class Loader:
             return self._read(str(reply.get("path")), files, checkpoint, wanted)
         finally:
             if not reply.get("mapped"):
-                self._session.tell("detach", checkpoint=checkpoint)
+                self._session.reads.end(Read(str(reply["read"]), checkpoint))
 
     def path(self, selector: str) -> Optional[str]:
         """Return where a checkpoint lies, None when there is none."""
@@ -115,7 +116,7 @@ class Loader:
         if not session.wait_open(OPEN_S):
             return None
         try:
-            return session.connection.request("attach", ATTACH_S, **self._scope(selector))
+            return self._ask(selector)
         except NotFound:
             # A checkpoint that is on the disk and not in its catalog is as good; but the disk knows of no best.
             return NOTHING if _BEST.fullmatch(selector) else None
@@ -124,6 +125,20 @@ class Loader:
                 raise
             session.say("attach", "the daemon could not hand over %s (%s); it is read from the disk", selector, error)
             return None
+
+    def _ask(self, selector: str) -> Message:
+        """Return the answer, with the name of this load in it. A name without an answer is given back, too."""
+        reads = self._session.reads
+        name = reads.begin()
+        try:
+            reply = self._session.connection.request("attach", ATTACH_S, read=name, **self._scope(selector))
+        except (NotFound, Refused):
+            reads.refused(name)
+            raise
+        except BaseException:
+            reads.end(Read(name))  # it may have been held all the same
+            raise
+        return {**reply, "read": name}
 
     def _scope(self, selector: str) -> Dict[str, str]:
         if "/" in selector:
@@ -143,7 +158,7 @@ class Loader:
                 into=wanted.into,
                 on_release=lambda: session.hot.freed(token),
             )
-            session.hot.hold(token, checkpoint, fds[0])
+            session.hot.hold(token, Read(str(reply["read"]), checkpoint), fds[0])
         except (OSError, CorruptCheckpoint, MissingPart) as error:
             session.hot.failed(token)
             session.say("hot", "the hot copy could not be mapped (%s); the disk is read", error)

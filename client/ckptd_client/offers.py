@@ -1,17 +1,25 @@
-"""The file hand-off: files that a caller wrote himself are offered to the daemon, or to the spool when it is away."""
+"""The file hand-off: files that a caller wrote himself are offered to the daemon, or to the spool when it is away.
+
+add() ──a few at a time──► sent ──► acknowledged, or refused
+  │                         │ no answer: the daemon is gone, or in trouble
+  ▼ no daemon answers       ▼
+written to the spool in the background ──► asked about when the next daemon answers
+"""
 
 import atexit
-import functools
 import os
 import threading
 import time
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, NamedTuple, Optional, Union
+from collections import deque
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Callable, Deque, Dict, NamedTuple, Optional, Set, Union
 
 from ckptd_client import arguments
 from ckptd_client.arguments import SaveFields
 from ckptd_client.errors import Refused
-from ckptd_client.finder import close_all, error_of
+from ckptd_client.finder import error_of
 from ckptd_client.handle import Handle
+from ckptd_client.paced import Paced, Request
 from ckptd_client.wire import Message, number
 
 if TYPE_CHECKING:
@@ -20,9 +28,12 @@ if TYPE_CHECKING:
 ANSWER_S = 5.0  # how long the end of a process, and a script's submit, wait for a daemon that answers
 CONNECT_S = 4.0  # how long the background waits for the first attempt to connect, a start of the daemon included
 EXIT_S = 10.0
+OPEN_MAX = 4096  # offers on their way; one more waits for room, for ROOM_S at most, and is refused then
+ROOM_S = 5.0
+PIECE = 32  # offers written to the spool in one go: the image of a save must not wait for thousands of them
 WAITING_MAX = 1024  # spooled offers that are asked about again; the handles of more stay as they are
-# The daemon's own trouble: the offer is as good as before, and its spool is read again.
-_PASSING = frozenset({"unreachable", "busy", "internal", "worker_lost", "timeout", "catalog_fault"})
+# The daemon's own trouble: the offer is as good as before, and its spool is read again. Busy is no trouble.
+_PASSING = frozenset({"unreachable", "internal", "worker_lost", "timeout", "catalog_fault"})
 
 
 class _Offer(NamedTuple):
@@ -37,12 +48,19 @@ class Offers:
         """Nothing is offered yet; `background(job)` runs a job that may block."""
         self._session = session
         self._background = background
+        self._paced = Paced(session.connection, "submit")
         self._changed = threading.Condition()
-        self._open: Dict[str, _Offer] = {}
-        self._waiting: Dict[str, _Offer] = {}  # in the spool, by the ids they were offered under
+        self._open: Dict[str, _Offer] = {}  # by the ids they are offered under
+        self._for_spool: Deque[_Offer] = deque()  # those of the open ones that no daemon is asked about any more
+        self._writing = False
+        self._answers = 0
+        self._refused = False  # since the last settle()
+        self._waiting: Dict[str, _Offer] = {}  # in the spool
 
     def add(self, path: str, fields: SaveFields, names: Dict[str, Optional[str]], checkpoint: str) -> Handle:
-        """Offer `path`, absolute, to the daemon; to the spool when none takes it. Never blocks, never raises.
+        """Offer `path`, absolute, to the daemon; to the spool when none takes it. Never raises.
+
+        Blocks only while OPEN_MAX are on their way, for at most ROOM_S: then the handle says "busy".
 
         names  "project" and "experiment" of the checkpoint, where the caller gave any
         """
@@ -59,48 +77,40 @@ class Offers:
         }
         offer = _Offer(self._session.handles.add(Handle(checkpoint, fields.step)), request)
         self._session.count("saves")
-        with self._changed:
-            self._open[checkpoint] = offer
-        if not self._send(offer) and not self._background(lambda: self._send_or_spool(offer)):
-            self._fail(offer, Refused("busy", "too much background work waits"))
+        if not self._enter(offer):
+            self._refuse(offer, Refused("busy", f"{OPEN_MAX} files are on their way already", "submit it again later"))
+            return offer.handle
+        self._paced.put(Request(request, lambda reply: self._on_reply(offer, reply), lambda: self._is_open(offer)))
+        if not self._session.connection.is_up:
+            self._write_soon()
         return offer.handle
 
+    def tend(self) -> None:
+        """Called now and then: send and write on."""
+        self._paced.tend()
+        with self._changed:
+            is_stuck = bool(self._open) and not self._session.connection.is_up
+        if is_stuck or self._for_spool:
+            self._write_soon()
+
     def settle(self, deadline_s: float) -> bool:
-        """Wait for answers, then write the rest to the spool; False when `deadline_s` came first."""
-        connection = self._session.connection
+        """Wait for answers as long as they come, then write the rest to the spool.
+
+        False when `deadline_s` came first, and when an offer was refused, or not taken by the spool, since
+        the last time.
+        """
         with self._changed:
-            if connection.is_up:
-                limit_s = min(ANSWER_S, deadline_s - time.monotonic())
-                self._changed.wait_for(lambda: not self._open or not connection.is_up, max(0.0, limit_s))
-            waiting = list(self._open.values())
-        for offer in waiting:
-            self._spool(offer)
+            asked = set(self._open)  # not what other threads offer meanwhile
+        self._wait_for_answers(asked, deadline_s)
         with self._changed:
-            return self._changed.wait_for(lambda: not self._open, max(0.0, deadline_s - time.monotonic()))
-
-    def _send(self, offer: _Offer) -> bool:
-        return self._session.connection.request_nowait(
-            "submit", lambda reply, fds: self._on_reply(offer, reply, fds), **offer.request
-        )
-
-    def _send_or_spool(self, offer: _Offer) -> None:
-        """Runs in the background: the first attempt to connect may still be under way."""
-        if not (self._session.connection.wait_up(CONNECT_S) and self._send(offer)):
-            self._spool(offer)
-
-    def _spool(self, offer: _Offer) -> None:
-        self._session.overflow.offer(offer.handle.id, offer.request, lambda error: self._spooled(offer, error))
-
-    def _spooled(self, offer: _Offer, error: Optional[OSError]) -> None:
-        if error is not None:
-            self._fail(offer, Refused("no_space", f"the spool: {error}"))
-        elif self._pop(offer):
-            self._session.count("spooled")
-            offer.handle.set_spooled()
-            with self._changed:
-                if len(self._waiting) < WAITING_MAX:
-                    self._waiting[offer.handle.id] = offer
-            self._session.tell_watch([offer.handle.id])
+            self._for_spool.extend(self._open[checkpoint] for checkpoint in asked & self._open.keys())
+        if self._for_spool:
+            self._write_soon()
+        self._session.overflow.drain(deadline_s - time.monotonic())  # done here, where no thread is to be had
+        with self._changed:
+            self._changed.wait_for(lambda: not asked & self._open.keys(), max(0.0, deadline_s - time.monotonic()))
+            refused, self._refused = self._refused, False
+            return not (refused or asked & self._open.keys())
 
     def up(self) -> None:
         """A daemon answers: ask again by what id it knows what lies in the spool. Runs in the connection's thread.
@@ -110,47 +120,127 @@ class Offers:
         """
         with self._changed:
             waiting, self._waiting = self._waiting, {}
-        for checkpoint, offer in waiting.items():
-            asked = not offer.handle.done and self._session.connection.request_nowait(
-                "submit", functools.partial(self._on_known, offer), **offer.request
-            )
-            if not asked and not offer.handle.done:
-                with self._changed:
-                    self._waiting[checkpoint] = offer
+        for offer in waiting.values():
+            self._ask_about(offer)
+        self._paced.tend()
 
-    def _on_known(self, offer: _Offer, reply: Message, fds: List[int]) -> None:
-        close_all(fds)
-        if reply.get("ok") is True:
-            self._session.handles.rename(offer.handle, str(reply.get("checkpoint") or offer.handle.id))
-            self._session.handles.apply({"state": "pending", **reply, "checkpoint": offer.handle.id})
-        else:  # the spool has it still: another look when the next daemon answers
+    def _wait_for_answers(self, asked: Set[str], deadline_s: float) -> None:
+        """Wait while the daemon goes on answering; what is left of the time is for the spool."""
+        connection = self._session.connection
+        until_s = deadline_s - min(ANSWER_S, max(0.0, deadline_s - time.monotonic()) / 2)
+        seen = -1
+        with self._changed:
+            while seen != self._answers:
+                seen = self._answers
+                limit_s = min(ANSWER_S, until_s - time.monotonic())
+                self._changed.wait_for(
+                    lambda: not asked & self._open.keys() or not connection.is_up or self._answers != seen,  # noqa: B023 - waited for in this very turn
+                    max(0.0, limit_s),
+                )
+                if not asked & self._open.keys() or not connection.is_up:
+                    return
+
+    def _enter(self, offer: _Offer) -> bool:
+        """Wait for room, except in the thread that makes it."""
+        wait_s = 0.0 if self._session.connection.is_own_thread() else ROOM_S
+        with self._changed:
+            if self._changed.wait_for(lambda: len(self._open) < OPEN_MAX, wait_s):
+                self._open[str(offer.request["checkpoint"])] = offer
+                return True
+            self._refused = True
+        return False
+
+    def _write_soon(self) -> None:
+        """Have the background write what no daemon takes; one job at a time."""
+        with self._changed:
+            if self._writing:
+                return
+            self._writing = True
+        if not self._background(self._write_some):
             with self._changed:
+                self._writing = False  # the next look tries again
+
+    def _write_some(self) -> None:
+        """Runs in the background: the first attempt to connect may still be under way.
+
+        Whatever is written, or can't be, is open no more: an interrupt leaves the rest as it was.
+        """
+        is_up = self._session.connection.wait_up(CONNECT_S)
+        with self._changed:
+            piece = list(islice(self._for_spool if is_up else self._open.values(), PIECE))
+        for offer in piece:
+            if self._is_open(offer):
+                self._spooled(offer, self._session.overflow.offer(offer.handle.id, offer.request))
+        self._paced.tend()
+        with self._changed:
+            while self._for_spool and not self._is_open(self._for_spool[0]):
+                self._for_spool.popleft()
+            self._writing = False
+            more = bool(self._for_spool or (self._open and not is_up))
+        if more:
+            self._write_soon()
+
+    def _spooled(self, offer: _Offer, error: Optional[OSError]) -> None:
+        if error is not None:
+            self._fail(offer, Refused("no_space", f"the spool: {error}"))
+        elif self._pop(offer):
+            self._session.count("spooled")
+            offer.handle.set_spooled()
+            self._remember(offer)
+            self._session.tell_watch([offer.handle.id])
+
+    def _remember(self, offer: _Offer) -> None:
+        """It lies in the spool: to be asked about when the next daemon answers."""
+        with self._changed:
+            if len(self._waiting) + len(self._paced) < WAITING_MAX:
                 self._waiting[str(offer.request["checkpoint"])] = offer
 
-    def _on_reply(self, offer: _Offer, reply: Message, fds: List[int]) -> None:
-        close_all(fds)
+    def _ask_about(self, offer: _Offer) -> None:
+        handle = offer.handle
+        self._paced.put(Request(offer.request, lambda reply: self._on_known(offer, reply), lambda: not handle.done))
+
+    def _on_known(self, offer: _Offer, reply: Message) -> None:
+        if reply.get("ok") is True:
+            self._follow(offer, reply)
+        else:  # the spool has it still: another look when the next daemon answers
+            self._remember(offer)
+
+    def _on_reply(self, offer: _Offer, reply: Message) -> None:
         if reply.get("ok") is True:
             if self._pop(offer):
-                # What lies there may be known already, by the id that a scan or an earlier hand-over gave it.
-                self._session.handles.rename(offer.handle, str(reply.get("checkpoint") or offer.handle.id))
-                self._session.handles.apply({"state": "pending", **reply, "checkpoint": offer.handle.id})
+                self._follow(offer, reply)
             return
         error = error_of(reply)
         if getattr(error, "code", "timeout") in _PASSING:
-            self._spool(offer)
+            with self._changed:
+                self._for_spool.append(offer)
+            self._write_soon()
         else:
             self._fail(offer, error)
 
-    def _fail(self, offer: _Offer, error: Any) -> None:
-        if self._pop(offer):
-            self._session.count("failed")
-            self._session.say("submit", "%s was not taken: %s", offer.request["path"], error)
-            offer.handle.fail(error)
-            self._session.handles.settle(offer.handle)
+    def _follow(self, offer: _Offer, reply: Message) -> None:
+        # What lies there may be known already, by the id that a scan or an earlier hand-over gave it.
+        self._session.handles.rename(offer.handle, str(reply.get("checkpoint") or offer.handle.id))
+        self._session.handles.apply({"state": "pending", **reply, "checkpoint": offer.handle.id})
 
-    def _pop(self, offer: _Offer) -> bool:
+    def _fail(self, offer: _Offer, error: Any) -> None:
+        if self._pop(offer, refused=True):
+            self._refuse(offer, error)
+
+    def _refuse(self, offer: _Offer, error: Any) -> None:
+        self._session.count("failed")
+        self._session.say("submit", "%s was not taken: %s", offer.request["path"], error)
+        offer.handle.fail(error)
+        self._session.handles.settle(offer.handle)
+
+    def _is_open(self, offer: _Offer) -> bool:
+        return str(offer.request["checkpoint"]) in self._open
+
+    def _pop(self, offer: _Offer, *, refused: bool = False) -> bool:
         with self._changed:
-            found = self._open.pop(offer.handle.id, None)
+            found = self._open.pop(str(offer.request["checkpoint"]), None)
+            self._answers += 1
+            self._refused = self._refused or (refused and found is not None)
             self._changed.notify_all()
         return found is not None
 
@@ -163,8 +253,8 @@ class _Shared:
         self._session: Optional[Session] = None
 
     def get(self) -> "Session":
-        from ckptd_client.experiment import plain_spec
         from ckptd_client.session import Session
+        from ckptd_client.spec import plain_spec
 
         if self._session is not None and self._session.pid != os.getpid():
             self._lock, self._session = threading.Lock(), None  # a forked child: the parent's session is not ours

@@ -36,6 +36,8 @@ class Overflow:
         self._changed = threading.Condition()
         self._arena: Optional[MappedArena] = None
         self._busy = False
+        self._generation = 0
+        self.lost_count = 0  # images that could not be written and are nowhere else
         self._used_s = 0.0
         self._state = places.state_dir()
         self.directory = ""  # set when a daemon says where its spool is; else the user's own
@@ -46,26 +48,33 @@ class Overflow:
             return self.directory
         return places.spool_dir(places.ensure_state_dir(self._state))
 
-    def take(self, size_bytes: int, wait_s: float) -> Optional[MappedArena]:
+    def take(self, size_bytes: int, wait_s: float) -> Optional[Lease]:
         """Return memory for one image, its control page LEASED to this process; None when the last one is still busy.
 
-        Blocks for at most `wait_s`. MemoryError, OSError when there is no memory.
+        Blocks for at most `wait_s`, or for one write where no thread is to be had. MemoryError, OSError when
+        there is no memory.
         """
+        deadline_s = time.monotonic() + wait_s
+        if self._busy:
+            self._background.stand_in(deadline_s)
         with self._changed:
-            if not self._changed.wait_for(lambda: not self._busy, wait_s):
+            if not self._changed.wait_for(lambda: not self._busy, max(0.0, deadline_s - time.monotonic())):
                 return None
             self._busy = True
+            # Each use under a number of its own: nothing that was begun for an earlier one is taken for this one.
+            self._generation += 1
+            generation = self._generation
             arena, self._arena = self._arena, None
         try:
             if arena is None or arena.size_bytes < size_bytes:
                 if arena is not None:
                     arena.close()
                 arena = MappedArena.anonymous(size_bytes, os.urandom(16))
-            control.write_lease(arena.buffer, arena.arena_id, 1, os.getpid())
+            control.write_lease(arena.buffer, arena.arena_id, generation, os.getpid())
         except BaseException:
             self.drop(None)
             raise
-        return arena
+        return Lease(arena, generation)
 
     def drop(self, arena: Optional[MappedArena]) -> None:
         """Give memory back from `take` that nothing was committed in."""
@@ -75,17 +84,25 @@ class Overflow:
             self._used_s = time.monotonic()
             self._changed.notify_all()
 
-    def write(self, arena: MappedArena, checkpoint: str, done: Done) -> None:
+    def write(self, lease: Lease, checkpoint: str, done: Done) -> None:
         """Write a committed image in the background; `done(error)` is called there. Takes the memory back."""
 
         def work() -> None:
-            try:
-                self._write(Lease(arena, 1), checkpoint)
-            finally:
-                self.drop(arena)
+            # An interrupt leaves the memory held: the job is done again.
+            error = _attempt(lambda: self._write(lease, checkpoint))
+            self.drop(lease.arena)
+            if error is not None:
+                self.lost_count += 1
+            done(error)
 
-        if not self._background.submit(lambda: done(_attempt(work))):
-            self.drop(arena)
+        try:
+            is_taken = self._background.submit(work)
+        except BaseException:
+            self.drop(lease.arena)
+            raise
+        if not is_taken:
+            self.drop(lease.arena)
+            self.lost_count += 1
             done(OSError(_TOO_MUCH))
 
     def rescue(self, lease: Lease, checkpoint: str, done: Done) -> None:
@@ -96,14 +113,13 @@ class Overflow:
         if not self._background.submit(lambda: done(_attempt(lambda: self._write(lease, checkpoint)))):
             done(OSError(_TOO_MUCH))
 
-    def offer(self, checkpoint: str, request: Dict[str, Any], done: Done) -> None:
-        """Write a `submit` request into the spool, in the background."""
+    def offer(self, checkpoint: str, request: Dict[str, Any]) -> Optional[OSError]:
+        """Write a `submit` request into the spool, here and now; return what went wrong."""
+        return _attempt(lambda: self._write_offer(checkpoint, request))
 
-        def work() -> None:
-            spool.write_offer(self.where(), checkpoint, request)
-
-        if not self._background.submit(lambda: done(_attempt(work))):
-            done(OSError(_TOO_MUCH))
+    def drain(self, timeout_s: float) -> bool:
+        """Wait until nothing is on its way to the spool; False when `timeout_s` passed first."""
+        return self._background.drain(timeout_s)
 
     def tend(self) -> None:
         """Give unused memory back; called now and then."""
@@ -111,6 +127,9 @@ class Overflow:
             if self._arena is not None and not self._busy and time.monotonic() - self._used_s > KEEP_S:
                 self._arena.close()
                 self._arena = None
+
+    def _write_offer(self, checkpoint: str, request: Dict[str, Any]) -> None:
+        spool.write_offer(self.where(), checkpoint, request)
 
     def _write(self, lease: Lease, checkpoint: str) -> None:
         """Write one committed image.
@@ -139,4 +158,6 @@ def _attempt(work: Callable[[], None]) -> Optional[OSError]:
         return error
     except ValueError as error:  # PlaceError among them: there is no place for a spool
         return OSError(str(error))
+    except Exception as error:  # noqa: BLE001 - whoever waits for the end of a write must hear of any end
+        return OSError(f"{type(error).__name__}: {error}")
     return None

@@ -14,7 +14,7 @@ import time
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, Dict, Optional, Tuple
 
-from ckptd_client.arena import CopiedImage, MappedArena, commit_image, copy_state
+from ckptd_client.arena import TAKEN_BACK, CopiedImage, commit_image, copy_state
 from ckptd_client.arguments import SaveFields
 from ckptd_client.errors import CkptdClientError, Refused, TimedOut
 from ckptd_client.flatten import flatten
@@ -83,7 +83,10 @@ class Saver:
         if wait_s > 0:
             ask()
             return session.leases.wait_ready(max(0.0, deadline_s - time.monotonic()))
-        threading.Thread(target=ask, name="ckptd-prepare", daemon=True).start()
+        try:
+            threading.Thread(target=ask, name="ckptd-prepare", daemon=True).start()
+        except (RuntimeError, MemoryError) as error:
+            session.say("prepare", "no thread to prepare memory with (%s); the first save asks for it", error)
         return False
 
     def _save(self, state: Any, fields: SaveFields, handle: Handle, deadline_s: float) -> None:
@@ -92,8 +95,16 @@ class Saver:
         plan = self._plans.get(flat, fields.format)
         lease, why = self._lease(plan.arena_bytes, fields.on_overlap, deadline_s)
         if lease is not None:
-            self._into_arena(plan, flat, lease, fields, handle)
-        elif why == "skip":
+            try:
+                self._into_arena(plan, flat, lease, fields, handle)
+            except Refused as error:
+                if error.code != TAKEN_BACK:
+                    raise
+                session = self._session
+                session.say("taken back", "an arena was taken back while it was written; the save goes to the spool")
+            else:
+                return
+        if why == "skip":
             self._skipped(handle)
         else:
             self._into_spool(plan, flat, fields, handle, deadline_s)
@@ -115,15 +126,16 @@ class Saver:
             if on_overlap == "replace":
                 session.tell("replace")
         lease, why = session.leases.take(size_bytes, max(0.0, deadline_s - time.monotonic()))
-        if lease is None and why not in ("unreachable", "timeout"):
-            session.say(f"lease {why}", "the daemon lends no arena (%s); the save goes to the spool", why)
+        if lease is None and why not in ("unreachable", "timeout", "closed"):
+            said = session.leases.explain(why)
+            session.say(f"lease {why}", "the daemon lends no arena (%s); the save goes to the spool", said)
         return lease, why
 
     def _into_arena(self, plan: Plan, flat: Any, lease: Lease, fields: SaveFields, handle: Handle) -> None:
         session = self._session
         try:
-            image = copy_state(plan, flat, lease.arena)
-            self._commit(lease.arena, image, fields, handle)
+            image = copy_state(plan, flat, lease.arena, lease.generation)
+            self._commit(lease, image, fields, handle)
         except BaseException:
             session.leases.give_back(lease)
             raise
@@ -137,20 +149,20 @@ class Saver:
         reason = session.refused or session.connection.problem
         session.say("spooling", "no daemon takes saves now (%s); they go to the spool", reason)
         wait_s = 0.0 if fields.on_overlap == "skip" else max(0.0, deadline_s - time.monotonic())
-        arena = session.overflow.take(plan.arena_bytes, wait_s)
-        if arena is None:
+        lease = session.overflow.take(plan.arena_bytes, wait_s)
+        if lease is None:
             if fields.on_overlap == "skip":
                 self._skipped(handle)
                 return
             raise TimedOut("the save before is still being written to the spool")
         try:
-            image = copy_state(plan, flat, arena)
-            self._commit(arena, image, fields, handle)
+            image = copy_state(plan, flat, lease.arena, lease.generation)
+            self._commit(lease, image, fields, handle)
         except BaseException:
-            session.overflow.drop(arena)
+            session.overflow.drop(lease.arena)
             raise
         session.handles.add(handle)
-        session.overflow.write(arena, handle.id, lambda error: self._spooled(handle, error))
+        session.overflow.write(lease, handle.id, lambda error: self._spooled(handle, error))
 
     def _spooled(self, handle: Handle, error: Optional[OSError]) -> None:
         """Runs in the background, once the image lies in the spool or could not be written."""
@@ -174,19 +186,19 @@ class Saver:
         handle.fail(_client_error(error))
         return handle
 
-    def _commit(self, arena: MappedArena, image: CopiedImage, fields: SaveFields, handle: Handle) -> None:
+    def _commit(self, lease: Lease, image: CopiedImage, fields: SaveFields, handle: Handle) -> None:
         """Commit; what describes the run is left out, piece by piece, where it does not fit."""
         descriptor = self._descriptor(fields, handle)
         for left_out in ("facts", "config"):
             try:
-                commit_image(arena, descriptor, image)
+                commit_image(lease.arena, descriptor, image, lease.generation)
             except Refused as error:
                 if error.code != "descriptor_too_large":
                     raise
                 descriptor["experiment"][left_out] = {"_cut": "too large"}
             else:
                 return
-        commit_image(arena, descriptor, image)
+        commit_image(lease.arena, descriptor, image, lease.generation)
 
     def _descriptor(self, fields: SaveFields, handle: Handle) -> Dict[str, Any]:
         session, spec = self._session, self._session.spec

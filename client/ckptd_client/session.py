@@ -12,21 +12,25 @@ import logging
 import os
 import threading
 import time
-from collections import Counter, deque
-from typing import Any, Deque, Dict, List, NamedTuple, Optional, Tuple
+from collections import Counter
+from typing import Any, Dict, List, Optional
 
-from ckptd_client import facts, wire
+from ckptd_client import facts
 from ckptd_client.background import Background
 from ckptd_client.commits import Commits
-from ckptd_client.connection import Callbacks, Connection, Offline, OnReply
+from ckptd_client.connection import AGAIN_S, Callbacks, Connection, Offline, OnReply
 from ckptd_client.errors import CkptdClientError, TimedOut, Unavailable
 from ckptd_client.finder import error_of
 from ckptd_client.handle import ENDED, Following
 from ckptd_client.hot import HotCopies
 from ckptd_client.leases import LeasePool
 from ckptd_client.metrics import FLUSH_S, MetricBuffer
+from ckptd_client.metricstream import MetricStream
 from ckptd_client.offers import Offers
+from ckptd_client.once import Once
 from ckptd_client.overflow import Overflow
+from ckptd_client.reads import Reads
+from ckptd_client.spec import Spec
 from ckptd_client.wire import Message
 
 BEAT_S = 15.0
@@ -35,29 +39,9 @@ FACTS_S = 1.5  # the experiment is opened without those facts that take longer
 CLOSE_S = 5.0  # longest wait for the daemon to note how the experiment ended
 FOLLOW_S = 30.0  # how long handles of an ended experiment wait for a daemon that went away
 WATCH_MAX = 1024
+THREAD_AGAIN_S = 1.0  # until a thread that could not be started is tried again
 
 _log = logging.getLogger("ckptd")
-
-
-class Spec(NamedTuple):
-    """What an Experiment was made with, checked."""
-
-    experiment: str
-    name: str
-    project: str
-    directory: str
-    config: Dict[str, Any]
-    tags: List[str]
-    parent: Optional[str]
-    resume: str
-    on_overlap: str
-    overlap_wait_s: float
-    format: str
-    raise_errors: bool
-    autostart: bool
-    socket: Optional[str]
-    spool_bytes_max: int
-    offline: bool
 
 
 class Session:
@@ -78,15 +62,15 @@ class Session:
         self.counters: Counter[str] = Counter()
         self.handles = Following()
         self.metrics = MetricBuffer()
-        self.detached: Deque[str] = deque()  # read holds to give back
         self._changed = threading.Condition()
-        self._said: set[str] = set()
+        self.once = Once()
         self._opened = False  # on the connection that stands
         self._known = False  # a daemon has confirmed the id in this process
         self._opening = False
         self._facts_done = False
         self._begun_s = time.monotonic()
-        self._sending = self._ended = False
+        self._ended = False
+        self._lost_count = 0  # as of the last flush
         self._beat_at_s = self._down_s = 0.0
         self.refused: Optional[CkptdClientError] = None
         self._mapper = Background("ckptd-arenas")
@@ -94,20 +78,36 @@ class Session:
         callbacks = Callbacks(push=self._on_push, up=self._on_up, down=self._on_down, tick=self._on_tick)
         connect = Offline if spec.offline else Connection
         self.connection = connect(spec.socket, autostart=spec.autostart, callbacks=callbacks)
+        self.reads = Reads(self)
         self.hot = HotCopies(self)
         self.overflow = Overflow(self._spooler, spec.spool_bytes_max)
-        self.leases = LeasePool(self.ask, self._mapper)
+        self.leases = LeasePool(self.ask, self._mapper, self._gave_back)
         self.commits = Commits(self)
         self.offers = Offers(self, self._spooler.submit)
-        # A thread of its own: git on a busy or hung disk must hold up neither the spool nor the opening.
-        threading.Thread(target=self._collect_facts, name="ckptd-facts", daemon=True).start()
+        self._stream = MetricStream(self, self.metrics)
+        try:
+            # A thread of its own: git on a busy or hung disk must hold up neither the spool nor the opening.
+            threading.Thread(target=self._collect_facts, name="ckptd-facts", daemon=True).start()
+        except (RuntimeError, MemoryError) as error:
+            self._facts_done = True
+            self.say("facts", "no thread to look at the code and the machine with (%s)", error)
         self.connection.start()
 
     # for the client's other modules --------------------------------------------------------------
 
     def ask(self, op: str, on_reply: OnReply, **fields: Any) -> bool:
-        """Send a request about this experiment without waiting; False when no daemon can take it."""
-        return self.connection.request_nowait(op, on_reply, experiment=self.experiment, **fields)
+        """Send a request about this experiment without waiting; False when no daemon can take it.
+
+        What is kept for later then has its next turn at a tick: soon, when a daemon is there.
+        """
+        sent = self.connection.request_nowait(op, on_reply, experiment=self.experiment, **fields)
+        if not sent and self.connection.is_up:
+            self.connection.tick_within(AGAIN_S)
+        return sent
+
+    def is_open(self) -> bool:
+        """Whether the daemon of the connection that stands has opened the experiment."""
+        return self._opened
 
     def tell(self, op: str, **fields: Any) -> bool:
         """Send a request whose answer does not matter."""
@@ -131,19 +131,12 @@ class Session:
             self.counters[what] += 1
 
     def say(self, topic: str, message: str, *arguments: Any) -> None:
-        """Log a warning the first time, until `unsay(topic)`: a trouble of hours is one line."""
-        with self._changed:
-            if topic in self._said:
-                return
-            self._said.add(topic)
-        _log.warning("ckptd: " + message, *arguments)
+        """Log a warning once, until `unsay(topic)`."""
+        self.once.say(topic, message, *arguments)
 
     def unsay(self, topic: str) -> bool:
         """The trouble is over; return whether it had been logged."""
-        with self._changed:
-            was_said = topic in self._said
-            self._said.discard(topic)
-        return was_said
+        return self.once.unsay(topic)
 
     def next_step(self) -> int:
         """Return a step for a save that names none."""
@@ -163,45 +156,54 @@ class Session:
     def flush(self, timeout_s: float) -> bool:
         """Bring what is on its way to safety: commits acknowledged or in the spool, metrics confirmed.
 
-        Blocks for at most `timeout_s`; False when that was too short.
+        Blocks for at most `timeout_s`, or for a write that nobody else can do; False when that was too short, and
+        when something was refused or lost since the last time.
         """
         deadline_s = time.monotonic() + timeout_s
         safe = self.commits.settle(deadline_s)
         safe = self.offers.settle(deadline_s) and safe
         if len(self.metrics) and self.wait_open(min(OPEN_S, deadline_s - time.monotonic())):
-            with self._changed:
-                while len(self.metrics) and self.connection.is_up and time.monotonic() < deadline_s:
-                    self.connection.tick_within(0.0)
-                    self._changed.wait(FLUSH_S)
-        return self._spooler.drain(deadline_s - time.monotonic()) and safe
+            self._stream.settle(deadline_s)
+        drained = self._spooler.drain(deadline_s - time.monotonic())
+        lost, self._lost_count = self.overflow.lost_count - self._lost_count, self.overflow.lost_count
+        return drained and safe and not lost
 
     def end(self, status: str, error: Optional[str], timeout_s: float) -> None:
         """Flush, say how training ended, give arenas back. The connection stays for handles that still climb."""
         deadline_s = time.monotonic() + timeout_s
-        if not self.flush(timeout_s):
-            self.say("flush", "not everything was brought to safety within %g s", timeout_s)
-        left_s = deadline_s - time.monotonic()
-        if self.wait_open(min(OPEN_S, left_s)):
+        try:
             try:
-                self.connection.exchange(
-                    "experiment.close",
-                    max(0.0, min(left_s, CLOSE_S)),
-                    experiment=self.experiment,
-                    status=status,
-                    error=error,
-                )
-            except (Unavailable, TimedOut) as problem:
-                self.say("close", "the daemon was not told how the experiment ended: %s", problem)
-        self.leases.close()
-        self._ended = True
-        self._down_s = time.monotonic()
-        self._close_when_settled()
+                if not self.flush(timeout_s):
+                    self.say("flush", "not everything was brought to safety within %g s", timeout_s)
+            except Exception:  # noqa: BLE001 - what follows is owed to the daemon and to the other runs all the same
+                _log.exception("ckptd: not everything was brought to safety")
+            self._say_ended(status, error, deadline_s - time.monotonic())
+        finally:
+            self.leases.close()
+            self._ended = True
+            self._down_s = time.monotonic()
+            self._close_when_settled()
+
+    def _say_ended(self, status: str, error: Optional[str], left_s: float) -> None:
+        if not self.wait_open(min(OPEN_S, left_s)):
+            return
+        limit_s = max(0.0, min(left_s, CLOSE_S))
+        try:
+            self.connection.exchange(
+                "experiment.close", limit_s, experiment=self.experiment, status=status, error=error
+            )
+        except (Unavailable, TimedOut) as problem:
+            self.say("close", "the daemon was not told how the experiment ended: %s", problem)
+
+    def _gave_back(self) -> None:
+        if self._ended:
+            self.connection.tick_within(0.0)  # to hang up, if that was the last thing
 
     def _close_when_settled(self) -> None:
-        """After the end: hang up once nothing is followed or lent any more, or no daemon came back for FOLLOW_S."""
+        """After the end: hang up once nothing is read, followed or lent any more, the last two for FOLLOW_S without a daemon."""
         # What is lent to a run that ended is the daemon's again once this closes: not under a thread that may write there.
-        if self._ended and (
-            not (self.handles.unsettled() or self.leases.are_held())
+        if (self._ended and not self.reads.are_open()) and (
+            not (self.handles.unsettled() or self.leases.are_held() or self.leases.is_unheard())
             or (not self.connection.is_up and time.monotonic() - self._down_s > (FOLLOW_S if self._known else 0.0))
         ):
             self.connection.close()
@@ -238,7 +240,8 @@ class Session:
         if self.unsay("down"):
             _log.warning("ckptd: a daemon answers again (%s)", hello.get("server"))
         self.overflow.directory = str(hello.get("spool_dir") or "")
-        self._sending = self._opening = False
+        self._opening = False
+        self._stream.up()
         self._beat_at_s = time.monotonic() + BEAT_S
         self._open()
         self.commits.up()
@@ -347,8 +350,9 @@ class Session:
         self.leases.tend()
         self.overflow.tend()
         self.hot.tend()
-        while self.detached and self.connection.is_up:
-            self.tell("detach", checkpoint=self.detached.popleft())
+        self.reads.tend()
+        self.offers.tend()
+        has_threads = [background.tend() for background in (self._mapper, self._spooler)]
         now_s = time.monotonic()
         due = now_s >= self._beat_at_s
         if due:
@@ -358,41 +362,10 @@ class Session:
             self._open()  # what was refused may be possible by now: a root added, a disk mounted
         elif due:
             self.tell("experiment.beat", step=self.latest_step, rss_bytes=facts.rss_bytes())
-        self._send_metrics()
-        return FLUSH_S if len(self.metrics) and self._opened else self._beat_at_s - now_s
-
-    def _send_metrics(self) -> None:
-        """Send one batch; the next goes when it is confirmed, so a slow daemon is never flooded."""
-        if self._sending or not self._opened:
-            return
-        points = self.metrics.batch()
-        while points:
-            try:
-                self._sending = self.ask("metrics", self._on_metrics, points=points)
-            except wire.FrameError:
-                self.metrics.shrink()
-                points = self.metrics.batch()
-                continue
-            return
-
-    def _on_metrics(self, reply: Message, fds: List[int]) -> None:
-        _ignore(reply, fds)
-        self._sending = False
-        if reply.get("ok") is True:
-            self.metrics.confirm()
-            self._send_metrics()
-        else:
-            code, message = _problem(reply)
-            if code not in ("unreachable", "busy", "not_found"):
-                self.metrics.refuse()
-                self.say("metrics", "the daemon refused metrics: %s", message)
-        with self._changed:
-            self._changed.notify_all()
-
-
-def _problem(reply: Message) -> Tuple[str, str]:
-    error = reply.get("error")
-    return (str(error.get("code")), str(error.get("message"))) if isinstance(error, dict) else ("error", "")
+        if self._opened:
+            self._stream.send()
+        delay_s = FLUSH_S if len(self.metrics) and self._opened else self._beat_at_s - now_s
+        return delay_s if all(has_threads) else min(delay_s, THREAD_AGAIN_S)
 
 
 def _ignore(_reply: Message, fds: List[int]) -> None:

@@ -2,17 +2,20 @@
 
     <state_dir>/spool/<checkpoint id>.arena            an arena's image (control.py), state COMMITTED
     <state_dir>/spool/<checkpoint id>.offer            a `submit` request as JSON: a file waits at its path
-    <state_dir>/spool/<anything>.tmp-<pid>             being written; belongs to that process
+    <state_dir>/spool/<anything>.tmp-<pid>             being written; belongs to that process, which has it locked
 
 A name without ".tmp-" is whole: it is written under the temporary name, fsynced, renamed, and the
 directory fsynced, in this order. So a reader may take every such name, and remove it once what it
-holds is durable elsewhere. Temporary names of dead processes may be removed by anyone.
+holds is durable elsewhere. Temporary names of dead processes may be removed by anyone. Whether one is
+dead its pid alone can't say, for it may be a number of another pid namespace (a container): the lock can.
 """
 
 import errno
+import fcntl
 import json
 import os
 import re
+from contextlib import contextmanager
 from typing import Any, Callable, Dict, Iterator, NamedTuple, Optional, Tuple
 
 from ckptd_client.control import PAGE, round_up
@@ -21,6 +24,7 @@ ARENA_SUFFIX = ".arena"
 OFFER_SUFFIX = ".offer"
 OFFER_BYTES_MAX = 1 << 20
 CHUNK_BYTES = 8 << 20  # one write; also how soon an abandoned write notices
+OPEN_TRIES = 3  # a file of our own that is swept before it is locked is made again
 
 _NAME = re.compile(r"([0-9a-f]{32})(\.arena|\.offer)")
 _TEMPORARY = re.compile(r"[0-9a-f]{32}\.(?:arena|offer)\.tmp-(\d+)")
@@ -67,15 +71,46 @@ def entries(spool: str) -> Iterator[Spooled]:
 
 
 def abandoned(spool: str) -> Iterator[str]:
-    """Yield temporary files whose writer is gone; they may be removed."""
+    """Yield temporary files whose writer is gone; each may be removed until the next one is asked for."""
     try:
         with os.scandir(spool) as listing:
             for entry in listing:
                 match = _TEMPORARY.fullmatch(entry.name)
                 if match and not os.path.exists(f"/proc/{match[1]}"):
-                    yield entry.path
+                    # Locked while its remover is at work: a writer that begins right now sees that its name is gone.
+                    with _unwritten(entry.path) as is_free:
+                        if is_free:
+                            yield entry.path
     except FileNotFoundError:
         return
+
+
+@contextmanager
+def _unwritten(path: str) -> Iterator[bool]:
+    """Lock a file, for as long as the block lasts, and say whether that could be done: a writer has its own locked."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        yield error.errno == errno.ELOOP  # nobody writes a symlink; of what else can't be opened nobody knows
+        return
+    try:
+        try:
+            _lock(fd, fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(fd)
+
+
+def _lock(fd: int, how: int = 0) -> None:
+    """Take the lock of an open file. BlockingIOError with LOCK_NB; where there are no locks the pid has to do."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | how)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF):
+            raise
 
 
 def used_bytes(spool: str) -> int:
@@ -101,20 +136,28 @@ def check_room(spool: str, size_bytes: int, spool_bytes_max: int) -> None:
         raise SpoolFull(errno.ENOSPC, f"no room for {size_bytes} bytes on the file system", spool)
 
 
-def write_arena(spool: str, checkpoint: str, image: memoryview, *, check: Optional[Callable[[], None]] = None) -> str:
+def write_arena(
+    spool: str,
+    checkpoint: str,
+    image: memoryview,
+    *,
+    check: Optional[Callable[[], None]] = None,
+    owner_uid: Optional[int] = None,
+) -> str:
     """Write a committed arena image durably; return its final name.
 
     image  starts at the control page and ends after the descriptor, rounded up to whole pages by
            the caller; page-aligned memory is written with O_DIRECT where the file system has it
     check  is called once every byte is written and before the name becomes final; what it raises
            ends the write: for images that another process might have changed meanwhile
+    owner_uid  whose save it is, when root writes it for somebody: the reader takes it for its owner's
 
     Blocks for as long as the disk takes. OSError when it can't be written: nothing stays behind.
     """
     if len(image) % PAGE:
         message = f"image of {len(image)} bytes is not a multiple of {PAGE}"
         raise ValueError(message)
-    return _write(arena_path(spool, checkpoint), image, direct=True, check=check)
+    return _write(arena_path(spool, checkpoint), image, direct=True, check=check, owner_uid=owner_uid)
 
 
 def write_offer(spool: str, checkpoint: str, request: Dict[str, Any]) -> str:
@@ -131,30 +174,55 @@ def image_bytes(descriptor_offset: int, descriptor_size_bytes: int) -> int:
     return round_up(descriptor_offset + descriptor_size_bytes)
 
 
-def _write(final: str, body: memoryview, *, direct: bool, check: Optional[Callable[[], None]] = None) -> str:
+def _write(
+    final: str,
+    body: memoryview,
+    *,
+    direct: bool,
+    check: Optional[Callable[[], None]] = None,
+    owner_uid: Optional[int] = None,
+) -> str:
     """Temporary name, fsync, rename, fsync of the directory.
 
     Proof of the order: the rename is issued after fsync has returned, so the final name can only
-    ever lead to whole bytes; the directory's fsync makes the name itself survive a power cut.
+    ever lead to whole bytes; the directory's fsync makes the name itself survive a power cut. The
+    file is open, and so locked, until it has its final name: nobody takes it for a dead writer's.
     """
     temporary = f"{final}.tmp-{os.getpid()}"
     try:
-        fd, aligned = _open(temporary, direct=direct)
+        fd, aligned = _open_locked(temporary, direct=direct)
         try:
+            if owner_uid is not None and owner_uid != os.getuid():
+                os.fchown(fd, owner_uid, -1)
             if body:
                 os.posix_fallocate(fd, 0, len(body))  # a full disk is met before the first byte
             _write_all(fd, body, direct=aligned)
             os.fsync(fd)
+            if check is not None:
+                check()
+            os.rename(temporary, final)
         finally:
             os.close(fd)
-        if check is not None:
-            check()
-        os.rename(temporary, final)
     except BaseException:
         _forget(temporary)
         raise
-    _sync_directory(os.path.dirname(final))
+    sync_directory(os.path.dirname(final))
     return final
+
+
+def _open_locked(path: str, *, direct: bool) -> Tuple[int, bool]:
+    """Open a new file that nobody sweeps: it is locked, and had its name still when it was."""
+    for _ in range(OPEN_TRIES):
+        fd, aligned = _open(path, direct=direct)
+        try:
+            _lock(fd)  # only a sweeper ever holds it, for as long as one removal takes
+            if os.fstat(fd).st_nlink:
+                return fd, aligned
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+    raise OSError(errno.EAGAIN, f"was removed {OPEN_TRIES} times while it was made", path)
 
 
 def _open(path: str, *, direct: bool) -> Tuple[int, bool]:
@@ -188,12 +256,11 @@ def _write_all(fd: int, body: memoryview, *, direct: bool) -> None:
 
 
 def _clear_direct(fd: int) -> None:
-    import fcntl
-
     fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_DIRECT)
 
 
-def _sync_directory(path: str) -> None:
+def sync_directory(path: str) -> None:
+    """Make the names in a spool durable, whoever gave them. Blocks; OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

@@ -8,6 +8,8 @@ from tests.crash import (
     test_kill_at_the_edges,
     test_kill_everywhere,
     test_kill_fetches,
+    test_kill_repairs,
+    test_kill_rescue,
     test_kill_strips,
 )
 from tests.support import tree
@@ -37,12 +39,20 @@ def test_every_point_of_the_sources_is_declared_and_every_declared_one_is_in_the
 
 def test_the_kill_suites_kill_at_every_point() -> None:
     """F1: exhaustive, each in a test that fails when the point is not reached."""
-    suites = (test_kill_everywhere, test_kill_at_the_edges, test_catalog_crash, test_kill_fetches, test_kill_strips)
+    suites = (
+        test_kill_everywhere,
+        test_kill_at_the_edges,
+        test_catalog_crash,
+        test_kill_fetches,
+        test_kill_repairs,
+        test_kill_rescue,
+        test_kill_strips,
+    )
     killed = {point.partition(":")[0] for suite in suites for point in suite.POINTS}
     assert killed == failpoint.POINTS.keys()
 
 
 def test_every_point_says_who_reaches_it_and_what_is_true_there() -> None:
     for point, (process, meaning) in failpoint.POINTS.items():
-        assert process in {"daemon", "worker"}, point
+        assert process in {"daemon", "worker", "supervisor"}, point
         assert len(meaning) > 10, point

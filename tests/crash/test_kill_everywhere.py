@@ -52,13 +52,14 @@ WORKER = [
 ]
 # Of a checkpoint that is retired, in the daemon and in the worker; then of one whose grace is over.
 RETIRE = ["retain.planned", "retain.tombstone", "retain.moved", "retain.trashed", "retain.trash_fsynced"]
+MARK = ["mark.written", "mark.fsynced", "mark.renamed", "mark.dir_fsynced"]
 AMEND = ["amend.written", "amend.fsynced", "amend.renamed", "amend.dir_fsynced"]
 DROP = ["retain.purging", "retain.purged", "retain.unlink", "retain.recorded"]
 IN_DAEMON = {"retain.planned", "retain.tombstone", "retain.moved", "retain.purging", "retain.purged", "retain.recorded"}
 # Before there is memory to copy into; then while the spool is taken in.
 EARLY = ["arena.sealed", "fdstore.pushed", "arena.lent", "catalog.commit", "catalog.committed"]
 SPOOLED = ["spool.admitted", "spool.removed", "catalog.durable"]
-POINTS = (*DAEMON, *WORKER, *RETIRE, *AMEND, *DROP, *EARLY, *SPOOLED)
+POINTS = (*DAEMON, *WORKER, *RETIRE, *MARK, *AMEND, *DROP, *EARLY, *SPOOLED)
 # Moments of save() at which its own process dies, by whether anything was promised by then.
 BEFORE_COMMIT = ["mid_copy", "before_flip", "torn"]
 AFTER_COMMIT = ["before_message", "after"]
@@ -181,6 +182,30 @@ def test_the_end_of_a_retired_checkpoint_killed_at_any_step_is_still_its_end(fie
     assert states == [(first.id, "dropped"), (second.id, "live")]
     assert not list(field.node.runs.glob(f".ckptd-trash/{first.id}*"))
     assert trainer.load(selector="latest", seed=second.seed)["same"]
+    trainer.quit()
+
+
+@pytest.mark.parametrize("point", MARK)
+@pytest.mark.parametrize("action", ["kill", "kill-parent"])
+def test_a_root_whose_mark_is_written_goes_on_whoever_dies_of_it(field: Battlefield, point: str, action: str) -> None:
+    """F1, F14. A new mark says in whose place it stands: the daemon that never heard of it takes it for its own."""
+    trainer, name = field.ready_trainer("marked")
+    first = field.save(trainer, 1)
+    field.node.wait_level(first.id)
+    field.node.wait_idle()
+    mark = field.node.runs / ".ckptd-root"
+    before = json.loads(mark.read_text())["root"]
+    mark.unlink()
+    field.node.arm(point, action)
+    saved = field.save(trainer, 2)
+    field.node.wait_fired()
+    field.kills["worker" if action == "kill" else "daemon"] += 1
+    field.node.wait_level(saved.id)
+    field.node.wait_idle()
+    after = json.loads(mark.read_text())
+    assert (after["root"] != before, after["instead_of"]) == (True, before)
+    assert not list(field.node.runs.glob("..ckptd-root*"))
+    payload.check_saved(field.directory(name) / "step_0000000002", saved.seed)
     trainer.quit()
 
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 import pytest
 
 from tests.support import invariants, payload, tally
-from tests.support.node import eventually
+from tests.support.node import NotAnswering, eventually
 from tests.support.onlooker import Onlooker, end, make
 from tests.support.trainer import Nursery
 
@@ -152,6 +152,33 @@ def test_a_restore_killed_after_its_rename_leaves_a_whole_checkpoint_in_one_of_t
     payload.check_saved(node.runs / "retire/restored/step_0000000001", 1)
     assert invariants.violations(node) == []
     tally.add("kills")
+
+
+def test_a_restore_killed_after_its_rename_leaves_nothing_that_a_purge_forgets(nursery: Nursery) -> None:
+    """The next daemon has no grace left to wait for: it begins with the purge, and the trash is empty."""
+    node = make(more="[retention]\nkeep_last = 1\n")
+    try:
+        node.start()
+        trainer = nursery.trainer(node.environ)
+        trainer.open(name="purged", project="purged", dir=str(node.runs))
+        ids = [str(trainer.save(seed=step, step=step)["id"]) for step in (1, 2)]
+        node.wait_level(ids[1])
+        binned = node.runs / ".ckptd-trash" / ids[0]
+        eventually(binned.exists, "the tombstone to be carried out")
+        node.wait_idle()
+        node.configure("[retention]\nkeep_last = 1\ntrash_grace_s = 0\n")
+        node.arm("restore.moved")
+        with suppress(NotAnswering):
+            node.ask_once("restore", selector=ids[0])  # once: nobody asks the next daemon again
+        node.wait_fired()
+        node.wait_state(ids[0], "dropped")
+        assert not binned.exists()
+        assert not (node.runs / "purged/purged/step_0000000001").exists()
+        payload.check_saved(node.runs / "purged/purged/step_0000000002", 2)
+        assert invariants.violations(node) == []
+        tally.add("kills")
+    finally:
+        end(node)
 
 
 def test_a_daemon_killed_while_it_unlinks_what_was_stripped_ends_it(node: Onlooker, nursery: Nursery) -> None:

@@ -123,7 +123,7 @@ def test_what_was_retired_restored_linked_or_purged_stays_so(
     ask(Trash(root=request.root, path=str(target), identity=done.identity, trash=name))
     assert not target.exists()
     assert_holds(binned)
-    ask(Restore(root=request.root, path=str(target), trash=name))
+    ask(Restore(root=request.root, path=str(target), identity=done.identity, trash=name))
     assert not binned.exists()
     assert_holds(target)
     ask(Trash(root=request.root, path=str(target), identity=done.identity, trash=name))

@@ -90,6 +90,20 @@ def test_saves_outlive_a_killed_daemon_and_those_of_a_trainer_that_died_with_it_
     assert list(spool.iterdir()) == [], "nothing had to go through the spool"
 
 
+def test_saves_outlive_more_crashes_in_a_row_than_systemd_has_patience_with(
+    manager: RealManager, nursery: Nursery
+) -> None:
+    """After five starts in ten seconds it would give the service up, and before 254 what it kept with it."""
+    manager.control("start", "ckptd.service")
+    trainer = opened(manager, nursery)
+    trainer.dies_of("save", seed=1, step=1, size_bytes=LARGE_BYTES, die="after", victims=[manager.pid])
+    pid = 0
+    for _ in range(7):
+        pid = eventually(lambda pid=pid: (found := manager.pid) not in {0, pid} and found, "the next daemon")
+        os.kill(pid, signal.SIGKILL)
+    assert_whole(manager, 1)
+
+
 def test_a_daemon_that_stands_still_is_ended_by_the_watchdog_and_its_saves_arrive(
     manager: RealManager, nursery: Nursery
 ) -> None:

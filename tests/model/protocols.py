@@ -1,6 +1,17 @@
 """Every protocol that changes a disk, and the fsyncs of theirs that no promise rests on."""
 
-from tests.model import amending, fetching, linking, living, migrating, publishing, retiring, spooling, stripping
+from tests.model import (
+    amending,
+    fetching,
+    linking,
+    living,
+    marking,
+    migrating,
+    publishing,
+    retiring,
+    spooling,
+    stripping,
+)
 from tests.model.publishing import FILES, NESTED, SMALL
 from tests.model.scenario import Scenario
 
@@ -22,6 +33,8 @@ SCENARIOS: tuple[Scenario, ...] = (
     retiring.file_purged(),
     retiring.retired_and_purged(),
     retiring.swept(),
+    marking.marked(),
+    marking.marked_again(),
     amending.amended(),
     amending.amended_again(),
     stripping.stripped(),

@@ -1,5 +1,6 @@
 """Retire, restore and purge, as the worker does them; the promises are the catalog's rows around each."""
 
+import json
 import os
 from pathlib import Path
 
@@ -42,7 +43,17 @@ def _trash(root: Path) -> None:
 
 
 def _restore(root: Path) -> None:
-    trash.restore(Restore(root=str(root / "root"), path=str(root / FIRST), trash="one"), Context())
+    here = root / FIRST if (root / FIRST).exists() else root / BIN
+    trash.restore(
+        Restore(
+            root=str(root / "root"),
+            path=str(root / FIRST),
+            identity=_identity(here),
+            trash="one",
+            checkpoint=json.loads((here / MANIFEST).read_bytes())["checkpoint"],
+        ),
+        Context(),
+    )
 
 
 def _purge(root: Path) -> None:

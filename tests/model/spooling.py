@@ -12,7 +12,7 @@ from tests.model.scenario import Edge, Scenario
 ID = "a" * 32
 IMAGES = (b"first image" * 500, b"second image" * 600)
 OFFER = {"op": "submit", "path": "/runs/last.pt", "checkpoint": ID}
-WRITTEN = (Edge("fsync spool._write:", "Move"), Edge("fsync spool._sync_directory", "says spooled"))
+WRITTEN = (Edge("fsync spool._write:", "Move"), Edge("fsync spool.sync_directory", "says spooled"))
 TAKEN = Edge("fsync spooled._remove", "says taken")
 ARENA, OFFERED = f"spool/{ID}.arena", f"spool/{ID}.offer"
 

@@ -53,7 +53,8 @@ class Shell:
 
     def typed(self, start: str, checkpoint: str = "") -> Said:
         """Run the line of the guide that begins so, with an id of ours for the guide's."""
-        lines = [shlex.split(line, comments=True) for line in pages.blocks(PAGE, "sh")[0].splitlines()]
+        blocks = pages.blocks(PAGE, "sh")
+        lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
         words = next(words for words in lines if " ".join(words).startswith(start))
         return self.run(*(word.replace(ID, checkpoint) for word in words[1:]))
 

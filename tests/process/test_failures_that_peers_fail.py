@@ -230,18 +230,20 @@ def test_free_memory_goes_back_to_the_machine_after_idle_s(node: Node, nursery: 
     assert arenas_of(node.daemon_pid) == arenas_of(node.supervisor.pid) == set()
 
 
-def test_a_save_that_can_never_be_written_is_told_and_holds_no_memory(node: Node, nursery: Nursery) -> None:
-    """Somebody's file stands where the project's directory belongs: FAILED, with a reason, and the next job has its memory."""
+def test_a_save_whose_place_is_taken_waits_in_memory_and_arrives_when_it_is_free(node: Node, nursery: Nursery) -> None:
+    """Somebody's file stands where the project's directory belongs: it stays, and what was acknowledged is not given up."""
     node.start()
     node.runs.mkdir()
     (node.runs / PROJECT).write_text("a file")
     trainer = opened(node, nursery, "blocked")
     saved = trainer.save(seed=1, step=1)
-    told = trainer.wait(id=saved["id"])
-    assert told["state"] == "failed"
-    assert told["error"]["code"] in {"bad_path", "exists"}
-    eventually(lambda: node.status()["arenas"]["committed"] == 0, "the arena of the failed save")
+    eventually(lambda: node.said("stage.failed"), "the first try to fail")
+    assert {entry["code"] for entry in node.said("stage.failed")} <= {"bad_path", "exists"}
+    assert node.row(saved["id"])["state"] == "pending"
+    assert node.status()["arenas"]["committed"] == 1
     assert (node.runs / PROJECT).read_text() == "a file"
+    (node.runs / PROJECT).unlink()
+    node.wait_level(saved["id"])
 
 
 def test_no_process_outlives_its_node(node: Node, nursery: Nursery) -> None:

@@ -1,10 +1,12 @@
 """One process, one run after another, as a sweep has them: what was lent to a run is the daemon's again after its end."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 import ckptd_client as ckptd
+from ckptd_client import control
 from ckptd_client.leases import Lease
 from tests.bench_load.swarm import ARENA_BYTES, Talker
 from tests.support.node import Node, eventually
@@ -60,3 +62,31 @@ def test_an_answer_that_crosses_the_end_of_a_run_leaves_nothing_lent(here: Node)
     finally:
         talker.close()
     eventually(lambda: leased(here) == 0, "all memory to be back while the process lives", PATIENCE_S)
+
+
+def test_what_a_run_mapped_is_in_use_again_after_its_end_while_the_process_lives(here: Node):
+    """Every run of a sweep that resumes maps a copy; each that kept its place would take an arena out of use."""
+    with begin(here, "first") as run:
+        assert run.save(state(1), step=1).wait("verified", timeout=PATIENCE_S)
+    kept = []
+    for _ in range(3):
+        with ckptd.Experiment("first", project="sweep", dir=Path(here.runs)) as run:
+            kept += [run.load(), run.load(keys=["epoch", "model"])]
+            assert run._session.hot._held, "it is mapped, not read from the disk"
+    assert all(kept)
+
+    def read() -> bool:
+        return "lease" in here.ask("show", selector="latest", project="sweep", name="first")["checkpoint"]["holds"]
+
+    eventually(lambda: not read(), "every hold to be given back while the process lives", PATIENCE_S)
+    assert all(readers == 0 for readers in readers_of(here)), "no arena is kept for a run that ended"
+
+
+def readers_of(node: Node) -> list[int]:
+    """How many readers each arena of a node has, by its control page."""
+    pid, found = node.status()["daemon"]["pid"], []
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        if "memfd:ckptd-arena" in os.readlink(f"/proc/{pid}/fd/{fd}"):
+            with open(f"/proc/{pid}/fd/{fd}", "rb") as arena:
+                found.append(control.readers(arena.read(control.PAGE)))
+    return found

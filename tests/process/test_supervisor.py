@@ -452,7 +452,7 @@ def test_the_supervisor_stays_small(house):
     process = house.start()
     house.tell("pid")
     rss = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    assert rss < 20 << 20
+    assert rss < 24 << 20  # 4 of it are there so that what it holds can be rescued without any import
 
 
 def test_importing_the_command_brings_none_of_the_daemons_libraries():

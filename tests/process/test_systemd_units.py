@@ -93,12 +93,15 @@ def settings(name: str) -> dict[str, list[str]]:
 
 @pytest.mark.parametrize("name", SERVICES)
 def test_every_unit_has_the_contract_and_none_of_what_would_break_it(name: str) -> None:
-    """Arenas outlive crash, upgrade and stop; the watchdog is on; workers may lower their priority; peers keep uids."""
+    """Arenas outlive crash (and crash after crash), upgrade and stop; the watchdog is on; workers may lower their
+    priority; peers keep uids.
+    """
     unit = settings(name)
     assert unit["Type"] == ["notify"]
     assert unit["NotifyAccess"] == ["main"]
     assert unit["FileDescriptorStoreMax"] == ["512"]
     assert unit["FileDescriptorStorePreserve"] == ["yes"]
+    assert unit["StartLimitIntervalSec"] == ["0"]
     assert unit["KillMode"] == ["mixed"]
     assert unit["Restart"] == ["on-failure"]
     assert unit["WatchdogSec"] == ["30s"]

@@ -260,7 +260,17 @@ class Bring(Retire):
         super().act(stage)
 
     def act(self, stage: Stage) -> None:
-        trash.restore(Restore(root=str(stage.root), path=str(stage.target), trash=stage.checkpoint), Context())
+        assert stage.identity is not None
+        trash.restore(
+            Restore(
+                root=str(stage.root),
+                path=str(stage.target),
+                identity=stage.identity,
+                trash=stage.checkpoint,
+                checkpoint=stage.checkpoint,
+            ),
+            Context(),
+        )
 
     def wrong(self, stage: Stage, *, done: bool) -> Iterator[str]:
         yield from _one_of(stage.target, stage.binned, stage.target if done else None)

@@ -32,7 +32,7 @@ class Stranger(Peer):
     """Whatever is pushed to it is a leak."""
 
     def __init__(self, uid: int) -> None:
-        self.uid, self.pid, self.group = uid, 1, None
+        self.uid, self.pid, self.ticks, self.group = uid, 1, 1, None
         self.attached: dict[str, Any] = {}
         self.follows: dict[str, None] = {}
 

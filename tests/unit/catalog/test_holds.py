@@ -3,7 +3,7 @@
 from datetime import timedelta
 
 import pytest
-from sqlalchemy import delete, update
+from sqlalchemy import delete, select, update
 from sqlalchemy.exc import IntegrityError
 
 from ckptd.best import best
@@ -30,6 +30,27 @@ async def test_a_pin_holds_until_it_is_lifted(catalog: Catalog, clock: StillCloc
     assert told.names[-3:] == ["checkpoint.pinned", "checkpoint.pinned", "checkpoint.unpinned"]
     with pytest.raises(NotFound):
         await catalog.write(lambda tx: holds.pin(tx, new_id(), UID))
+
+
+async def test_a_pin_that_is_carried_is_as_it_was_made_and_never_takes_anothers_place(
+    catalog: Catalog, clock: StillClock, told: Told
+) -> None:
+    known = await experiment(catalog)
+    old, new, own = [await saved(catalog, known, step) for step in (1, 2, 3)]
+    await catalog.write(lambda tx: holds.pin(tx, old.id, UID, "paper"))
+    await catalog.write(lambda tx: holds.pin(tx, own.id, UID, "own"))
+    made = (await catalog.read(lambda conn: conn.execute(select(schema.pin.c.pinned_at)))).scalars().all()
+    clock.pass_s(60)
+    await catalog.write(lambda tx: holds.carry(tx, old.id, own.id))
+    await catalog.write(lambda tx: holds.carry(tx, new.id, old.id))
+    held = await catalog.read(lambda conn: holds.of_checkpoints(conn, [old.id, new.id, own.id], clock.now()))
+    assert {(hold.checkpoint_id, hold.note) for hold in held} == {(old.id, "paper"), (own.id, "own")}
+    await catalog.write(lambda tx: holds.carry(tx, old.id, new.id))
+    held = await catalog.read(lambda conn: holds.of_checkpoints(conn, [old.id, new.id, own.id], clock.now()))
+    assert {(hold.checkpoint_id, hold.note) for hold in held} == {(new.id, "paper"), (own.id, "own")}
+    assert told.names[-2:] == ["checkpoint.unpinned", "checkpoint.pinned"]
+    after = (await catalog.read(lambda conn: conn.execute(select(schema.pin.c.pinned_at)))).scalars().all()
+    assert sorted(after) == sorted(made)
 
 
 async def test_a_lease_holds_until_it_ends_and_is_renewed_by_its_holder(catalog: Catalog, clock: StillClock) -> None:

@@ -8,6 +8,7 @@ import pytest
 from ckptd_client import loader as module
 from ckptd_client.errors import CorruptCheckpoint, Refused
 from ckptd_client.loader import Loader, Wanted
+from ckptd_client.reads import Reads
 
 ID = "6f1c0e3a9b7d4c52a1e8f00d5b6c7a89"
 LATEST = Wanted("latest", None, None, fallback=False, verify=True)
@@ -18,6 +19,7 @@ class Session(SimpleNamespace):
 
     def __init__(self, reply: Any) -> None:
         super().__init__(told=[], resumed_from=None, experiment="e" * 32, connection=self, reply=reply)
+        self.reads = Reads(self)  # type: ignore[arg-type]
 
     def wait_open(self, _timeout_s: float) -> bool:
         return True
@@ -26,6 +28,9 @@ class Session(SimpleNamespace):
         if isinstance(self.reply, Exception):
             raise self.reply
         return dict(self.reply)
+
+    def tick_within(self, _delay_s: float) -> None:
+        """It has no connection's thread."""
 
     def tell(self, op: str, **fields: Any) -> bool:
         self.told.append((op, fields))

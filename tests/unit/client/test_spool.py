@@ -1,6 +1,7 @@
 """The spool: whole under its final name, or not there."""
 
 import errno
+import fcntl
 import mmap
 import os
 import subprocess
@@ -118,6 +119,47 @@ def test_the_temporary_files_of_living_processes_are_not_abandoned(tmp_path: Pat
     (tmp_path / f"{ID}.arena.tmp-{os.getpid()}").touch()
     (tmp_path / f"{OTHER}.offer.tmp-999999999").touch()
     assert list(spool.abandoned(str(tmp_path))) == [str(tmp_path / f"{OTHER}.offer.tmp-999999999")]
+
+
+def test_what_a_process_of_another_pid_namespace_writes_is_not_abandoned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Its number means nothing here, or somebody else; that it has the file locked means that it lives."""
+    monkeypatch.setattr(os, "getpid", lambda: 999999999)
+    found: list[list[str]] = []
+    spool.write_arena(str(tmp_path), ID, image(), check=lambda: found.append(list(spool.abandoned(str(tmp_path)))))
+    assert found == [[]]
+    assert [entry.checkpoint for entry in spool.entries(str(tmp_path))] == [ID]
+
+
+def test_a_file_that_is_swept_before_its_writer_has_it_locked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    lock, swept = fcntl.flock, []
+
+    def late(fd: int, how: int) -> None:
+        if not swept:
+            swept.extend(tmp_path.iterdir())
+            swept[0].unlink()
+        lock(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    body = image()
+    assert Path(spool.write_arena(str(tmp_path), ID, body)).read_bytes() == bytes(body)
+    assert len(swept) == 1
+
+
+def test_where_files_can_not_be_locked_the_pid_says_who_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def unknown(_fd: int, _how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unknown)
+    spool.write_arena(str(tmp_path), ID, image())
+    (tmp_path / f"{OTHER}.offer.tmp-999999999").touch()
+    (tmp_path / f"{OTHER}.offer.tmp-{os.getpid()}").touch()
+    (tmp_path / f"{ID}.arena.tmp-999999999").symlink_to("/etc/passwd")
+    left = {os.path.basename(path) for path in spool.abandoned(str(tmp_path))}
+    assert left == {f"{OTHER}.offer.tmp-999999999", f"{ID}.arena.tmp-999999999"}
 
 
 def test_an_offer_reads_back_as_it_was(tmp_path: Path):

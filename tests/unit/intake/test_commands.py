@@ -109,15 +109,15 @@ async def test_verify_of_a_checkpoint_retired_meanwhile_leaves_it_retired(short_
         one, _ = await training.saved(1), await training.saved(2)
         from ckptd.intake import commands
 
-        compare = commands.compare
+        read_back = commands.read_back
 
         async def slow(tools, read):
-            found = await compare(tools, read)
+            found = await read_back(tools, read)
             async with node.connect() as other:
                 await other.ask("remove", selector=one)
             return found
 
-        monkeypatch.setattr(commands, "compare", slow)
+        monkeypatch.setattr(commands, "read_back", slow)
         await line.ask("verify", selector=one)
         assert (await state_of(line, one))[0] == "trashed"
 

@@ -1,5 +1,6 @@
 """The daemon's pulse: whom it convinces, and what it notices. F11, F30"""
 
+from itertools import pairwise
 from typing import Any
 
 import anyio
@@ -135,3 +136,56 @@ async def test_a_loop_that_was_held_up_is_not_praised_for_that_round() -> None:
     await beating(made, late)
     assert made.lag_s == pytest.approx(9.0, abs=0.1)
     assert made.lagged_at is not None
+
+
+@pytest.mark.parametrize("lag_s", [1.0, 12.0, 17.0])
+async def test_a_loop_that_was_held_up_once_is_heard_of_before_the_watchdog_gives_it_up(
+    monkeypatch: pytest.MonkeyPatch, lag_s: float
+) -> None:
+    """A machine that stood for some seconds goes on; to be aborted just then would be the second blow."""
+    body = Body()
+    body.watchdog_s = 30.0  # as in the units
+    lags = iter([0.0, lag_s])
+    heard_s = [body.clock.mono_s]
+    wait = anyio.sleep
+
+    async def sleep(seconds: float) -> None:
+        body.clock.pass_s(seconds + next(lags, 0.0))
+        await wait(0)
+
+    def watchdog() -> None:
+        heard_s.append(body.clock.mono_s)
+
+    monkeypatch.setattr(body, "watchdog", watchdog)
+    made = Pulse(Organs(body, body, body.clock, body), lambda: 5.0, lambda: "")  # type: ignore[arg-type]
+    monkeypatch.setattr(pulses.anyio, "sleep", sleep)
+    async with anyio.create_task_group() as group:
+        group.start_soon(made.run)
+        with anyio.fail_after(30):
+            while len(heard_s) < 6:
+                await wait(0)
+        group.cancel_scope.cancel()
+    assert max(after - before for before, after in pairwise(heard_s)) < body.watchdog_s
+
+
+async def test_a_loop_that_is_late_every_time_is_never_praised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes round, but nobody is served by a node that answers after many seconds."""
+    body = Body()
+    rounds = 0
+    wait = anyio.sleep
+
+    async def sleep(seconds: float) -> None:
+        nonlocal rounds
+        rounds += 1
+        body.clock.pass_s(seconds + 9.0)
+        await wait(0)
+
+    monkeypatch.setattr(pulses.anyio, "sleep", sleep)
+    made = of(body)
+    async with anyio.create_task_group() as group:
+        group.start_soon(made.run)
+        with anyio.fail_after(30):
+            while rounds < 20:
+                await wait(0)
+        group.cancel_scope.cancel()
+    assert body.beats == 0

@@ -8,7 +8,7 @@ import pytest
 
 from ckptd.catalog import arrivals, checkpoints, roots
 from ckptd.errors import CkptdError, RootDegraded
-from ckptd.intake import reconcile
+from ckptd.intake import standing
 from ckptd.model import State
 from ckptd.worker.protocol import Hints, Scanned
 from tests.support.in_process import Training, a_tensor, daemon, eventually
@@ -104,7 +104,7 @@ async def test_an_empty_mount_point_is_no_proof_that_everything_was_deleted(shor
         one = await live_at(node, path)
         root = await root_of(node, tree)
         shutil.rmtree(tree / "run7")
-        unseen = set((await node.parts.reconciler._standing(root)).marked)
+        unseen = set((await standing.of_root(node.parts.catalog, root)).marked)
         from ckptd.intake.reconcile import Reconciled
 
         elsewhere = Scanned(seen=0, complete=True, device=999_999)
@@ -224,12 +224,12 @@ async def test_more_files_than_one_request_has_marks_for_are_looked_up(short_dir
     async with daemon(short_dir, **settings) as node:
         for number in range(6):
             await live_at(node, tree / "run7" / f"c_{number}.safetensors")
-    monkeypatch.setattr(reconcile, "KNOWN_MAX", 2)
+    monkeypatch.setattr(standing, "KNOWN_MAX", 2)
     monkeypatch.setattr(arrivals, "_STANDING", arrivals._STANDING.limit(2))
     async with daemon(short_dir, **settings, front=False) as node:
         root = await root_of(node, tree)
-        standing = await node.parts.reconciler._standing(root)
-        assert (len(standing.marked), len(standing.others)) == (2, 4)
+        found = await standing.of_root(node.parts.catalog, root)
+        assert (len(found.marked), len(found.others)) == (2, 4)
         (tree / "run7/c_5.safetensors").unlink()
         result = await node.parts.reconciler.scan(root)
         assert (result.found, result.known, result.missing) == (5, 5, 1)

@@ -2,16 +2,13 @@
 
 import itertools
 import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import anyio
 import pytest
 
-from ckptd.catalog import checkpoints, experiments, holds
+from ckptd.catalog import checkpoints, experiments
 from ckptd.errors import BadPath, BadRequest, CkptdError, Exists, NoArena, NotFound, UnsupportedVersion
-from ckptd.intake import training as training_module
 from ckptd.intake.arenas import Use
 from ckptd.model import ExperimentStatus, State, new_id
 from ckptd_client import control
@@ -228,99 +225,6 @@ async def test_a_late_metric_changes_the_best_its_link_and_what_is_kept(short_di
 
         await eventually(retired)
         await eventually((node.runs / ".ckptd-trash" / first).is_dir)
-
-
-async def test_a_reader_gets_the_hot_copy_and_holds_the_checkpoint(short_dir):
-    """M010: bytes without the disk, read-only, and retention waits for the reader."""
-    async with daemon(short_dir) as node, node.connect() as line:
-        training = await Training(line, str(node.runs)).open()
-        data = a_tensor(3)
-        checkpoint = await training.saved(1, files={"model.safetensors": data})
-        answer = await line.ask("attach", selector="latest", experiment=training.experiment)
-        assert answer["hot"]
-        [file] = answer["files"]
-        fd = line.fds.pop()
-        assert os.pread(fd, file["size_bytes"], file["offset"]) == data
-        with pytest.raises(OSError, match="Bad file descriptor"):
-            os.pwrite(fd, b"x", 0)
-        os.close(fd)
-        arena = node.parts.pool.of_checkpoint(checkpoint)
-        assert arena is not None
-        assert arena.readers == 1
-        now = node.parts.clock.now()
-        assert [h.kind for h in await node.read(lambda conn: holds.of_checkpoint(conn, checkpoint, now))] == ["lease"]
-        await line.ask("detach", checkpoint=checkpoint)
-        assert arena.readers == 0
-        assert await node.read(lambda conn: holds.of_checkpoint(conn, checkpoint, now)) == []
-
-
-async def test_a_cold_attach_names_the_files_and_their_digests(short_dir):
-    async with daemon(short_dir) as node, node.connect() as line:
-        training = await Training(line, str(node.runs)).open()
-        checkpoint = await training.saved(1)
-        node.parts.pool.free_checkpoint(checkpoint)
-        answer = await line.ask("attach", selector=checkpoint)
-        assert not answer["hot"]
-        assert {f["path"] for f in answer["files"]} == {"model.safetensors", "state.json"}
-        assert all(len(f["sha256"]) == 64 for f in answer["files"])
-
-
-@pytest.mark.parametrize("hot", [True, False])
-async def test_more_files_than_one_frame_names_are_found_by_their_manifest(short_dir, monkeypatch, hot):
-    async with daemon(short_dir) as node, node.connect() as line:
-        training = await Training(line, str(node.runs)).open()
-        checkpoint = await training.saved(1)
-        if not hot:
-            node.parts.pool.free_checkpoint(checkpoint)
-        monkeypatch.setattr(training_module, "LISTED_BYTES_MAX", 100)
-        answer = await line.ask("attach", selector=checkpoint)
-        assert (answer["hot"], answer["files"]) == (False, None)
-
-
-async def test_more_files_than_one_frame_names_of_somebody_elses_are_a_clear_error(short_dir, monkeypatch):
-    async with daemon(short_dir) as node, node.connect() as line:
-        path = short_dir / "mine/a.safetensors"
-        path.parent.mkdir()
-        path.write_bytes(a_tensor())
-        one = (await line.ask("submit", path=str(path), checkpoint=new_id()))["checkpoint"]
-        await line.ask("wait", checkpoint=one, level="verified", timeout_s=30)
-        monkeypatch.setattr(training_module, "LISTED_BYTES_MAX", 10)
-        with pytest.raises(BadRequest, match="1 files: more than one answer can name"):
-            await line.ask("attach", selector=one)
-        assert (await line.ask("show", selector=one))["checkpoint"]["checkpoint"] == one, "the connection stands"
-
-
-async def test_read_holds_end_when_the_reader_dies_not_when_it_reconnects(short_dir):
-    """A load of minutes must not lose its hold to a lost connection."""
-    code = (
-        "import json,socket,sys\n"
-        "s=socket.socket(socket.AF_UNIX); s.connect(sys.argv[1])\n"
-        "for i,m in enumerate([{'op':'hello','versions':[1]},{'op':'attach','selector':sys.argv[2]}]):\n"
-        "    s.sendall(json.dumps({'v':1,'id':i,**m}).encode()+b'\\n'); s.recv(1<<16)\n"
-        "s.close(); print('closed', flush=True); sys.stdin.readline()\n"
-    )
-    async with daemon(short_dir) as node, node.connect() as line:
-        checkpoint = await (await Training(line, str(node.runs)).open()).saved(1)
-        command = [sys.executable, "-c", code, str(short_dir / "s"), checkpoint]
-        reader = await anyio.to_thread.run_sync(
-            lambda: subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        )
-        assert reader.stdout is not None
-        await anyio.to_thread.run_sync(reader.stdout.readline)
-        await eventually(lambda: len(node.parts.listener.peers) == 1)
-
-        async def held() -> bool:
-            now = node.parts.clock.now()
-            return bool(await node.read(lambda conn: holds.of_checkpoint(conn, checkpoint, now)))
-
-        await node.parts.service.reap()
-        assert await held()
-        await anyio.to_thread.run_sync(reader.communicate, b"\n")
-
-        async def let_go() -> bool:
-            return not await held()
-
-        await eventually(let_go)
 
 
 async def test_replace_drops_the_oldest_staged_save_only(short_dir):

@@ -14,7 +14,7 @@ import pytest
 from ckptd import failpoint
 from ckptd import log as logging
 from ckptd.catalog.writer import Trouble as CommitTrouble
-from ckptd.errors import CatalogFault, NoSpace
+from ckptd.errors import CatalogFault, NoSpace, RootDegraded
 from ckptd.intake import trouble as troubles
 from ckptd.intake.trouble import CHECKS, Signs, Troubles, Vitals
 from ckptd.model import JobState
@@ -42,6 +42,7 @@ class World:
         self.workers = [worker()]
         self.unseen: list[tuple[str, str]] = []
         self.problems: list[tuple[str, str]] = []
+        self.refused: dict[str, RootDegraded] = {}
         self.spool = SimpleNamespace(refused={})
         self.notifier = SimpleNamespace(
             enabled=True, trouble=None, store_max=8, kept=False, stored=1, has_room=lambda: True, watchdog_s=None
@@ -58,7 +59,7 @@ class World:
             jobs=None,
             clock=self.clock,
             settings=lambda: settings,
-            workers=SimpleNamespace(state=lambda: self.workers),
+            workers=SimpleNamespace(state=lambda: self.workers, marks=SimpleNamespace(refused=lambda: self.refused)),
             on_hold={},
         )
         parts: Any = (self.pool, reconciler, self.spool, self.notifier, self.bus)
@@ -148,6 +149,12 @@ def _root_gone(w: World) -> None:
     w.problems = [("/runs", "root '/runs' does not exist")]
 
 
+def _root_unmounted(w: World) -> None:
+    """Its scans fail of it as well, and it is one trouble."""
+    _root_gone(w)
+    w.refused["/runs"] = RootDegraded("/runs has no mark", hint="is its disk mounted?")
+
+
 def _parked(w: World) -> None:
     w.pulse.jobs = {JobState.PARKED: 1}
 
@@ -194,6 +201,7 @@ STATES: list[tuple[Callable[[World], None], str, bool, str]] = [
     (_worker_dies, "worker /mnt/a", False, "ckpt log"),
     (_unwatched, "watching /runs", False, "max_user_watches"),
     (_root_gone, "root /runs", True, "ReadWritePaths"),
+    (_root_unmounted, "root /runs", True, "is its disk mounted?"),
     (_parked, "jobs", False, "tried again"),
     (_spool_refused, "spool", False, "look at them"),
     (

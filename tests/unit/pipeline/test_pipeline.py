@@ -6,11 +6,23 @@ from pathlib import Path
 import anyio
 import pytest
 
+from ckptd import daemon as composition
 from ckptd import pipeline
 from ckptd.catalog import checkpoints
-from ckptd.errors import BadPath, Bug, DiskFault, NoSpace, RootDegraded, TimedOut
-from ckptd.intake.arenas import Use
+from ckptd.errors import (
+    BadPath,
+    Bug,
+    Corrupt,
+    DiskFault,
+    Exists,
+    Missing,
+    NoSpace,
+    NotFound,
+    RootDegraded,
+    TimedOut,
+)
 from ckptd.model import State, new_id
+from ckptd.pipeline import publish
 from ckptd.pipeline.tools import Outcome
 from tests.support.in_process import Training, a_tensor, daemon, eventually
 
@@ -39,13 +51,78 @@ async def test_what_a_disk_does_never_ends_an_acknowledged_save(short_dir, monke
         assert (await line.ask("wait", checkpoint=checkpoint, level="verified", timeout_s=30))["state"] == "live"
 
 
-async def test_a_refusal_ends_the_checkpoint_visibly_and_gives_its_memory_back(short_dir, monkeypatch):
-    failing(monkeypatch, "publish", BadPath("a symlink lies on the way"))
+OUTSIDE = [
+    Missing("somebody removed the directory"),
+    BadPath("a symlink"),
+    Exists("taken"),
+    Corrupt("cut"),
+    NotFound("x"),
+]
+
+
+@pytest.mark.parametrize("error", OUTSIDE, ids=lambda e: e.code)
+async def test_nothing_from_outside_ends_an_acknowledged_save_whose_bytes_are_there(short_dir, monkeypatch, error):
+    """M022. It passes, and one more try is all that it takes."""
+    left = failing(monkeypatch, "publish", error, error)
     async with daemon(short_dir) as node, node.connect() as line:
         checkpoint = await (await Training(line, str(node.runs)).open()).save(1)
-        push = await line.push("level", checkpoint=checkpoint, state="failed")
-        assert push["error"]["code"] == "bad_path"
-        await eventually(lambda: [arena.use for arena in node.parts.pool.all()] == [Use.FREE])
+        assert (await line.ask("wait", checkpoint=checkpoint, level="verified", timeout_s=30))["state"] == "live"
+        assert left == []
+
+
+async def test_a_save_that_nothing_lets_through_is_kept_told_spooled_at_a_stop_and_tried_by_the_next_daemon(
+    short_dir, monkeypatch
+):
+    """Parked, with its bytes; another save of the experiment does not wait for it."""
+    monkeypatch.setattr(pipeline, "PARKED_FIRST_S", 0.1)
+    failing(monkeypatch, "publish", *[BadPath("a symlink lies on the way")] * 3)
+    async with daemon(short_dir, jobs={"retries_max": 2}) as node, node.connect() as line:
+        training = await Training(line, str(node.runs)).open()
+        checkpoint = await training.save(1)
+
+        async def parked() -> bool:
+            return (await line.ask("status"))["jobs"]["parked"] == 1
+
+        await eventually(parked)
+        assert (await node.read(lambda conn: checkpoints.state_of(conn, checkpoint))) is State.PENDING
+        assert [check["status"] for check in (await line.ask("doctor"))["checks"] if check["name"] == "jobs"] == [
+            "warn"
+        ]
+        assert composition._undone(node.parts)
+        await composition._spill(node.parts)
+        assert [path.name for path in (short_dir / "state/spool").iterdir()] == [f"{checkpoint}.arena"]
+    async with daemon(short_dir) as node, node.connect() as line:  # and the memory is gone
+        await line.ask("wait", checkpoint=checkpoint, level="verified", timeout_s=30)
+        await eventually(lambda: not list((short_dir / "state/spool").iterdir()))
+
+
+async def test_a_refusal_ends_a_file_visibly(short_dir, monkeypatch):
+    failing(monkeypatch, "publish", BadPath("a symlink lies on the way"))
+    async with daemon(short_dir) as node, node.connect() as line:
+        path = short_dir / "mine/a.safetensors"
+        path.parent.mkdir()
+        path.write_bytes(a_tensor())
+        one = (await line.ask("submit", path=str(path), checkpoint=new_id()))["checkpoint"]
+        answer = await line.ask("wait", checkpoint=one, level="durable", timeout_s=30)
+        assert (answer["state"], answer["error"]["code"]) == ("failed", "bad_path")
+
+
+async def test_a_hundred_strange_directories_in_the_way_of_a_step_end_no_save(short_dir, monkeypatch):
+    """Somebody moves one away, and it is written."""
+    monkeypatch.setattr(publish, "COLLISIONS_MAX", 1)
+    async with daemon(short_dir) as node, node.connect() as line:
+        training = await Training(line, str(node.runs)).open()
+        taken = node.runs / "demo/run/step_0000000001"
+        taken.mkdir(parents=True)
+        checkpoint = await training.save(1)
+
+        async def refused() -> bool:
+            jobs = await node.parts.jobs.unfinished()
+            return any((job.error or {}).get("code") == "exists" for job in jobs)
+
+        await eventually(refused)
+        taken.rmdir()
+        assert (await line.ask("wait", checkpoint=checkpoint, level="verified", timeout_s=30))["state"] == "live"
 
 
 async def test_a_defect_of_ours_never_ends_a_hand_off_its_bytes_wait_for_a_better_daemon(short_dir, monkeypatch):
@@ -177,11 +254,11 @@ async def test_no_transaction_ever_asks_a_worker(short_dir, monkeypatch):
         inside = 0
         run, call = Writer._run, node.parts.workers.call
 
-        async def counted(self, pending):
+        async def counted(self, *given):
             nonlocal inside
             inside += 1
             try:
-                await run(self, pending)
+                await run(self, *given)
             finally:
                 inside -= 1
 

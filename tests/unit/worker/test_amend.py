@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,20 @@ def late(root: Path) -> dict[str, object] | None:
     [found] = [candidate for part in parts for candidate in part.found]
     assert found.manifest is not None, "the manifest stands whatever lies beside it"
     return found.late
+
+
+def test_one_bad_moment_of_a_disk_does_not_end_late_metrics_for_good(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failed fsync is never asked for again: late.json is written once more first."""
+    monkeypatch.setattr(failpoint, "_plan", {"amend.dir_fsynced": (1, "eio")})
+    monkeypatch.setattr(failpoint, "_hits", {})
+    with pytest.raises(DiskFault):
+        amended(root, loss=0.5)
+    time.sleep(0.02)  # a file system's times move on by ticks of some milliseconds
+    assert amended(root, loss=0.5) == 1
+    assert amended(root, loss=0.5) == 0
+    assert late(root) == {"v": 1, "checkpoint": ID, "metrics": {"loss": 0.5}}
 
 
 def test_a_scan_finds_what_was_said_last(root: Path) -> None:

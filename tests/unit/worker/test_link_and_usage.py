@@ -1,12 +1,14 @@
 """The links beside checkpoints, and what is said about a file system."""
 
+import errno
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 
-from ckptd.errors import BadPath, Exists
+from ckptd.errors import BadPath, DiskFault, Exists
 from ckptd.worker import link, usage
 from ckptd.worker.context import Context
 from ckptd.worker.protocol import Link, Usage
@@ -22,6 +24,34 @@ def test_a_link_follows_its_newest_target_and_goes_when_told(tmp_path: Path) -> 
     assert set_link(tmp_path, "step_1") == 1
     assert os.readlink(tmp_path / "latest") == "step_1"
     assert os.listdir(tmp_path) == ["latest"]
+
+
+def after_one_bad_moment(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let the next fsync of a directory fail; return what was asked for, by inode and time of change."""
+    real, asked = os.fsync, []
+
+    def fsync(fd: int) -> None:
+        facts = os.fstat(fd)
+        asked.append((facts.st_ino, facts.st_mtime_ns))
+        if len(asked) == 1:
+            raise OSError(errno.EIO, "Input/output error")
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    return asked
+
+
+def test_one_bad_moment_of_a_disk_does_not_end_a_link_for_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failed fsync is never asked for again: the link is made again first."""
+    target = "step_2"
+    set_link(tmp_path, "step_1")
+    asked = after_one_bad_moment(monkeypatch)
+    with pytest.raises(DiskFault):
+        set_link(tmp_path, target)
+    time.sleep(0.02)  # a file system's times move on by ticks of some milliseconds
+    set_link(tmp_path, target)
+    assert len(asked) == len(set(asked)) > 1
+    assert [os.readlink(tmp_path / name) for name in os.listdir(tmp_path)] == [target]
 
 
 @pytest.mark.parametrize("target", ["/etc", "../x", "a/../../x", "a//b"])

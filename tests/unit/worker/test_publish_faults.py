@@ -1,14 +1,16 @@
 """What a publish does when the disk fails it, and the order that makes a power cut harmless."""
 
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from ckptd import failpoint
-from ckptd.errors import NoSpace
+from ckptd.errors import NoSpace, SourceChanged
 from ckptd.worker import durable, imagewriter, publish
 from ckptd.worker.context import Context
 from ckptd.worker.fsync import FsyncFailed
@@ -100,3 +102,39 @@ def test_a_disk_that_fills_up_at_the_fsync_is_not_tried_twice(
     with pytest.raises(NoSpace):
         publish.run(publish_request(root, images), Context(fd=fd))
     assert os.listdir(root / "p/e") == []
+
+
+@pytest.mark.parametrize("published", [False, True], ids=["written", "adopted"])
+def test_bytes_that_are_not_those_asked_for_get_no_name(
+    root: Path, small: tuple[int, list[FileImage]], *, published: bool
+) -> None:
+    """A repair says what it wants: a manifest made from what the memory holds would fit whatever it holds."""
+    fd, images = small
+    request = publish_request(root, images)
+    good = {record.path: record.sha256 for record in publish.run(request, Context(fd=fd)).files}
+    if not published:
+        shutil.rmtree(root / "p/e/step_0000000001")
+    wrong = msgspec.structs.replace(request, sha256={**good, images[0].path: "0" * 64})
+    with pytest.raises(SourceChanged):
+        publish.run(wrong, Context(fd=fd))
+    assert os.listdir(root / "p/e") == ["step_0000000001"] * published
+    assert publish.run(msgspec.structs.replace(request, sha256=good), Context(fd=fd)).adopted == published
+
+
+def test_a_directory_removed_while_a_save_is_written_into_it_is_made_again_by_the_next_try(
+    root: Path, small: tuple[int, list[FileImage]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fd, images = small
+    real = failpoint.hit
+
+    def hit(point: str) -> None:
+        if point == "copy.tmp_created":
+            shutil.rmtree(root / "p")
+        real(point)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(failpoint, "hit", hit)
+        with pytest.raises(FileNotFoundError):
+            publish.run(publish_request(root, images), Context(fd=fd))
+    publish.run(publish_request(root, images), Context(fd=fd))
+    assert os.listdir(root / "p/e") == ["step_0000000001"]

@@ -51,8 +51,9 @@ def retire(root: Path, path: Path, recorded: IdentityRecord, name: str = ID, che
     return trash.trash(request, Context())
 
 
-def restore(root: Path, path: Path, name: str = ID) -> Done:
-    return trash.restore(Restore(root=str(root), path=str(path), trash=name), Context())
+def restore(root: Path, path: Path, recorded: IdentityRecord, name: str = ID, checkpoint: str = ID) -> Done:
+    request = Restore(root=str(root), path=str(path), identity=recorded, trash=name, checkpoint=checkpoint)
+    return trash.restore(request, Context())
 
 
 def purge(root: Path, name: str = ID) -> Done:
@@ -67,11 +68,11 @@ def checkpoint(root: Path) -> Path:
 @pytest.mark.parametrize("kind", ["directory", "file"])
 def test_a_checkpoint_goes_into_the_trash_and_comes_back_as_it_was(root: Path, checkpoint: Path, kind: str) -> None:
     path = checkpoint if kind == "directory" else checkpoint / "model.safetensors"
-    inode = path.stat().st_ino
-    assert retire(root, path, identity(root, path)).count == 1
+    inode, recorded = path.stat().st_ino, identity(root, path)
+    assert retire(root, path, recorded).count == 1
     assert not path.exists()
     assert (root / BIN / ID).stat().st_ino == inode
-    assert restore(root, path).count == 1
+    assert restore(root, path, recorded).count == 1
     assert path.stat().st_ino == inode
     assert os.listdir(root / BIN) == []
 
@@ -80,7 +81,7 @@ def test_asking_twice_is_asking_once(root: Path, checkpoint: Path) -> None:
     """The daemon repeats what it has no answer for: the worker may have died after the rename."""
     recorded = identity(root, checkpoint)
     assert [retire(root, checkpoint, recorded).count for _ in range(2)] == [1, 0]
-    assert [restore(root, checkpoint).count for _ in range(2)] == [1, 0]
+    assert [restore(root, checkpoint, recorded).count for _ in range(2)] == [1, 0]
     retire(root, checkpoint, recorded)
     assert [purge(root).count for _ in range(2)] == [4, 0]
 
@@ -108,24 +109,7 @@ def test_two_that_retire_it_at_the_same_time_both_find_it_in_the_trash(
     assert others == [Done(1)]
     assert (root / trash.TRASH / ID).exists()
     monkeypatch.setattr(module, name, real)
-    assert restore(root, path) == Done(1)
-
-
-def test_two_that_restore_it_at_the_same_time_both_find_it_back(
-    root: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    retire(root, checkpoint, identity(root, checkpoint))
-    real, others = durable.move, []
-
-    def late(*arguments: object) -> object:
-        monkeypatch.setattr(durable, "move", real)
-        others.append(restore(root, checkpoint))
-        return real(*arguments)
-
-    monkeypatch.setattr(durable, "move", late)
-    assert restore(root, checkpoint) == Done(0)
-    assert others == [Done(1)]
-    assert checkpoint.exists()
+    assert restore(root, path, recorded) == Done(1)
 
 
 def test_both_directories_are_fsynced_the_new_name_first(
@@ -137,7 +121,7 @@ def test_both_directories_are_fsynced_the_new_name_first(
     retire(root, checkpoint, recorded)
     bin_ino, parent_ino = (root / BIN).stat().st_ino, checkpoint.parent.stat().st_ino
     assert synced[-2:] == [bin_ino, parent_ino]
-    restore(root, checkpoint)
+    restore(root, checkpoint, recorded)
     assert synced[-2:] == [parent_ino, bin_ino]
 
 
@@ -237,11 +221,11 @@ def test_a_swap_between_look_and_rename_is_undone(
 def test_what_is_gone_is_missing_and_what_is_there_is_not_overwritten(root: Path, checkpoint: Path) -> None:
     recorded = identity(root, checkpoint)
     with pytest.raises(Missing):
-        restore(root, root / "nothing")
+        restore(root, root / "nothing", recorded)
     retire(root, checkpoint, recorded)
     make(checkpoint)
     with pytest.raises(Exists):
-        restore(root, checkpoint)
+        restore(root, checkpoint, recorded)
     assert (root / BIN / ID / "model.safetensors").read_bytes() == b"weights"
     checkpoint.rename(root / "aside")
     purge(root)

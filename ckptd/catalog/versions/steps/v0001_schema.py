@@ -108,6 +108,8 @@ def _owners() -> None:
         sa.Column("allow_links", sa.Boolean(), nullable=False),
         sa.Column("added_at", sa.BigInteger(), nullable=False),
         sa.Column("reconciled_at", sa.BigInteger()),
+        sa.Column("mark", sa.String(length=32)),
+        sa.Column("device", sa.BigInteger()),
         sa.PrimaryKeyConstraint("no", name="pk_root"),
         sa.UniqueConstraint("path_key", name="uq_root_path_key"),
         sqlite_autoincrement=True,
