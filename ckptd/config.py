@@ -83,8 +83,8 @@ class Watching(Section):
     reconcile_s: PositiveSpan = Field(60.0, description="Interval of the scan that finds what events missed.")
     reconcile_max_s: PositiveSpan = Field(
         600.0,
-        description="The longest it may become in a large tree: while all events of a root are seen, it rests 300 times as "
-        "long as its scan took.",
+        description="The longest it may become: in a large tree of which all events are seen it is 300 times as long as its "
+        "scan took, and under a managed root it doubles with each scan that finds nothing new.",
     )
     reconcile_remote_s: PositiveSpan = Field(
         20.0, description="The same on network and FUSE file systems, where events are not seen."

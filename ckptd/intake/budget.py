@@ -58,8 +58,3 @@ class Budget:
             self._making_bytes[owner] -= size_bytes
             self._making[experiment_id] -= 1
             self._making += Counter()  # forget zeros
-
-    @property
-    def is_making(self) -> bool:
-        """Whether anything is being made."""
-        return bool(self._making)

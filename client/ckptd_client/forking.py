@@ -8,7 +8,7 @@ the child's as any memory is.
 
 import os
 import weakref
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 
 class Holder(Protocol):
@@ -18,17 +18,25 @@ class Holder(Protocol):
         """Make every page of them private. Blocks: as long as copying them takes."""
 
 
-_holders: "weakref.WeakSet[Holder]" = weakref.WeakSet()
+class _Held:
+    """The holders of this process; nobody keeps one alive for being asked."""
+
+    holders: ClassVar[weakref.WeakSet[Holder]] = weakref.WeakSet()
 
 
 def watch(holder: Holder) -> None:
     """Have `holder.own_all()` called in the thread that forks, before each fork of this process."""
-    _holders.add(holder)
+    _Held.holders.add(holder)
 
 
 def _before() -> None:
-    for holder in list(_holders):
+    for holder in list(_Held.holders):
         holder.own_all()
 
 
-os.register_at_fork(before=_before)
+def _in_child() -> None:
+    """Forget them: what is mapped is the child's own by now, and a lock that another thread held stays taken here for ever."""
+    _Held.holders = weakref.WeakSet()
+
+
+os.register_at_fork(before=_before, after_in_child=_in_child)

@@ -1,6 +1,5 @@
 """Daemon and worker are killed while damaged checkpoints are cleaned up, and while one is restored: none is lost, none is whole."""
 
-import os
 import zlib
 from collections.abc import Iterator
 from contextlib import suppress
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import invariants, tally
+from tests.support import invariants, rot, tally
 from tests.support.node import eventually
 from tests.support.onlooker import Onlooker, end, make
 from tests.support.trainer import Nursery
@@ -42,11 +41,7 @@ def damaged(node: Onlooker, nursery: Nursery, request: pytest.FixtureRequest) ->
     row = node.row(ids[0])
     assert row is not None
     path = Path(row["path"])
-    before, body = os.stat(path / FILE), bytearray((path / FILE).read_bytes())
-    body[-7] ^= 1
-    with (path / FILE).open("r+b") as file:
-        file.write(body)
-    os.utime(path / FILE, ns=(before.st_atime_ns, before.st_mtime_ns))
+    rot.flip(path / FILE)
     assert node.ask("verify", selector=ids[0])["results"][0]["state"] == "corrupt"
     yield node, ids[0], path
     node.disarm()

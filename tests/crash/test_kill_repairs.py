@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import invariants, payload, tally
+from tests.support import invariants, payload, rot, tally
 from tests.support.node import eventually
 from tests.support.onlooker import Onlooker, end, make
 from tests.support.trainer import Nursery
@@ -46,11 +46,7 @@ def damaged(node: Onlooker, nursery: Nursery, request: pytest.FixtureRequest) ->
     row = node.wait_level(one)
     node.wait_idle()
     path = Path(row["path"])
-    before, body = os.stat(path / FILE), bytearray((path / FILE).read_bytes())
-    body[-7] ^= 1
-    with (path / FILE).open("r+b") as file:
-        file.write(body)
-    os.utime(path / FILE, ns=(before.st_atime_ns, before.st_mtime_ns))
+    rot.flip(path / FILE)
     yield node, one, path
     node.disarm()
     node.wait_idle()

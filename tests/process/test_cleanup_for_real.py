@@ -12,7 +12,7 @@ import torch
 
 import ckptd_client
 from ckptd.cli import main
-from tests.support import pages
+from tests.support import pages, rot
 from tests.support.onlooker import Onlooker, Said, end, make
 
 PAGE = "docs/guide/troubles.md"
@@ -62,12 +62,7 @@ class Shell:
 def spoil(node: Onlooker, ids: dict[int, str]) -> dict[int, Path]:
     """Flip a bit of the first, cut the second, take the third away."""
     paths = {step: Path(node.row(one)["path"]) for step, one in ids.items()}  # type: ignore[index]
-    flipped = paths[1] / "model.safetensors"
-    before, body = os.stat(flipped), bytearray(flipped.read_bytes())
-    body[-100] ^= 4
-    with flipped.open("r+b") as file:
-        file.write(body)
-    os.utime(flipped, ns=(before.st_atime_ns, before.st_mtime_ns))
+    rot.flip(paths[1] / "model.safetensors", at=-100, bit=2)
     os.truncate(paths[2] / "optimizer.safetensors", 100)
     shutil.rmtree(paths[3])
     for step, one in ids.items():

@@ -347,7 +347,7 @@ async def test_memory_that_is_not_to_be_had_is_no_arena_and_counts_for_nothing(k
     with pytest.raises(NoArena, match="not to be had"):
         await pool.lease("a", MIB, Client(pool), 1)
     assert pool.bytes_used == 0
-    assert not pool.budget.is_making
+    assert not pool.budget._making
 
 
 async def test_a_restart_finds_every_arena_and_no_descriptor_is_left_open(keeper):

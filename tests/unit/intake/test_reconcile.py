@@ -251,6 +251,20 @@ async def test_a_large_tree_rests_longer_only_while_its_events_are_all_seen(shor
         assert await node.parts.reconciler._interval_s(watched) == interval_s
 
 
+@pytest.mark.parametrize(("same", "interval_s"), [(0, 60.0), (1, 120.0), (3, 480.0), (4, 600.0), (9999, 600.0)])
+async def test_a_managed_root_rests_longer_with_each_scan_that_finds_nothing_new(short_dir, same, interval_s):
+    """A trainer with a directory for each run leaves a root behind with each."""
+    async with daemon(short_dir, watching={"reconcile_s": 60, "reconcile_max_s": 600}, front=False) as node:
+        async with node.connect() as line:
+            await Training(line, str(node.runs)).open()
+        watched = node.parts.reconciler._roots[str(node.runs)]
+        watched.everything = True
+        await node.parts.reconciler._scan_hinted(watched)
+        assert watched.same == 1
+        watched.same = same
+        assert await node.parts.reconciler._interval_s(watched) == interval_s
+
+
 async def test_a_watcher_that_ends_is_started_again_and_everything_is_scanned(short_dir):
     """Hints may all be lost; that costs time, never a checkpoint."""
     tree, settings = a_watched(short_dir)
