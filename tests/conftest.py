@@ -27,6 +27,18 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(tally, "ckptd-tally")
 
 
+ASKED_TO_END = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+@pytest.fixture(autouse=True)
+def ears() -> Iterator[None]:
+    """A test that leaves signals blocked or ignored fails itself, not those whose processes then never end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, []), [signal.getsignal(number) for number in ASKED_TO_END]
+    yield
+    after = signal.pthread_sigmask(signal.SIG_SETMASK, before[0]), [signal.getsignal(number) for number in ASKED_TO_END]
+    assert after == before
+
+
 @pytest.fixture
 def anyio_backend() -> str:
     """The daemon ships on asyncio, so that is what the tests run on."""

@@ -277,10 +277,12 @@ class Unit:
         # Blocked across the fork: a signal that met our handler in the child would be written into our own
         # wake-up pipe, and lost to the daemon.
         old = signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)
-        pid = os.fork()
-        if pid == 0:
-            _become(self._plan.command, [fd for _, fd in named], environ, parent)
-        signal.pthread_sigmask(signal.SIG_SETMASK, old)
+        try:
+            pid = os.fork()
+            if pid == 0:
+                _become(self._plan.command, [fd for _, fd in named], environ, parent)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, old)
         self._pid, self._pidfd = pid, os.pidfd_open(pid)
         self._started_s = self._clock.monotonic_s()
         self._set(Phase.STARTING, self._plan.timing.start_s)

@@ -4,6 +4,8 @@ Starts from the stored frames. Every argument is libFuzzer's; -atheris_runs=N en
 status is 0 when nothing but requests and coded errors came of any input.
 """
 
+import atexit
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -28,6 +30,8 @@ def _run() -> None:
         for number, seed in enumerate(seeds):
             Path(corpus, str(number)).write_bytes(seed)
         atheris.Setup([sys.argv[0], corpus, "-timeout=5", "-rss_limit_mb=1024", *sys.argv[1:]], one)
+        # libFuzzer's timer for inputs that hang goes on while Python ends, which gives SIGALRM its deadly default back.
+        atexit.register(signal.setitimer, signal.ITIMER_REAL, 0)
         atheris.Fuzz()
 
 

@@ -197,7 +197,7 @@ def test_a_stop_that_takes_longer_asks_for_time_as_it_goes(service: Managed, nur
     service.drain_s = 20.0
     service.start()
     trainer = opened(service, nursery, "slow")
-    service.arm("copy.fsynced", "delay:3")
+    service.arm("copy.fsynced", "delay:8")  # of which a slow machine spends some until it is asked to stop
     saved = trainer.save(seed=1, step=1)
     service.wait_fired()
     took_s = service.manager.stop()

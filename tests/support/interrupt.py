@@ -22,7 +22,7 @@ CALLS = (
     "write", "pwrite", "pwritev", "fsync", "fdatasync",
 )  # fmt: skip
 KERNEL = ("renameat2", "fallocate", "sync_file_range")
-WRAPPERS = {"fsync_file", "fsync_directory", "_sync_directory"}  # who calls these is the one who syncs
+WRAPPERS = {"fsync_file", "fsync_directory", "sync_directory"}  # who calls these is the one who syncs
 
 
 class Interrupted(BaseException):

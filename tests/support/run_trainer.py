@@ -92,9 +92,9 @@ class Trainer:
     def _prepare_to_die(self, moment: str, victims: list[int]) -> None:
         whole = control.commit
 
-        def torn(page: Any, offset: int, descriptor: bytes) -> None:
+        def torn(page: Any, *given: Any) -> None:
             """All of a commit but the word itself."""
-            whole(page, offset, descriptor)
+            whole(page, *given)
             control.set_state(page, control.WRITING)
             self._die(victims)
 
@@ -107,10 +107,11 @@ class Trainer:
             "torn": (control, "commit", torn),
             "before_message": (commits.Commits, "add", deadly),
             "spooling": (spool.os, "rename", deadly),
-            "spooled": (overflow.spool, "_sync_directory", deadly),
+            "spooled": (overflow.spool, "sync_directory", deadly),
         }
         if moment in seams:
             owner, name, replacement = seams[moment]
+            assert hasattr(owner, name), f"{moment}: there is no {name} any more"
             setattr(owner, name, replacement)
         way = saver.Saver._into_spool
 

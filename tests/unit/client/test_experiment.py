@@ -298,19 +298,23 @@ def test_a_script_submits_without_an_experiment(home: Path):
 
 
 def test_importing_the_package_brings_in_only_the_standard_library_and_is_quick():
-    """M031"""
-    script = (
-        "import sys, time; before = set(sys.modules); t = time.process_time(); import ckptd_client\n"
-        "ms = (time.process_time() - t) * 1000; ckptd_client.Experiment, ckptd_client.submit\n"
-        "tops = {m.partition('.')[0] for m in set(sys.modules) - before}\n"
-        "print(ms, sorted(tops - set(sys.stdlib_module_names) - {'ckptd_client'}))"
-    )
-    command = [sys.executable, "-c", script]
-    results = [
-        subprocess.run(command, capture_output=True, text=True, check=True).stdout.split(" ", 1) for _ in range(3)
-    ]
-    assert min(float(ms) for ms, _ in results) < 20
-    assert {rest.strip() for _, rest in results} == {"[]"}
+    """M031. Quick: a script that imports asyncio waits longer, on any machine."""
+
+    def imported(package: str, then: str = "") -> tuple[float, set[str]]:
+        """Return the ms of processor time, the least of some, and what came along that is not Python's own."""
+        script = (
+            f"import sys, time; before = set(sys.modules); t = time.process_time(); import {package}\n"
+            f"ms = (time.process_time() - t) * 1000\n{then}\n"
+            "tops = {m.partition('.')[0] for m in set(sys.modules) - before}\n"
+            f"print(ms, *(tops - set(sys.stdlib_module_names) - {{'{package}'}}))"
+        )
+        command = [sys.executable, "-c", script]
+        found = [subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() for _ in range(4)]
+        return min(float(ms) for ms, *_ in found), {name for _, *names in found for name in names}
+
+    ms, others = imported("ckptd_client", "ckptd_client.Experiment, ckptd_client.submit")
+    assert ms < imported("asyncio")[0]
+    assert others == set()
 
 
 def test_a_run_leaves_no_arena_mapped_behind(home: Path, daemon: FakeDaemon):
