@@ -63,14 +63,15 @@ def dial(place: SocketPlace) -> "Channel":
             raise
         reason = error.strerror or str(error)
         raise ChannelLost(f"{place.path}: {reason}") from error
-    return Channel(sock)
+    return Channel(sock, is_shared=uid != os.getuid() or not place.own)
 
 
 class Channel:
     """A connected, checked socket. One thread receives; `queue` and `flush` are called under one lock."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        """Take over a connected non-blocking socket."""
+    def __init__(self, sock: socket.socket, *, is_shared: bool) -> None:
+        """Take over a connected non-blocking socket. `is_shared`: who listens there serves others than this user."""
+        self.is_shared = is_shared
         self._sock = sock
         self._splitter = Splitter()
         self._fds: Deque[int] = deque()

@@ -86,6 +86,7 @@ class Connection:
         self._tick_at_s = 0.0
         self._wake_in, self._wake_out = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self.hello: Message = {}
+        self.is_shared = False  # the daemon is not the user's own: it serves everybody
         self.problem = self._finder.problem
 
     def start(self) -> None:
@@ -218,6 +219,7 @@ class Connection:
     def _serve(self, found: Found) -> str:
         """Read and write until the connection ends; return why it did."""
         channel, self.hello = found
+        self.is_shared = channel.is_shared
         with self._changed:
             self._broken = ""
             self._channel = channel

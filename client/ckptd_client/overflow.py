@@ -4,6 +4,7 @@ At most one image is on its way at a time, and its memory is kept for the next: 
 costs a trainer one more copy of its state, not one per save.
 """
 
+import logging
 import os
 import threading
 import time
@@ -12,11 +13,13 @@ from typing import Any, Callable, Dict, Optional
 from ckptd_client import control, places, spool
 from ckptd_client.arena import MappedArena
 from ckptd_client.background import Background
+from ckptd_client.gather import gather
 from ckptd_client.leases import Lease
 
 SPOOL_BYTES_MAX = 256 << 30
 KEEP_S = 120.0  # unused memory is given back after this
 
+_log = logging.getLogger("ckptd")
 _TOO_MUCH = "too much background work waits"
 
 Done = Callable[[Optional[OSError]], None]
@@ -40,13 +43,31 @@ class Overflow:
         self.lost_count = 0  # images that could not be written and are nowhere else
         self._used_s = 0.0
         self._state = places.state_dir()
-        self.directory = ""  # set when a daemon says where its spool is; else the user's own
+        self.directory = ""  # the spool that a daemon said it reads; else the user's own
 
     def where(self) -> str:
         """Return the spool's directory, made and checked. OSError, PlaceError when it can't be used."""
         if self.directory and os.access(self.directory, os.W_OK | os.X_OK):
             return self.directory
         return places.spool_dir(places.ensure_state_dir(self._state))
+
+    def found(self, directory: str, *, is_shared: bool) -> None:
+        """A daemon says which spool it reads. A shared one does not read the user's own: what lies there is brought over."""
+        self.directory = directory
+        if is_shared and directory:
+            self._background.submit(self._gather)
+
+    def _gather(self) -> None:
+        own, into = places.spool_dir(self._state), self.where()
+        if into == own:
+            return
+        try:
+            count = gather(own, into, self._spool_bytes_max)
+        except OSError as error:
+            _log.warning("ckptd: saves in %s can't be brought to the daemon, which reads %s: %s", own, into, error)
+        else:
+            if count:
+                _log.warning("ckptd: %d saves of before were brought to the daemon", count)
 
     def take(self, size_bytes: int, wait_s: float) -> Optional[Lease]:
         """Return memory for one image, its control page LEASED to this process; None when the last one is still busy.

@@ -239,7 +239,7 @@ class Session:
         self.unsay("spooling")
         if self.unsay("down"):
             _log.warning("ckptd: a daemon answers again (%s)", hello.get("server"))
-        self.overflow.directory = str(hello.get("spool_dir") or "")
+        self.overflow.found(str(hello.get("spool_dir") or ""), is_shared=self.connection.is_shared)
         self._opening = False
         self._stream.up()
         self._beat_at_s = time.monotonic() + BEAT_S

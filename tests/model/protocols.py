@@ -45,6 +45,8 @@ SCENARIOS: tuple[Scenario, ...] = (
     spooling.image_written_again(),
     spooling.offer_written(),
     spooling.taken_out(),
+    spooling.gathered(),
+    spooling.gathered_from_elsewhere(),
 )
 # Explored, but no mutants: `begin` and `keep` each make the same names durable, so no single fsync is missed.
 CACHES: tuple[Scenario, ...] = (fetching.fetched_and_kept(), fetching.dropped())

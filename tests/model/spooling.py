@@ -1,10 +1,14 @@
 """The spool: an image and an offer written by a client, and taken out once they are safe elsewhere."""
 
+import errno
 import mmap
+import os
 from pathlib import Path
+from unittest import mock
 
 from ckptd.intake import spooled
 from ckptd_client import spool
+from ckptd_client.gather import gather
 from tests.model.explore import Says, Tree
 from tests.model.recorder import Recorder
 from tests.model.scenario import Edge, Scenario
@@ -84,6 +88,50 @@ def taken_out() -> Scenario:
     return Scenario(
         "take an image out of the spool", run, check, prepare=prepare, fails=False, edges=(TAKEN,)
     )  # asked again after a failed fsync nobody promises more than that: what comes back is taken in once more
+
+
+def gathered() -> Scenario:
+    """Saves in a spool that nobody reads are brought to the one that is read."""
+
+    return Scenario(
+        "bring a save over",
+        _gather,
+        check_gathered,
+        prepare=_prepare_own,
+        edges=(Edge("fsync gather.gather", f"Drop {ID}.arena"), Edge("fsync gather.gather", "says gathered")),
+    )
+
+
+def gathered_from_elsewhere() -> Scenario:
+    """The two spools lie on file systems of their own."""
+
+    def run(recorder: Recorder) -> None:
+        with mock.patch.object(os, "link", side_effect=OSError(errno.EXDEV, os.strerror(errno.EXDEV))):
+            _gather(recorder)
+
+    edges = (*WRITTEN[:1], Edge("fsync spool.sync_directory", f"Drop {ID}.arena"))
+    return Scenario("bring a save over from elsewhere", run, check_gathered, prepare=_prepare_own, edges=edges)
+
+
+def _prepare_own(root: Path) -> None:
+    _prepare(root)
+    (root / "own").mkdir()
+    (root / "own" / f"{ID}.arena").write_bytes(_body(0))
+
+
+def _gather(recorder: Recorder) -> None:
+    gather(str(recorder.root / "own"), str(recorder.root / "spool"), 1 << 40)
+    recorder.say("gathered", (ARENA, _body(0)))
+
+
+def check_gathered(tree: Tree, says: Says) -> str:
+    """I1: the save is whole in one of the two at any moment, and in the one that is read once that was said."""
+    here, there = tree.get(f"own/{ID}.arena"), tree.get(ARENA)
+    if {here, there} - {None, _body(0)}:
+        return "I2: a name leads to something else than the save"
+    if there is None and (here is None or any(say.what == "gathered" for say in says)):
+        return "I1: the save is gone"
+    return ""
 
 
 def _body(number: int) -> bytes:

@@ -129,6 +129,21 @@ def test_what_another_user_saves_without_the_daemon_arrives_with_the_next(shared
     assert not list(home.rglob("*.arena"))
 
 
+def test_what_a_trainer_saved_that_never_reached_the_daemon_is_brought_by_the_next_one(shared: Shared, home: Path):
+    """M007: it knew of no other spool than its user's own, which a daemon of everybody's does not look into."""
+    shared.stop()
+    with Stranger(shared, home) as trainer:
+        trainer.do("save", step=1)
+        assert trainer.do("flush")["spooled"]
+    assert len(list(home.rglob("*.arena"))) == 1
+    shared.start()
+    with Stranger(shared, home) as trainer:
+        trainer.do("save", step=2)
+        trainer.do("wait", level="verified")
+        verified(shared, 1)
+    assert not list(home.rglob("*.arena"))
+
+
 def test_what_a_stopping_daemon_spills_for_another_user_stays_that_users(shared: Shared, home: Path):
     """I12: the next daemon takes it for what it is, and does not say that its id is somebody else's."""
     with Stranger(shared, home) as trainer:
