@@ -58,16 +58,15 @@ class Overflow:
             self._background.submit(self._gather)
 
     def _gather(self) -> None:
-        own, into = places.spool_dir(self._state), self.where()
-        if into == own:
-            return
+        own, count = places.spool_dir(self._state), 0
         try:
-            count = gather(own, into, self._spool_bytes_max)
-        except OSError as error:
-            _log.warning("ckptd: saves in %s can't be brought to the daemon, which reads %s: %s", own, into, error)
-        else:
-            if count:
-                _log.warning("ckptd: %d saves of before were brought to the daemon", count)
+            into = self.where()
+            if into != own:
+                count = gather(own, into, self._spool_bytes_max)
+        except (OSError, ValueError) as error:  # PlaceError among the latter: there is no place for a spool
+            _log.warning("ckptd: not every save in %s could be brought to the daemon: %s", own, error)
+        if count:
+            _log.warning("ckptd: %d saves of before, in %s, were brought to the daemon", count, own)
 
     def take(self, size_bytes: int, wait_s: float) -> Optional[Lease]:
         """Return memory for one image, its control page LEASED to this process; None when the last one is still busy.
