@@ -31,6 +31,7 @@ _ROLLBACK = b"\x01"
 # Of the connection that writes, and of each that reads: the daemon's own memory. What is not in it the kernel has, and
 # whatever a reader has in it is void with the next commit.
 WRITER_CACHE_KIB, READER_CACHE_KIB = 2048, 1024
+READER_STATEMENTS_MAX = 64  # compiled ones that a reader keeps, of 2 to 30 KiB each; sqlite3 would keep 128
 ALLOW_NETWORK = "network"  # in the URL's query: "allow" accepts a network file system
 
 
@@ -61,14 +62,14 @@ def writing_engine(url: URL, settings: config.Catalog) -> AsyncEngine:
 
 def reading_engine(url: URL, settings: config.Catalog) -> AsyncEngine:
     """Return an engine whose connections can't write, and so never truncate the WAL either."""
-    # The connection that was used last is used next: its statements are compiled, and the others stay small.
+    # In turn, not the one that was used last: one that is used when all others are busy would go on filling for days.
     engine = create_async_engine(
         url,
         module=Driver(),
         pool_size=settings.readers,
         max_overflow=0,
         pool_timeout=READ_WAIT_S,
-        pool_use_lifo=True,
+        connect_args={"cached_statements": READER_STATEMENTS_MAX},
     )
     _prepare(engine, ("PRAGMA query_only=ON", f"PRAGMA cache_size=-{READER_CACHE_KIB}"))
     event.listen(engine.sync_engine, "connect", lambda connection, _: begin_views(connection))

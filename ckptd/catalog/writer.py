@@ -34,6 +34,10 @@ log = structlog.get_logger()
 WRITERS_MAX = 1024  # callers that may wait; beyond it a caller is told to come back
 BATCH_MAX = 64  # functions that share one commit; bounds how long the first of them waits
 RETRY_AFTER_S = 0.5
+# One after the other, never one in another: the same name each time. A new one each time is a new statement each time,
+# and pushes those that are needed again out of what the connection keeps compiled.
+_SAVEPOINT = "SAVEPOINT one_of_batch"
+_UNDONE, _RELEASED = "ROLLBACK TO SAVEPOINT one_of_batch", "RELEASE SAVEPOINT one_of_batch"
 
 
 @dataclass(slots=True, eq=False)
@@ -193,16 +197,15 @@ class Writer:
         return int(getattr(driver, "total_changes", self.commits))
 
     async def _run_in_savepoint(self, pending: _Pending, clock: Clock) -> None:
-        savepoint = await self.conn.begin_nested()
+        await self.conn.exec_driver_sql(_SAVEPOINT)
         try:
             await self._run(pending, clock)
         except Exception as error:
             if faults.ends_transaction(error):
                 raise
             pending.error = error
-            await savepoint.rollback()
-        else:
-            await savepoint.commit()
+            await self.conn.exec_driver_sql(_UNDONE)
+        await self.conn.exec_driver_sql(_RELEASED)
 
     async def _run(self, pending: _Pending, clock: Clock) -> None:
         pending.error = None

@@ -1,5 +1,6 @@
 """One process, one run after another, as a sweep has them: what was lent to a run is the daemon's again after its end."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -86,7 +87,8 @@ def readers_of(node: Node) -> list[int]:
     """How many readers each arena of a node has, by its control page."""
     pid, found = node.status()["daemon"]["pid"], []
     for fd in os.listdir(f"/proc/{pid}/fd"):
-        if "memfd:ckptd-arena" in os.readlink(f"/proc/{pid}/fd/{fd}"):
-            with open(f"/proc/{pid}/fd/{fd}", "rb") as arena:
-                found.append(control.readers(arena.read(control.PAGE)))
+        with contextlib.suppress(FileNotFoundError):  # closed between the listing and the look
+            if "memfd:ckptd-arena" in os.readlink(f"/proc/{pid}/fd/{fd}"):
+                with open(f"/proc/{pid}/fd/{fd}", "rb") as arena:
+                    found.append(control.readers(arena.read(control.PAGE)))
     return found
