@@ -1,13 +1,16 @@
 """What is retired and not yet unlinked, in forms that are cheap to go through every few seconds, however many there are."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime
 
-from sqlalchemy import func, select, update
+from sqlalchemy import exists, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from ckptd.catalog import holds, schema
+from ckptd.catalog import holds, schema, striptable
 from ckptd.catalog.keys import one_of
+from ckptd.catalog.queue import UNFINISHED
+from ckptd.catalog.strips import StripState
 from ckptd.catalog.tx import Tx
 from ckptd.model import State
 
@@ -15,6 +18,8 @@ TOMBSTONES_MAX = 20_000  # of one root, the oldest first
 PAGE = 100  # of one experiment: as many as are unlinked in a round (pipeline/trash.py)
 
 _row = schema.checkpoint.c
+_strip = striptable.strip.c
+_job = schema.job.c
 _HOLDS = frozenset({"pin", "lease"})  # a branch holds nothing that was retired before it began
 _TOMBSTONE = (_row.sequence, _row.id, _row.trash, _row.trashed_at)
 
@@ -77,6 +82,14 @@ async def under_root(conn: AsyncConnection, root_id: int) -> list[tuple[Tombston
     wanted = select(*_TOMBSTONE, _row.size_bytes).where(_row.state == State.TRASHED, _row.root_no == root_id)
     rows = await conn.execute(wanted.order_by(_row.trashed_at).limit(TOMBSTONES_MAX))
     return [(Tombstone(*row[:4]), row.size_bytes) for row in rows]
+
+
+async def answered_for(conn: AsyncConnection, checkpoint_ids: Collection[str]) -> set[str]:
+    """Return those whose files the trash is known to hold: retired ones, stripped ones, and those that a job is about."""
+    stripped = exists().where(_strip.checkpoint_no == _row.sequence, _strip.state != StripState.GONE)
+    busy = exists().where(_job.checkpoint_id == _row.id, _job.state.in_(UNFINISHED))
+    known = or_(_row.state == State.TRASHED, stripped, busy)
+    return set((await conn.execute(select(_row.id).where(one_of(_row.id, checkpoint_ids), known))).scalars())
 
 
 async def give_up_inodes(tx: Tx, checkpoint_ids: list[str]) -> list[str]:

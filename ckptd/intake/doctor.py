@@ -19,6 +19,7 @@ from ckptd.errors import CkptdError, RootDegraded
 from ckptd.intake import requests as ask
 from ckptd.intake import spoolhomes
 from ckptd.intake.follow import visible_to
+from ckptd.intake.leftovers import leftovers
 from ckptd.intake.listener import Peer
 from ckptd.intake.status import Plant, Status
 from ckptd.intake.training import Answer
@@ -54,6 +55,7 @@ class Doctor:
         """Keep what the checks look at."""
         self._front = plant.front
         self._reconciler = plant.reconciler
+        self._workers = plant.workers
         self._status = status
         self._troubles = troubles
 
@@ -148,10 +150,8 @@ class Doctor:
                 f"{used.filesystem}, {share:.0%} free, direct I/O {'yes' if used.direct_io else 'no'}, "
                 f"leases {'yes' if used.leases else 'no'}"
             )
-            copies = self._reconciler.copies(root["path"])
-            if copies:  # nothing is wrong with it, but nothing will ever remove them
-                detail += f"; copies of checkpoints, left alone: {len(copies)}, {copies[0]}"
-                detail += " and others" if len(copies) > 1 else ""
+            detail += _named("copies of checkpoints, left alone", self._reconciler.copies(root["path"]))
+            detail += _named("in .ckptd-trash, known to nobody", await self._leftovers(root["path"]))
             status = "fail" if share < _FREE_SHARE_FAIL else "warn" if share < _FREE_SHARE_WARN else "ok"
             checks[name] = _check(name, status, detail, "" if status == "ok" else _ROOM_HINT)
 
@@ -159,6 +159,18 @@ class Doctor:
             for root in (await self._status.root_states(uid))[:ROOTS_CHECKED_MAX]:
                 group.start_soon(check, root)
         return [checks[name] for name in sorted(checks)]
+
+    async def _leftovers(self, root: str) -> list[str]:
+        try:
+            return await leftovers(self._front.catalog, self._workers, root)
+        except CkptdError:
+            return []  # what is wrong with the disk or the catalog has a line of its own
+
+
+def _named(what: str, found: list[str]) -> str:
+    """Tell of what nothing is wrong with, but which nothing will ever remove."""
+    others = " and others" if len(found) > 1 else ""
+    return f"; {what}: {len(found)}, {found[0]}{others}" if found else ""
 
 
 def _why(error: dict[str, Any] | None) -> str:

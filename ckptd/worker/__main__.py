@@ -22,7 +22,7 @@ import msgspec
 
 from ckptd import failpoint
 from ckptd.errors import BadRequest, Bug, Busy, CkptdError
-from ckptd.worker import fetching, heap, kernel, protocol, rootmark, verbs
+from ckptd.worker import fetching, heap, kernel, protocol, rootmark, trashlist, verbs
 from ckptd.worker.context import Context, Limits, TakesLong
 from ckptd.worker.fault import coded
 from ckptd.worker.lane import Lane
@@ -61,6 +61,7 @@ VERBS: dict[type[protocol.Request], Verb] = {
     protocol.Trash: Verb("trash", "trash"),
     protocol.Restore: Verb("trash", "restore"),
     protocol.Purge: Verb("trash", "purge"),
+    trashlist.TrashList: Verb("trash", "listed"),
     protocol.Strip: Verb("strip", "strip"),
     protocol.Unstrip: Verb("strip", "unstrip"),
     protocol.Sweep: Verb("sweep"),

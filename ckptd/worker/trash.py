@@ -1,10 +1,11 @@
-"""Retiring in three verbs: into the trash by rename, back out of it, or gone for good."""
+"""Retiring in three verbs: into the trash by rename, back out of it, or gone for good. A fourth says what is there."""
 
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from ckptd.clock import Clock, SystemClock
 from ckptd.errors import BadPath, Missing, SourceChanged
 from ckptd.worker import beneath, durable
 from ckptd.worker.context import Context
@@ -12,6 +13,7 @@ from ckptd.worker.formats.ckptd_dir import named_in
 from ckptd.worker.fsync import fsync_directory
 from ckptd.worker.members import members
 from ckptd.worker.protocol import Done, Purge, Restore, Trash
+from ckptd.worker.trashlist import NAMES_MAX, TrashList, TrashListed
 
 TRASH = ".ckptd-trash"
 
@@ -91,6 +93,25 @@ def purge(request: Purge, context: Context) -> Done:
     """Unlink what the trash holds under this name; `count` is how many entries went, 0 when it was gone."""
     with _opened(request.root) as root_fd, _trash_at(root_fd, request.trash) as bin_fd:
         return Done(durable.remove_tree(bin_fd, request.trash, context.alive))
+
+
+def listed(request: TrashList, context: Context, clock: Clock | None = None) -> TrashListed:
+    """Name what the trash holds; how long something has been there its change time tells, which a rename sets."""
+    before_ns = int(((clock or SystemClock()).now().timestamp() - request.older_s) * 1e9)
+    found = []
+    with (
+        _opened(request.root) as root_fd,
+        suppress(FileNotFoundError),
+        _directory(root_fd, (TRASH,)) as bin_fd,
+        os.scandir(bin_fd) as entries,
+    ):
+        for entry in entries:
+            context.alive()
+            with suppress(FileNotFoundError):  # unlinked meanwhile
+                if entry.stat(follow_symlinks=False).st_ctime_ns <= before_ns:
+                    found.append(entry.name)
+    found.sort()
+    return TrashListed(found[:NAMES_MAX], more=len(found) > NAMES_MAX)
 
 
 def _check(parent_fd: int, name: str, facts: os.stat_result, request: Trash | Restore) -> None:

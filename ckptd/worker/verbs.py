@@ -1,4 +1,4 @@
-"""Every verb of an I/O worker, and what it answers; what the verbs mean is said in protocol.py and fetching.py."""
+"""Every verb of an I/O worker, and what it answers; what the verbs mean is said in protocol.py, fetching.py and trashlist.py."""
 
 import msgspec
 
@@ -33,6 +33,7 @@ from ckptd.worker.protocol import (
     Verify,
     Watch,
 )
+from ckptd.worker.trashlist import TrashList, TrashListed
 
 AnyRequest = (
     Publish
@@ -55,6 +56,7 @@ AnyRequest = (
     | FetchKeep
     | FetchDrop
     | FetchedList
+    | TrashList
 )
 
 REPLY_OF: dict[type[Request], type[msgspec.Struct]] = {
@@ -78,6 +80,7 @@ REPLY_OF: dict[type[Request], type[msgspec.Struct]] = {
     Sweep: Done,
     Usage: Used,
     Amend: Done,
+    TrashList: TrashListed,
 }
 
 PART_OF: dict[type[Request], type[msgspec.Struct]] = {Scan: Candidates, Watch: Hints}

@@ -16,7 +16,7 @@ from ckptd.intake import doctor as examination
 from ckptd.intake.alarm import LEVELS, announce
 from ckptd.intake.trouble import CHECKS
 from ckptd.model import Damage
-from ckptd.worker.protocol import Used
+from ckptd.worker.protocol import Usage, Used
 from tests.support.in_process import Training, daemon
 
 pytestmark = pytest.mark.anyio
@@ -100,8 +100,10 @@ async def test_a_root_without_room_or_right_to_write_is_named(short_dir, monkeyp
             **{"total_bytes": 100, "free_bytes": 50, "filesystem": "x", "direct_io": True, "leases": True} | given
         )
 
-        async def answer(*_: Any, **__: Any) -> Used:
-            return used
+        call = node.parts.workers.call
+
+        async def answer(request: Any, **more: Any) -> Any:
+            return used if isinstance(request, Usage) else await call(request, **more)
 
         monkeypatch.setattr(node.parts.workers, "call", answer)
         found = (await examined(line))[f"root {node.runs}"]
