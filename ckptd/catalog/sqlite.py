@@ -29,8 +29,9 @@ VERSION_TABLE = "alembic_version"  # alembic's own; what has it is a catalog
 _JOURNAL_BYTE = 18  # of the file's header: how it is journalled, https://sqlite.org/fileformat.html
 _ROLLBACK = b"\x01"
 # Of the connection that writes, and of each that reads: the daemon's own memory. What is not in it the kernel has, and
-# whatever a reader has in it is void with the next commit.
-WRITER_CACHE_KIB, READER_CACHE_KIB = 2048, 1024
+# whatever a reader has in it is void with the next commit, but stays until that reader is asked again: of several that
+# are seldom asked that is memory for nothing, and more with each day that the catalog grows.
+WRITER_CACHE_KIB, READER_CACHE_KIB = 2048, 256
 READER_STATEMENTS_MAX = 64  # compiled ones that a reader keeps, of 2 to 30 KiB each; sqlite3 would keep 128
 ALLOW_NETWORK = "network"  # in the URL's query: "allow" accepts a network file system
 
