@@ -38,7 +38,7 @@ LOOKS = 3  # at the memory of a node at rest, each after some was given back: th
 SHOWN_MAX = 10  # violations of one rest
 QUIET_S = 2 * TIDY_S + 5.0  # a parser ends when idle, and is buried at its worker's next look
 DEADLY_SHARE = 0.25  # of a long run; then no process of ckptd is ended any more
-FILLING_SHARE = 0.15  # of what comes then: caches fill, ten times as fast as after it
+FILLING_SHARE = 0.3  # of what comes then: caches fill, as fast as ten times the pace, or the machine, allows
 STEADY_SHARE = 0.35  # likewise: now memory is judged; what each connection keeps of rare statements comes slowly
 FILLING_PACE = 0.1  # else the most that ever happens at once, and with it the memory, still rises within the hour
 
