@@ -31,7 +31,7 @@ class Lane:
     opened: list[str] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
     changed: bool = False
-    busy: bool = False
+    busy: bool = True  # until it has looked: what happened while no daemon ran may wait for it
     asking: bool = False  # its code is being asked where it runs; until then nothing passes
     relays: bool = False  # it is the built-in that may tell of findings, and never looks at its own
     behind: bool = False  # `_recent` lacks what it wants: nobody knew that it is wanted

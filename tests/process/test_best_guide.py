@@ -69,7 +69,7 @@ def test_the_script_of_the_guide_runs_as_it_is_written(node: Node, monkeypatch: 
     run.measured(other, {"val_loss": 0.1})
     run.measured(other, {"val_loss": 0.2})
     node.start()
-    assert run._session.wait_open(30)
+    eventually(lambda: run._session.wait_open(1), "the client to come back")
     run.flush(timeout_s=5)
     shown = node.ckpt("show", other.id, "--json")["checkpoint"]
     assert shown["metrics"] == {"val_loss": 0.2}

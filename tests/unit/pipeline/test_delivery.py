@@ -231,11 +231,25 @@ async def test_hooks_of_one_fact_start_in_the_order_of_their_priority_and_those_
 async def test_background_waits_for_the_others_and_not_for_ever(place, monkeypatch):
     monkeypatch.setattr(module, "BACKGROUND_S", 0.2)
     async with place.delivering(a_hook("slow"), a_hook("later", priority=Priority.BACKGROUND)) as hooks:
+        await place.tell("/warm")  # each lane has caught up by itself then
+        await eventually(lambda: len(hooks.order) == 2)
+        hooks.order.clear()
         hooks.gates["slow"] = anyio.Event()
         begun_s = anyio.current_time()
         await place.tell("/a")
         await eventually(lambda: hooks.order == ["slow", "later"])
         assert anyio.current_time() - begun_s >= module.BACKGROUND_S
+
+
+async def test_background_waits_for_the_others_also_with_what_happened_while_no_daemon_ran(place):
+    hooks = [a_hook("later", priority=Priority.BACKGROUND), a_hook("other")]
+    async with place.delivering(*hooks) as before:
+        await place.tell("/warm")
+        await eventually(lambda: len(before.order) == 2)
+    await place.tell("/a")
+    async with place.delivering(*hooks) as after:
+        await eventually(lambda: len(after.order) == 2)
+        assert after.order == ["other", "later"]
 
 
 async def test_what_the_log_can_not_have_is_delivered_as_it_comes(place):
