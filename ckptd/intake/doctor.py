@@ -12,6 +12,7 @@ from typing import Any
 
 import anyio
 import anyio.to_thread
+import structlog
 
 from ckptd.catalog import eventlog, figures
 from ckptd.clock import SystemClock
@@ -25,6 +26,8 @@ from ckptd.intake.status import Plant, Status
 from ckptd.intake.training import Answer
 from ckptd.intake.trouble import Troubles
 from ckptd.model import JobState, RootKind, State
+
+log = structlog.get_logger()
 
 _WAL_RESET_FIXED = (3, 51, 3)  # https://sqlite.org/wal.html, "WAL-reset bug"; harmless with one writing connection
 _FREE_SHARE_WARN, _FREE_SHARE_FAIL = 0.10, 0.02
@@ -163,8 +166,10 @@ class Doctor:
     async def _leftovers(self, root: str) -> list[str]:
         try:
             return await leftovers(self._front.catalog, self._workers, root)
-        except CkptdError:
-            return []  # what is wrong with the disk or the catalog has a line of its own
+        except CkptdError as error:
+            # What is wrong with the disk or the catalog has a line of its own.
+            log.warning("doctor.trash_not_listed", root=root, **error.to_wire())
+            return []
 
 
 def _named(what: str, found: list[str]) -> str:

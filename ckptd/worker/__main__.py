@@ -230,11 +230,13 @@ class Loop:
     def _bug(self, request: protocol.Request, error: Exception) -> Bug:
         import traceback  # noqa: PLC0415  never needed, if we are good
 
-        _log("worker.internal", verb=type(request).__name__, traceback="".join(traceback.format_exception(error)))
+        trace = "".join(traceback.format_exception(error))
+        _log("worker.internal", verb=type(request).__name__, traceback=_text(trace))
         return Bug(f"{type(error).__name__}: {error}")
 
     def _fail(self, number: int, error: CkptdError, root: protocol.RootMark | None = None) -> None:
-        self._send({"id": number, "ok": False, "error": error.to_wire(), **_mark(root)})
+        told = {name: _text(value) if isinstance(value, str) else value for name, value in error.to_wire().items()}
+        self._send({"id": number, "ok": False, "error": told, **_mark(root)})
 
     def _speak(self, number: int, lane: Lane, body: dict[str, object]) -> None:
         """Send what a verb says before its reply.
@@ -249,15 +251,31 @@ class Loop:
 
     def _send(self, body: dict[str, object]) -> None:
         """Write one frame whole. Blocks while the daemon does not read; ends the process when it is gone."""
-        frame = msgspec.json.encode(body) + b"\n"
-        if len(frame) > protocol.FRAME_BYTES_MAX:
-            big = Bug(f"a reply of {len(frame)} bytes, {protocol.FRAME_BYTES_MAX} at most")
-            frame = msgspec.json.encode({"id": body["id"], "ok": False, "error": big.to_wire()}) + b"\n"
+        try:
+            frame = _frame(body)
+        except Bug as bug:
+            frame = _frame({"id": body["id"], "ok": False, "error": bug.to_wire()})
         try:
             with self._sending:
                 self._socket.sendall(frame)
         except OSError:
             os._exit(0)  # as at the end of the socket
+
+
+def _frame(body: dict[str, object]) -> bytes:
+    """Return what is sent. Bug: it can't be: too long, or a name in it is no text, which a verb has to see to."""
+    try:
+        frame = msgspec.json.encode(body) + b"\n"
+    except (TypeError, ValueError) as error:
+        raise Bug(f"a reply that can't be written down: {_text(str(error))}") from error
+    if len(frame) > protocol.FRAME_BYTES_MAX:
+        raise Bug(f"a reply of {len(frame)} bytes, {protocol.FRAME_BYTES_MAX} at most")
+    return frame
+
+
+def _text(told: str) -> str:
+    """Spell out what a file's name may have in it and no frame can: bytes that are not UTF-8."""
+    return told.encode(errors="backslashreplace").decode()
 
 
 def _mark(root: protocol.RootMark | None) -> dict[str, object]:

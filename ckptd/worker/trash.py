@@ -96,7 +96,10 @@ def purge(request: Purge, context: Context) -> Done:
 
 
 def listed(request: TrashList, context: Context, clock: Clock | None = None) -> TrashListed:
-    """Name what the trash holds; how long something has been there its change time tells, which a rename sets."""
+    """Name what the trash holds; how long something has been there its change time tells, which a rename sets.
+
+    Anybody may have put anything there: names that are no text, or no end of them.
+    """
     before_ns = int(((clock or SystemClock()).now().timestamp() - request.older_s) * 1e9)
     found = []
     with (
@@ -109,9 +112,10 @@ def listed(request: TrashList, context: Context, clock: Clock | None = None) -> 
             context.alive()
             with suppress(FileNotFoundError):  # unlinked meanwhile
                 if entry.stat(follow_symlinks=False).st_ctime_ns <= before_ns:
-                    found.append(entry.name)
-    found.sort()
-    return TrashListed(found[:NAMES_MAX], more=len(found) > NAMES_MAX)
+                    found.append(ascii(entry.name)[1:-1])
+            if len(found) == NAMES_MAX:
+                break
+    return TrashListed(sorted(found))
 
 
 def _check(parent_fd: int, name: str, facts: os.stat_result, request: Trash | Restore) -> None:

@@ -14,7 +14,6 @@ class TrashList(Request, frozen=True, tag="trash.list"):
 
 
 class TrashListed(msgspec.Struct, frozen=True):
-    """The names in order, NAMES_MAX at most; `more` says that there are others."""
+    r"""NAMES_MAX names at most, those that come first, in order; what is not ASCII in them as \x, \u or \U."""
 
     names: list[str]
-    more: bool = False

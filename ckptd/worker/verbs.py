@@ -1,4 +1,4 @@
-"""Every verb of an I/O worker, and what it answers; what the verbs mean is said in protocol.py, fetching.py and trashlist.py."""
+"""Every verb of an I/O worker, and what it answers; protocol.py, fetching.py and trashlist.py say what they mean."""
 
 import msgspec
 

@@ -1,5 +1,6 @@
 """The worker as a process: its frames, its lanes, its end."""
 
+import errno
 import os
 import resource
 import signal
@@ -13,8 +14,8 @@ from threading import Event, current_thread
 import msgspec
 import pytest
 
-from ckptd.errors import Busy
-from ckptd.worker import settle
+from ckptd.errors import Busy, Missing
+from ckptd.worker import settle, usage
 from ckptd.worker.__main__ import VERBS, Loop, Verb
 from ckptd.worker.context import Context, Limits
 from ckptd.worker.lane import Lane
@@ -240,6 +241,33 @@ def test_a_bug_in_a_verb_is_an_internal_error_with_its_traceback_in_the_log(
     logged = msgspec.json.decode(capfd.readouterr().err)
     assert logged["event"] == "worker.internal"
     assert "TypeError" in logged["traceback"]
+
+
+@pytest.mark.parametrize("answer", [os.fsdecode(b"\xff"), object()])
+def test_what_can_not_be_written_down_is_an_answer_too(
+    loop: tuple[Loop, WorkerProcess], monkeypatch: pytest.MonkeyPatch, answer: object
+) -> None:
+    """Else the thread would end with it: the request, and those that wait for that thread, would hear nothing."""
+    serving, heard = loop
+    monkeypatch.setattr(usage, "run", lambda _request, _context: answer)
+    for number in (7, 8):
+        serving._start(number, Usage(root="/"), None)
+        assert heard.reply(number)["error"]["code"] == "internal"
+
+
+@pytest.mark.parametrize("raised", [Missing, OSError, RuntimeError])
+def test_an_error_about_a_name_that_is_no_text_says_which(
+    loop: tuple[Loop, WorkerProcess], monkeypatch: pytest.MonkeyPatch, raised: type[Exception]
+) -> None:
+    serving, heard = loop
+    name = os.fsdecode(b"model-\xff.pt")
+
+    def fail(_request: Usage, _context: Context) -> None:
+        raise FileNotFoundError(errno.ENOENT, "No such file", name) if raised is OSError else raised(name)
+
+    monkeypatch.setattr(usage, "run", fail)
+    serving._start(7, Usage(root="/"), None)
+    assert any(r"model-\udcff.pt" in told for told in heard.reply(7)["error"].values())
 
 
 def test_a_request_that_finds_no_room_is_refused_and_its_arena_closed(loop: tuple[Loop, WorkerProcess]) -> None:
