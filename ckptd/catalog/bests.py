@@ -156,7 +156,9 @@ async def firsts(conn: AsyncConnection, experiment_ids: Sequence[str]) -> dict[s
     wanted = _WON.add_columns(_experiment.id.label("owner_id")).join(
         schema.experiment, and_(_board.scope == "experiment", _experiment.no == _board.owner_no)
     )
-    wanted = wanted.where(one_of(_experiment.id, experiment_ids), _best.rank == 1)
+    # Asked for by number, not by the id beside it: of a long list SQLite would read all experiments' boards, and pick.
+    numbers = select(_experiment.no).where(one_of(_experiment.id, experiment_ids))
+    wanted = wanted.where(_board.owner_no.in_(numbers), _best.rank == 1)
     found: dict[str, list[Best]] = {}
     for row in await conn.execute(wanted.order_by(*_IN_ORDER)):
         found.setdefault(row.owner_id, []).append(_won(row))

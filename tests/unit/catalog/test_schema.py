@@ -30,6 +30,7 @@ from ckptd.catalog import (
     history,
     holds,
     hookruns,
+    keys,
     listing,
     metrics,
     open_reader,
@@ -197,6 +198,24 @@ async def test_every_shipped_query_uses_an_index(catalog: Catalog, rows: Rows, t
     }
     raw.close()
     assert missed >= {"by path", "next job", "audit of", "hold"}, "this test must notice missing indexes"
+
+
+async def test_a_long_list_of_keys_is_looked_up_by_the_same_indexes_as_a_short_one(
+    catalog: Catalog, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is one parameter, of which SQLite does not know how long it is."""
+    raw = sqlite3.connect(tmp_path / "catalog.sqlite", cached_statements=0)
+
+    async def plans(name: str, parameters_max: int) -> list[list[str]]:
+        monkeypatch.setattr(keys, "PARAMETERS_MAX", parameters_max)
+        asked = await statements_of(catalog, name, rows)
+        found = [[row[3] for row in raw.execute("EXPLAIN QUERY PLAN " + one, given)] for one, given in asked]
+        a_list = re.compile(r"(CORRELATED )?LIST SUBQUERY|SCAN anon_\d+ VIRTUAL TABLE")
+        return [[step for step in plan if not a_list.match(step)] for plan in found]
+
+    for name in SHIPPED:
+        assert await plans(name, 0) == await plans(name, 64), name
+    raw.close()
 
 
 @pytest.mark.parametrize("name", ["holds", "history"])
