@@ -19,6 +19,7 @@
     │   ├── Held                 held
     │   ├── Vetoed               vetoed
     │   ├── Changed              changed
+    │   ├── GivenUp              given_up
     │   ├── OverQuota            quota
     │   ├── NoArena              no_arena
     │   └── InvalidFormat        invalid_format
@@ -185,6 +186,12 @@ class Changed(Refused):
     """What was looked at is not what there is now; nothing was done."""
 
     code = "changed"
+
+
+class GivenUp(Refused):
+    """A person ended this save before it was written; nothing of it is left."""
+
+    code = "given_up"
 
 
 class OverQuota(Refused):

@@ -48,6 +48,10 @@ POINTS: dict[str, tuple[str, str]] = {
     "catalog.durable": ("daemon", "the worker has answered; the catalog does not know yet"),
     "ack.durable": ("daemon", "the catalog says durable; the arena still holds the save"),
     "arena.released": ("daemon", "the arena is the hot copy"),
+    "giveup.recorded": (
+        "daemon",
+        "a save is FAILED because a person gave it up; its bytes are still in memory or spool",
+    ),
     "verify.read": ("worker", "one more chunk was read back"),
     "verify.recorded": ("daemon", "the catalog says verified"),
     "repair.aside": ("daemon", "what is damaged is in the trash; memory holds the bytes, and their name is free"),

@@ -80,28 +80,34 @@ def _hold(op: str, where: dict[str, str | None], note: str | None, out: Output) 
     ("ckpt rm --dry-run 6f1c0e", "what would happen"),
     ("ckpt rm imagenet/resnet50@step:100", "asks first"),
     ("ckpt rm --yes 6f1c0e 77ab01", "asks nothing"),
+    ("ckpt rm --give-up 6f1c0e", "a save that can't be written and waits in memory: it is lost"),
 )
 @click.argument("selectors", nargs=-1, required=True, metavar="SELECTOR...", shell_complete=complete_selector)
 @click.option("-n", "--dry-run", is_flag=True, help="Only say what would happen.")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@click.option("--give-up", is_flag=True, help="Also saves on their way, whose bytes are nowhere else.")
 @output(ids=True)
-def rm(selectors: Sequence[str], out: Output, *, dry_run: bool, yes: bool) -> int:
+def rm(selectors: Sequence[str], out: Output, *, dry_run: bool, yes: bool, give_up: bool) -> int:
     """Remove checkpoints, unless something holds them.
 
-    Exit code 7, and nothing is removed, when one of them is pinned, leased, the best or the newest good one.
+    Exit code 7, and nothing is removed, when one of them is pinned, leased, the best or the newest good one, or on its
+    way without --give-up.
     """
+    also = {"give_up": True} if give_up else {}
     with connect() as daemon:
-        shown = [daemon.request("remove", {"selector": as_selector(text), "dry_run": True}) for text in selectors]
+        shown = [
+            daemon.request("remove", {"selector": as_selector(text), "dry_run": True, **also}) for text in selectors
+        ]
         for row in shown:
-            act = f"would {row.get('action')}" if dry_run else row.get("action")
+            what = f"would {row.get('action')}" if dry_run else row.get("action")
             size = render.size(row.get("size_bytes"))
-            render.say(f"{act} {named(row)}, {size}, {render.escape(row.get('path') or '')}")
+            render.say(f"{what} {named(row)}, {size}, {render.escape(row.get('path') or '')}")
         if dry_run:
             _print_removed(shown, out, dry_run=True)
             return 0
         if not confirmed(f"remove {len(shown)} checkpoint{'s' if len(shown) > 1 else ''}?", yes=yes):
             return 1
-        done = [daemon.request("remove", {"selector": row["checkpoint"], "dry_run": False}) for row in shown]
+        done = [daemon.request("remove", {"selector": row["checkpoint"], "dry_run": False, **also}) for row in shown]
     _print_removed(done, out, dry_run=False)
     return 0
 

@@ -21,7 +21,7 @@ from ckptd.catalog.experiments import NewExperiment, Opened
 from ckptd.catalog.roots import NewRoot, Root
 from ckptd.catalog.tx import Tx
 from ckptd.config import Settings
-from ckptd.errors import BadPath, BadRequest, CkptdError, Exists, NotAuthorized, NotFound, Refused
+from ckptd.errors import BadPath, BadRequest, CkptdError, Exists, GivenUp, NotAuthorized, NotFound, Refused
 from ckptd.intake import descriptor as descriptors
 from ckptd.intake.arena import owner_of
 from ckptd.intake.arenas import Arena, ArenaPool, Use
@@ -166,7 +166,8 @@ class Admission:
     async def memory(self, found: Descriptor, uid: int, *, arena: str | None, size_bytes: int) -> Checkpoint:
         """Make the rows and the job of one memory hand-off.
 
-        One that FAILED begins again: its bytes are here after all. Refused when its id is another user's.
+        One that FAILED begins again: its bytes are here after all; not one that a person gave up. Refused when its
+        id is another user's.
         """
         uid = owner_of(uid)
         root = await self.managed_root(found.experiment.dir, uid)
@@ -177,7 +178,8 @@ class Admission:
                 raise Exists(f"the id {found.checkpoint} belongs to another checkpoint")
             if found.step is not None and not staged.existed:
                 await experiments.saved_at(tx, staged.checkpoint.experiment_id, found.step)
-            revived = staged.existed and staged.checkpoint.state is State.FAILED
+            failed = staged.existed and staged.checkpoint.state is State.FAILED
+            revived = failed and (staged.checkpoint.error or {}).get("code") != GivenUp.code
             if revived:
                 await checkpoints.mark_pending(tx, found.checkpoint)
             if revived or not staged.existed:

@@ -23,7 +23,7 @@ from ckptd.intake.reconcile import Reconciled
 from ckptd.intake.status import Plant
 from ckptd.intake.training import Answer, Handler, select
 from ckptd.model import Checkpoint, Damage, Identity, Level, Origin, RootKind, State
-from ckptd.pipeline import asking, link, retain
+from ckptd.pipeline import asking, giveup, link, retain
 from ckptd.pipeline.tools import Tools
 from ckptd.pipeline.verify import Subject, bad, good, read_back, subject
 from ckptd.worker.protocol import Settle
@@ -174,6 +174,8 @@ class Commands:
             raise Changed(f"checkpoint {row.id} is {row.state} now, not {request.state}: nothing was done")
         if row.state in _NO_FILES:
             return await self._forget(peer, row, dry_run=request.dry_run)
+        if row.state is State.PENDING and row.origin is Origin.MEMORY:
+            return await self._give_up(peer, row, request)
         root = await self._catalog.read(lambda conn: roots.by_path(conn, row.root))
         if root is None or not root.may_remove(row.origin):
             raise Held(
@@ -206,6 +208,19 @@ class Commands:
         objection = await asking.about(self._tools, point, row, **more)
         if objection:
             raise Vetoed(f"checkpoint {row.id}: {objection}", checkpoint=row.id)
+
+    async def _give_up(self, peer: Peer, row: Checkpoint, request: ask.Remove) -> Answer:
+        if not request.give_up:
+            raise Held(
+                f"checkpoint {row.id} is on its way: its bytes are in memory or in the spool, and nowhere else",
+                hint="`ckpt doctor` says what it waits for; `ckpt rm --give-up` ends it, and nothing of it is left",
+                holds=["pending"],
+            )
+        if request.dry_run:
+            await self._catalog.read(lambda conn: giveup.look_at(Tx(conn, self._front.clock), row))
+        else:
+            await giveup.give_up(self._tools, row, peer.uid, peer.pid)
+        return _removed(row, "give up", "its bytes were in memory or in the spool alone: nothing of it is left")
 
     async def _forget(self, peer: Peer, row: Checkpoint, *, dry_run: bool) -> Answer:
         async def forget(tx: Tx) -> None:

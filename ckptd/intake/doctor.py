@@ -111,7 +111,7 @@ class Doctor:
             first = "; ".join(
                 f"{job.checkpoint_id[:12]} in {job.stage}: {_why(job.error)}" for job in held[:PARKED_NAMED]
             )
-            hint = "tried again now and then while its bytes are held; `ckpt ls --state failed` and `ckpt log` say more"
+            hint = "tried again now and then while its bytes are held; `ckpt log` says more; `ckpt rm --give-up ID` gives one up"
             return _check("jobs", "warn", f"{parked} parked ({first})", hint)
         return _check(
             "jobs", "ok", f"{counts.get(JobState.QUEUED, 0)} queued, {counts.get(JobState.RUNNING, 0)} running"

@@ -247,10 +247,11 @@ class Unveto(Selecting, frozen=True, tag="unveto"):
 
 
 class Remove(Selecting, frozen=True, tag="remove"):
-    """Move one checkpoint to the trash; with `state` only while it is in that one."""
+    """Move one checkpoint to the trash; with `state` only while it is in that one; `give_up` ends one that is on its way."""
 
     dry_run: bool = False
     state: str | None = None
+    give_up: bool = False
 
 
 class Events(Request, frozen=True, tag="events"):

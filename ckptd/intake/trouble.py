@@ -250,7 +250,7 @@ class Troubles:
     def _of_work(self) -> Iterator[Trouble]:
         parked = self.pulse.jobs.get(JobState.PARKED, 0)
         if parked:
-            do = "tried again now and then while its bytes are held; `ckpt ls --state failed` and `ckpt log` say more"
+            do = "tried again now and then while its bytes are held; `ckpt log` says more; `ckpt rm --give-up ID` gives one up"
             yield Trouble("jobs", f"{parked} parked", do)
         refused = self._signs.spool.refused
         if refused:

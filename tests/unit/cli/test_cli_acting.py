@@ -78,6 +78,12 @@ def test_rm_after_a_yes_removes_the_id_that_was_shown(run, daemon, answering):
     ]
 
 
+def test_rm_gives_up_what_is_on_its_way_only_when_that_is_said(run, daemon):
+    ran = run("rm", "--give-up", "--yes", ID)
+    assert ran.code == 0
+    assert [asked["give_up"] for asked in daemon.asked("remove")] == [True, True]
+
+
 def test_rm_refuses_when_nobody_can_be_asked(run, daemon, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
     ran = run("rm", ID)
