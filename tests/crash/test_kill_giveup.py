@@ -10,7 +10,7 @@ from tests.support import invariants, tally
 from tests.support.node import Node, arenas_of, eventually
 from tests.support.trainer import Nursery
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 POINTS = ("giveup.recorded", "catalog.commit")
 PROJECT = "lost"
@@ -19,6 +19,7 @@ PROJECT = "lost"
 @pytest.fixture
 def parked(node: Node, nursery: Nursery) -> str:
     """A save whose project's name is somebody's file."""
+    node.drain_s = 0.5  # a stop has nothing to wait for
     node.start()
     node.runs.mkdir(parents=True, exist_ok=True)
     (node.runs / PROJECT).write_text("not a directory")

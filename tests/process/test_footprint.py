@@ -29,6 +29,7 @@ def peak_rss_kb(pid: int) -> int:
     return int(status.partition("VmHWM:")[2].split()[0])
 
 
+@pytest.mark.timeout(400)
 def test_a_large_file_is_digested_and_verified_in_little_memory(node: Node):
     """M015: with 2 GiB instead of 20: what is streamed takes the same memory, whatever its size."""
     node.start()
@@ -38,7 +39,7 @@ def test_a_large_file_is_digested_and_verified_in_little_memory(node: Node):
         file.write(struct.pack("<Q", len(header)) + header)
         file.truncate(file.tell() + LARGE_BYTES)
     saved = node.ckpt("submit", str(large), "--project", "p", "--experiment", "large")["checkpoint"]
-    assert node.wait_level(saved, patience_s=100)["size_bytes"] > LARGE_BYTES
+    assert node.wait_level(saved, patience_s=300)["size_bytes"] > LARGE_BYTES
     peaks = {pid: peak_rss_kb(pid) for pid in (node.daemon_pid, *node.workers())}
     assert len(peaks) >= 2
     assert max(peaks.values()) < RSS_MAX_KB, peaks

@@ -257,8 +257,10 @@ class Node:
         self._write_plan(f"{point}={action}")
 
     def fired(self) -> bool:
-        """Whether the armed point was reached."""
-        return not self.plan.read_text()
+        """Whether the armed point was reached, and whoever reached it has let go of the plan: it may be stopped now."""
+        with self.plan.open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            return not file.read()
 
     def wait_fired(self) -> None:
         """Return once the armed point was reached: a kill that did not happen proves nothing."""

@@ -148,7 +148,7 @@ async def test_remove_obeys_promises_and_says_which(short_dir):
 async def test_what_has_no_files_is_forgotten_and_what_is_on_its_way_is_not_removed(short_dir):
     async with daemon(short_dir, front=False) as node, node.connect() as line:
         one = await (await Training(line, str(node.runs)).open()).save(1)
-        with pytest.raises(NotFound):
+        with pytest.raises(Held, match="on its way"):
             await line.ask("remove", selector=one)
         await node.write(lambda tx: checkpoints.mark_failed(tx, one, {"code": "missing", "message": "gone"}))
         assert (await line.ask("remove", selector=one, dry_run=True))["action"] == "forget"

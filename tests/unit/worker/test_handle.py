@@ -42,6 +42,11 @@ async def eventually(condition: Callable[[], object]) -> None:
 class Node:
     workers: Workers
     events: list[Event] = field(default_factory=list)
+    then: Callable[[Event], None] = lambda _event: None
+
+    def tell(self, event: Event) -> None:
+        self.events.append(event)
+        self.then(event)
 
     def names(self) -> list[str]:
         return [event.name for event in self.events]
@@ -62,7 +67,7 @@ async def running(tmp_path: Path, *, flags: tuple[str, ...] = (), request_s: flo
     node.workers = Workers(
         config.Workers(request_s=request_s, stuck_max=2),
         SystemClock(),
-        node.events.append,
+        node.tell,
         rig=Rig(command=(*STAND_IN, *flags), pace=pace, mountinfo=table),
     )
     async with anyio.create_task_group() as group:
@@ -101,6 +106,19 @@ async def test_no_worker_outlives_the_handle(tmp_path, monkeypatch):
         pid = int((await node.workers.call(Usage(root="/a"))).filesystem)
         assert is_alive(pid)
     assert not is_alive(pid)
+
+
+async def test_a_worker_whose_first_caller_goes_away_as_it_starts_serves_the_next(tmp_path):
+    """It had been started and nobody listened: whoever asked it next waited until it was taken for hung."""
+    async with running(tmp_path) as node:
+        with anyio.CancelScope() as caller:
+            node.then = lambda _event: caller.cancel()
+            await node.workers.call(Usage(root="/a"))
+        assert caller.cancelled_caught
+        with anyio.fail_after(40):
+            answer = await node.workers.call(Usage(root="/a"))
+        assert int(answer.filesystem) == node.state().pid
+        assert node.names() == ["worker.started"]
 
 
 async def test_an_error_of_the_verb_arrives_as_its_own_class(tmp_path):
