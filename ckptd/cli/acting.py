@@ -85,7 +85,7 @@ def _hold(op: str, where: dict[str, str | None], note: str | None, out: Output) 
 @click.argument("selectors", nargs=-1, required=True, metavar="SELECTOR...", shell_complete=complete_selector)
 @click.option("-n", "--dry-run", is_flag=True, help="Only say what would happen.")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
-@click.option("--give-up", is_flag=True, help="Also saves on their way, whose bytes are nowhere else.")
+@click.option("--give-up", is_flag=True, help="Saves on their way, whose bytes are nowhere else; nothing else.")
 @output(ids=True)
 def rm(selectors: Sequence[str], out: Output, *, dry_run: bool, yes: bool, give_up: bool) -> int:
     """Remove checkpoints, unless something holds them.

@@ -172,10 +172,10 @@ class Commands:
         row = await select(self._front, peer, request)
         if request.state is not None and row.state != request.state:
             raise Changed(f"checkpoint {row.id} is {row.state} now, not {request.state}: nothing was done")
+        if request.give_up or (row.state is State.PENDING and row.origin is Origin.MEMORY):
+            return await self._give_up(peer, row, request)
         if row.state in _NO_FILES:
             return await self._forget(peer, row, dry_run=request.dry_run)
-        if row.state is State.PENDING and row.origin is Origin.MEMORY:
-            return await self._give_up(peer, row, request)
         root = await self._catalog.read(lambda conn: roots.by_path(conn, row.root))
         if root is None or not root.may_remove(row.origin):
             raise Held(
@@ -219,6 +219,7 @@ class Commands:
         if request.dry_run:
             await self._catalog.read(lambda conn: giveup.look_at(Tx(conn, self._front.clock), row))
         else:
+            await self._allowed(HookEvent.BEFORE_CHECKPOINT_DELETE, row, why=f"given up by uid {peer.uid}")
             await giveup.give_up(self._tools, row, peer.uid, peer.pid)
         return _removed(row, "give up", "its bytes were in memory or in the spool alone: nothing of it is left")
 

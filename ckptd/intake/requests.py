@@ -247,7 +247,7 @@ class Unveto(Selecting, frozen=True, tag="unveto"):
 
 
 class Remove(Selecting, frozen=True, tag="remove"):
-    """Move one checkpoint to the trash; with `state` only while it is in that one; `give_up` ends one that is on its way."""
+    """Move one checkpoint to the trash; with `state` only while it is in that one; `give_up` ends only one that is on its way."""
 
     dry_run: bool = False
     state: str | None = None

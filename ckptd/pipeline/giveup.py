@@ -16,17 +16,20 @@ from ckptd import failpoint
 from ckptd.catalog import audits, checkpoints, holds
 from ckptd.catalog.tx import Tx
 from ckptd.errors import Busy, Changed, GivenUp, Held
-from ckptd.model import Checkpoint, State
+from ckptd.model import Checkpoint, Origin, State
 from ckptd.pipeline.tools import Tools
 
 RETRY_S = 1.0
 
 
 async def look_at(tx: Tx, checkpoint: Checkpoint) -> None:
-    """Held by a pin or a lease; Changed when it is on its way no longer."""
+    """Held by a pin or a lease; Changed when it is no save on its way."""
     state = await checkpoints.state_of(tx.conn, checkpoint.id)
-    if state is not State.PENDING:
-        raise Changed(f"checkpoint {checkpoint.id} is {state} now: there is nothing to give up")
+    if state is not State.PENDING or checkpoint.origin is not Origin.MEMORY:
+        raise Changed(
+            f"checkpoint {checkpoint.id} is {state}, and no save that waits in memory or in the spool: nothing was done",
+            hint="`ckpt show ID` says what it is; `ckpt rm ID` removes one that is on disk",
+        )
     found = await holds.of_checkpoint(tx.conn, checkpoint.id, tx.clock.now())
     why = [f"{hold.kind} of {hold.by}" for hold in found]
     if why:

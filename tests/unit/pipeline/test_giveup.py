@@ -7,9 +7,10 @@ import pytest
 
 from ckptd import pipeline
 from ckptd.catalog import audits, checkpoints, holds
-from ckptd.errors import BadPath, Busy, Changed, Held
+from ckptd.errors import BadPath, Busy, Changed, Held, Vetoed
 from ckptd.intake.arenas import Use
 from ckptd.model import State
+from ckptd.pipeline import asking
 from tests.support.in_process import Keeper, Training, daemon, eventually
 
 QUICK = {"retries_max": 1, "backoff_s_max": 0.05}
@@ -72,6 +73,32 @@ async def test_its_memory_is_free_its_trainer_is_told_and_the_audit_says_who_did
         with pytest.raises(Changed, match="is failed now"):
             await line.ask("remove", selector=checkpoint, give_up=True, state="pending")
         assert (await line.ask("remove", selector=checkpoint))["action"] == "forget"
+
+
+async def test_what_was_written_meanwhile_is_not_removed_by_giving_up(short_dir, in_the_way):
+    """Whoever reads of a parked save and acts a moment later means the save, not the checkpoint that came of it."""
+    async with parked(short_dir) as (node, line, checkpoint):
+        training = await Training(line, str(node.runs), name="other").open()
+        in_the_way.set()
+        await training.saved(1)
+        assert await node.parts.jobs.try_parked() == 1
+        await line.ask("wait", checkpoint=checkpoint, level="verified", timeout_s=30)
+        await training.saved(2)
+        for dry_run in (True, False):
+            with pytest.raises(Changed, match="nothing was done"):
+                await line.ask("remove", selector=checkpoint, give_up=True, dry_run=dry_run)
+        assert await state_of(node, checkpoint) is State.LIVE
+
+
+async def test_a_hook_may_forbid_it(short_dir, in_the_way, monkeypatch):
+    async def about(_tools, point, _row, **_more):
+        return f"not this one ({point})"
+
+    async with parked(short_dir) as (node, line, checkpoint):
+        monkeypatch.setattr(asking, "about", about)
+        with pytest.raises(Vetoed, match=r"not this one \(checkpoint.before_delete\)"):
+            await line.ask("remove", selector=checkpoint, give_up=True)
+        assert await state_of(node, checkpoint) is State.PENDING
 
 
 async def test_a_pin_holds_it(short_dir, in_the_way):
