@@ -10,6 +10,7 @@ again with the same keeper is a restart.
 import argparse
 import gc
 import hashlib
+import math
 import mmap
 import os
 import random
@@ -96,6 +97,10 @@ class Node:
 
     async def read(self, fn: Any) -> Any:
         return await self.parts.catalog.read(fn)
+
+    async def settled(self) -> None:
+        """Wait until what is looked at once, a second after the start, was: it is a commit of its own, for who counts them."""
+        await eventually(lambda: self.parts.service._reading._looked_s > -math.inf)
 
 
 def settings_of(directory: Path, **more: Any) -> Settings:

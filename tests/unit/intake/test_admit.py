@@ -117,6 +117,7 @@ async def test_admitting_a_burst_of_files_costs_a_few_statements_for_a_whole_bat
 
     async with daemon(short_dir, front=False) as node:
         root = await node.write(lambda tx: roots.ensure(tx, NewRoot(path="/w", kind=RootKind.WATCHED, uid=1000)))
+        await node.settled()
         found = [
             Candidate(f"/w/run/c_{n}.safetensors", "file", "safetensors", IdentityRecord(1, n + 1, 9, 5, 6), n)
             for n in range(250)

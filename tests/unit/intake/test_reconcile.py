@@ -184,6 +184,7 @@ async def test_known_files_cost_no_transaction_of_their_own(short_dir):
     async with daemon(short_dir, **settings, front=False) as node:
         root = await root_of(node, tree)
         first = await node.parts.reconciler.scan(root)
+        await node.settled()
         commits = node.parts.catalog._writer.commits
         second = await node.parts.reconciler.scan(root)
         assert (first.added, second.added, second.known) == (300, 0, 300)
