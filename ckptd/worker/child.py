@@ -132,7 +132,7 @@ class Child:
                 await self._read()
                 group.cancel_scope.cancel()
         finally:
-            self._end()
+            self.end()
 
     async def ask(self, request: protocol.Request, arena_fd: int | None) -> Pending:
         """Queue a request and return its entry. The arena's fd is copied before this returns.
@@ -308,7 +308,7 @@ class Child:
     def _lost(self) -> WorkerLost:
         return WorkerLost(f"the I/O worker {self.pid} is gone: {self.obituary()}")
 
-    def _end(self) -> None:
+    def end(self) -> None:
         """Close our end and tell everybody who waits."""
         self.dead.set()
         self._socket.close()

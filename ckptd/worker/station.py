@@ -204,7 +204,17 @@ class Station:
             raise WorkerLost(message) from error
         self._child = child
         self._tell("worker.started", pid=child.pid)
-        await self._group.start(self._tend, child)
+        try:
+            await self._group.start(self._tend, child)
+        except RuntimeError as error:
+            ended = error
+        else:
+            return
+        # The group ended while this process was started: nobody else would bury it.
+        self._child = None
+        await child.close()
+        child.end()
+        raise WorkerLost(f"no I/O worker for {self.mount.point}: everything ends") from ended
 
     async def _tend(  # noqa: ASYNC128  the child's own run() says when it has started
         self, child: Child, *, task_status: TaskStatus[None]

@@ -52,14 +52,15 @@ def obey(request, arena, stop, say) -> None:  # noqa: C901, PLR0912 - one order 
     if order == "crash":
         os.kill(os.getpid(), signal.SIGKILL)
     elif order.startswith("hang"):
-        if order == "hang-once" and os.path.exists(request["root"]):
-            os.unlink(request["root"])
+        if order == "hang-once":
+            while not os.path.exists(request["root"]):
+                stop.wait(0.02)
             say(id=number, ok=True, result=used)
             return
         stop.wait(1) if order == "hang-briefly" else threading.Event().wait()
-    elif order == "slow":
+    elif order.startswith("slow"):
         for _ in range(6):
-            stop.wait(0.2)
+            stop.wait(float(order.partition("-")[2] or 0.2))
             say(id=number, alive=True)
         say(id=number, ok=True, result=used)
     elif order == "refuse":

@@ -1,14 +1,12 @@
 """The daemon's handle on its workers, against a stand-in child that hangs and crashes on order."""
 
+import contextlib
 import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import replace
 
 import anyio
 import anyio.to_thread
@@ -16,72 +14,13 @@ import pytest
 
 from ckptd import config, errors
 from ckptd.clock import SystemClock
-from ckptd.events import EVENTS, Event
-from ckptd.worker import Workers, WorkerState, child
+from ckptd.events import EVENTS
+from ckptd.worker import Workers, child
 from ckptd.worker.handle import Pace, Rig, worker_command
 from ckptd.worker.protocol import Usage, Watch
+from tests.support.stand_in_workers import MOUNTS, PATIENT_S, QUICK, Node, eventually, is_alive, running
 
-STAND_IN = (sys.executable, str(Path(__file__).parents[2] / "support" / "stand_in_worker.py"))
-QUICK = Pace(restart_s=0.01, restart_s_max=0.05, probe_s=0.05, probe_s_max=0.1, probe_answer_s=0.3)
-
-MOUNTS = """\
-20 1 8:1 / / rw - ext4 /dev/a rw
-21 20 8:2 / /fast rw - xfs /dev/b rw
-22 20 0:9 / /far rw - nfs4 server:/x rw
-"""
 SILENT_S = 0.4  # for who must see a worker being given up
-
-
-async def eventually(condition: Callable[[], object]) -> None:
-    with anyio.fail_after(40):
-        while not condition():  # it is another process's doing, so it can only be asked again
-            await anyio.sleep(0.01)
-
-
-@dataclass
-class Node:
-    workers: Workers
-    events: list[Event] = field(default_factory=list)
-    then: Callable[[Event], None] = lambda _event: None
-
-    def tell(self, event: Event) -> None:
-        self.events.append(event)
-        self.then(event)
-
-    def names(self) -> list[str]:
-        return [event.name for event in self.events]
-
-    async def until(self, name: str, count: int = 1) -> Event:
-        await eventually(lambda: self.names().count(name) >= count)
-        return next(event for event in reversed(self.events) if event.name == name)
-
-    def state(self, mount: str = "/") -> WorkerState:
-        return next(state for state in self.workers.state() if state.mount == mount)
-
-
-@asynccontextmanager
-async def running(tmp_path: Path, *, flags: tuple[str, ...] = (), request_s: float = 60.0, pace: Pace = QUICK):
-    table = tmp_path / "mountinfo"
-    table.write_text(MOUNTS)
-    node = Node(workers=None)
-    node.workers = Workers(
-        config.Workers(request_s=request_s, stuck_max=2),
-        SystemClock(),
-        node.tell,
-        rig=Rig(command=(*STAND_IN, *flags), pace=pace, mountinfo=table),
-    )
-    async with anyio.create_task_group() as group:
-        await group.start(node.workers.run)
-        yield node
-        group.cancel_scope.cancel()
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 async def test_each_mount_has_its_own_worker_started_on_first_use(tmp_path):
@@ -119,6 +58,33 @@ async def test_a_worker_whose_first_caller_goes_away_as_it_starts_serves_the_nex
             answer = await node.workers.call(Usage(root="/a"))
         assert int(answer.filesystem) == node.state().pid
         assert node.names() == ["worker.started"]
+
+
+async def test_a_worker_that_comes_up_when_everything_has_ended_ends_too(tmp_path, monkeypatch):
+    """Nobody was left to bury it: its process and its socket stayed until the collector found them."""
+    made, ended, real = [], anyio.Event(), child.spawn
+    outcome = []
+
+    async def held(command):
+        made.append(await real(command))
+        await ended.wait()
+        return made[0]
+
+    async def ask(node: Node) -> None:
+        try:
+            await node.workers.call(Usage(root="/a"))
+        except errors.CkptdError as error:
+            outcome.append(type(error))
+
+    monkeypatch.setattr("ckptd.worker.station.spawn", held)
+    async with anyio.create_task_group() as outside:
+        async with running(tmp_path) as node:
+            outside.start_soon(ask, node)
+            await eventually(lambda: made)
+        ended.set()
+    assert outcome == [errors.WorkerLost]
+    assert made[0]._process.returncode is not None
+    assert made[0]._socket.fileno() == -1
 
 
 async def test_an_error_of_the_verb_arrives_as_its_own_class(tmp_path):
@@ -178,9 +144,15 @@ async def test_a_worker_that_cannot_start_is_not_started_in_a_tight_loop(tmp_pat
 async def test_a_slow_worker_that_tells_of_progress_is_left_alone(tmp_path, monkeypatch):
     """It takes three times `request_s`, but is never silent for that long."""
     monkeypatch.setattr("ckptd.worker.station.LAST_WORD_S", 0.01)
-    async with running(tmp_path, request_s=SILENT_S) as node:
-        await node.workers.call(Usage(root="/slow"))
-        assert node.names() == ["worker.started"]
+    for slower in (1, 5, 25):
+        async with running(tmp_path) as node:
+            await node.workers.call(Usage(root="/a"))  # its start is not measured
+            (await node.workers._station("/a")).silence_s = SILENT_S * slower
+            with contextlib.suppress(errors.TimedOut):
+                await node.workers.call(Usage(root=f"/slow-{0.2 * slower}"))
+                assert node.names() == ["worker.started"]
+                return
+    pytest.fail("given up however long it might be silent")
 
 
 @pytest.mark.parametrize("request_s", [0.8, 2.0, 120.0])
@@ -193,18 +165,21 @@ def test_a_worker_is_told_to_speak_well_within_the_time_it_may_be_silent(request
 
 async def test_a_silent_worker_is_killed_and_only_its_own_mount_notices(tmp_path):
     """F17: one hung disk hangs one disk."""
-    async with running(tmp_path, request_s=SILENT_S) as node:
+    async with running(tmp_path) as node:
         pid = int((await node.workers.call(Usage(root="/a"))).filesystem)
         fast = await node.workers.call(Usage(root="/fast/a"))
+        station = await node.workers._station("/hang")
+        station.silence_s = SILENT_S
         with pytest.raises(errors.TimedOut, match="silent"):
             await node.workers.call(Usage(root="/hang"))
+        station.silence_s = PATIENT_S
         assert (await node.workers.call(Usage(root="/fast/a"))).filesystem == fast.filesystem
         assert (await node.workers.call(Usage(root="/a"))).filesystem != str(pid)
-        assert not is_alive(pid)
+        await eventually(lambda: not is_alive(pid))
 
 
 async def test_what_a_killed_worker_was_doing_besides_ends_with_worker_lost(tmp_path):
-    async with running(tmp_path, request_s=SILENT_S) as node:
+    async with running(tmp_path) as node:
         outcomes = []
 
         async def ask(root: str) -> None:
@@ -215,14 +190,18 @@ async def test_what_a_killed_worker_was_doing_besides_ends_with_worker_lost(tmp_
 
         async with anyio.create_task_group() as group:
             group.start_soon(ask, "/hang")
-            group.start_soon(ask, "/slow")
+            await eventually(lambda: node.workers.state() and node.state().requests == 1)
+            (await node.workers._station("/hang")).silence_s = SILENT_S  # who asks from now on is impatient
+            group.start_soon(ask, "/hang")
         assert outcomes.count(errors.TimedOut) == 1
         assert outcomes.count(errors.WorkerLost) == 1
 
 
 async def test_after_stuck_max_silences_requests_are_refused_at_once_until_a_probe_is_answered(tmp_path):
-    async with running(tmp_path, request_s=SILENT_S) as node:
+    async with running(tmp_path, pace=replace(QUICK, probe_answer_s=40.0)) as node:
         root = str(tmp_path / "hang-once")
+        station = await node.workers._station(root)
+        station.silence_s = SILENT_S
         for _ in range(2):
             with pytest.raises(errors.TimedOut):
                 await node.workers.call(Usage(root=root))
@@ -240,6 +219,7 @@ async def test_after_stuck_max_silences_requests_are_refused_at_once_until_a_pro
         await anyio.Path(root).write_text("")  # from now on the stand-in answers
         assert (await node.until("root.recovered")).data.keys() == set(EVENTS["root.recovered"].keys)
         assert node.state().state == "running"
+        station.silence_s = PATIENT_S
         await node.workers.call(Usage(root="/a"))
 
 
@@ -254,7 +234,9 @@ async def test_no_more_than_stuck_max_workers_hang_in_the_kernel(tmp_path, monke
 
         async def unkillable(command):
             made = await real(command)
-            made._process.kill = lambda: None
+            made._process.kill = made._process.terminate = lambda: (
+                None
+            )  # it ignores the latter only when it has come up
             held.append(made)
             return made
 
@@ -268,10 +250,10 @@ async def test_no_more_than_stuck_max_workers_hang_in_the_kernel(tmp_path, monke
         assert len(held) == 2
         assert (node.state().stuck, node.state().state) == (2, "degraded")
         assert "root.recovered" not in node.names()
-        for made in held:
-            os.kill(made.pid, signal.SIGKILL)
-            made._process.kill = lambda: None
-        await eventually(lambda: not node.state().stuck)
+        # Again and again: a probe's own worker may come up too late, too.
+        await eventually(
+            lambda: [made._process.send_signal(signal.SIGKILL) for made in held] and not node.state().stuck
+        )
     for made in held:
         made._process.send_signal(signal.SIGKILL)  # does nothing for those that were reaped
         made._process.wait()
