@@ -26,7 +26,7 @@ from ckptd.supervisor import detach, listen
 from ckptd.supervisor.mailbox import Mailbox
 from ckptd.supervisor.rescue import Rescue
 from ckptd.supervisor.say import Voice
-from ckptd.supervisor.unit import Plan, Timing, Unit
+from ckptd.supervisor.unit import ENVIRON, Plan, Timing, Unit
 from ckptd_client import places as user_places
 
 DAEMON = (sys.executable, "-P", "-m", "ckptd.daemon")
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = _parse(arguments)
     command = (*DAEMON, *flags.to_daemon())
     if is_managed(os.environ, os.getpid()):
-        os.execv(command[0], command)  # noqa: S606 - our own interpreter, no shell
+        os.execve(command[0], command, {**ENVIRON, **os.environ})  # noqa: S606 - our own interpreter, no shell
     voice = Voice(flags.log_format or "auto")
     try:
         return supervise(flags, command, voice)

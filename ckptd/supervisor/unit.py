@@ -32,6 +32,9 @@ FIRST_FD = 3
 BAD_CONFIG, NOT_RESCUED = 78, 1
 FINAL_CODES = frozenset({0, BAD_CONFIG})
 EXTEND_S_MAX = 3600.0
+# Python's own allocator returns memory by whole mebibytes, each held by any one object that lives; malloc's goes
+# back by the page (worker/heap.py). Only an interpreter that starts can be told.
+ENVIRON = {"PYTHONMALLOC": "malloc"}
 _NAME_CHARS_MAX = 255
 _PR_SET_PDEATHSIG = 1
 _STOPPERS = (signal.SIGTERM, signal.SIGINT)
@@ -291,6 +294,7 @@ class Unit:
     def _environ(self, names: list[str]) -> dict[str, str]:
         """Return the daemon's environment, less LISTEN_PID and WATCHDOG_PID, which only the child knows."""
         return {
+            **ENVIRON,
             **os.environ,
             "NOTIFY_SOCKET": self._mailbox.address,
             "WATCHDOG_USEC": str(int(self._plan.timing.watchdog_s * 1e6)),

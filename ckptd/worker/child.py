@@ -36,7 +36,7 @@ LOOK_S = 0.05
 
 # What a child must not inherit: it neither speaks to the service manager nor lets users' shells
 # change how it watches.
-_FOREIGN = ("WATCHFILES_", "LISTEN_", "NOTIFY_SOCKET", "WATCHDOG_", "FDSTORE")
+_FOREIGN = ("WATCHFILES_", "LISTEN_", "NOTIFY_SOCKET", "WATCHDOG_", "FDSTORE", "PYTHONMALLOC")
 
 
 class _Frame(msgspec.Struct):

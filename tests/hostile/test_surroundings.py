@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import tomllib
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -49,10 +50,14 @@ def test_a_node_started_under_the_laxest_umask_keeps_its_own_files_to_itself(nod
     trainer = plain_nursery.trainer(node.environ)
     trainer.open(name="run", project="p", dir=str(node.runs))
     node.wait_level(trainer.save(seed=0, step=0)["id"])
+    modes = set()
     for pid in node.family():
-        for fd in Path(f"/proc/{pid}/fd").iterdir():
-            if "memfd:ckptd-arena" in os.readlink(fd):
-                assert stat.S_IMODE(fd.stat().st_mode) == 0o600
+        with suppress(OSError):  # it ended meanwhile
+            for fd in Path(f"/proc/{pid}/fd").iterdir():
+                with suppress(OSError):  # closed meanwhile
+                    if "memfd:ckptd-arena" in os.readlink(fd):
+                        modes.add(stat.S_IMODE(fd.stat().st_mode))
+    assert modes == {0o600}
     assert open_to_others(node.state) == [] or not os.lstat(node.state).st_mode & 0o077
     assert not (node.state / "spool").stat().st_mode & 0o077
     assert stat.S_IMODE(node.socket.stat().st_mode) == 0o600
@@ -127,7 +132,7 @@ def test_a_hostile_environment_and_directory_change_nothing(node: Node, short_di
     assert not (short_dir / "canary").exists()
     for pid in node.workers():
         environ = Path(f"/proc/{pid}/environ").read_bytes().decode()
-        for name in ("NOTIFY_SOCKET", "LISTEN_FDS", "WATCHFILES_", "WATCHDOG_"):
+        for name in ("NOTIFY_SOCKET", "LISTEN_FDS", "WATCHFILES_", "WATCHDOG_", "PYTHONMALLOC"):
             assert name not in environ
         assert os.readlink(f"/proc/{pid}/cwd") == "/"
     manager.close()
@@ -136,6 +141,7 @@ def test_a_hostile_environment_and_directory_change_nothing(node: Node, short_di
 def test_a_workers_environment_lacks_what_is_meant_for_the_daemon():
     """S26."""
     given = {"PATH": "/bin", "NOTIFY_SOCKET": "/n", "LISTEN_PID": "1", "WATCHFILES_X": "1", "WATCHDOG_USEC": "1"}
+    given["PYTHONMALLOC"] = "malloc"
     assert clean_environment(given) == {"PATH": "/bin"}
 
 
@@ -161,6 +167,7 @@ def test_a_secret_in_the_configuration_reaches_no_output(node: Node, monkeypatch
     assert [text for text in said if CANARY in text] == []
 
 
+@pytest.mark.timeout(300)
 def test_a_trainers_secrets_reach_neither_log_nor_catalog_nor_disk(node: Node, plain_nursery):
     """S28: in its configuration, in its command line's shape, in a URL: everything that the node wrote is searched."""
     node.start()
@@ -170,10 +177,10 @@ def test_a_trainers_secrets_reach_neither_log_nor_catalog_nor_disk(node: Node, p
         "import ckptd_client as ckptd\n"
         f"config = {{'lr': 0.1, 'password': '{CANARY}', 'hub': {{'token': '{CANARY}'}}, 'url': 'https://u:{CANARY}@h/x'}}\n"
         f"with ckptd.Experiment('e', project='p', config=config, dir={str(node.runs)!r}) as run:\n"
-        "    run.save({'w': {'a': 1}}, step=1).wait('verified', timeout=30)\n"
+        "    run.save({'w': {'a': 1}}, step=1).wait('verified', timeout=100)\n"
     )
     environ = {**os.environ, **node.environ, "HF_TOKEN": CANARY, "AWS_SECRET_ACCESS_KEY": CANARY}
-    subprocess.run([sys.executable, "-c", code], env=environ, check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], env=environ, check=True, timeout=110)
     said = [node.log]
     said += [path for top in (node.state, node.runs) for path in top.rglob("*") if path.is_file()]
     assert any(path.name == "manifest.json" for path in said)
