@@ -1,5 +1,6 @@
 """Fixtures that every suite shares."""
 
+import os
 import shutil
 import signal
 import tempfile
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.support import tally
 from tests.support.history import History
@@ -20,6 +22,12 @@ from tests.support.writer import Writer
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # Started in the background by a shell: the programs under test would inherit a deaf ear for Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# How long an example takes says how busy the machine is. With CI set, hypothesis' own profile says the same.
+settings.register_profile("ckptd", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+if not os.environ.get("CI"):
+    settings.load_profile("ckptd")
 
 
 def pytest_configure(config: pytest.Config) -> None:

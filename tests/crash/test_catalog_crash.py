@@ -28,13 +28,13 @@ LONG_KILLS = int(os.environ.get("CKPTD_FAULT_CATALOG_KILLS", "250"))
 
 
 def killed_while_writing(
-    path: Path, name: str, *, after_s: float = 0.0, fail: str = "", wal_bytes_max: int = MANY_BYTES
+    path: Path, name: str, *, after: int = 1, after_s: float = 0.0, fail: str = "", wal_bytes_max: int = MANY_BYTES
 ) -> set[str]:
-    """Let a process write until it is killed; return the ids it was told are committed."""
+    """Let a process write until it has told `after` ids, and is killed; return those that it was told are committed."""
     child = deaths.Child(deaths.write_catalog, str(path), name, fail, wal_bytes_max)
     acknowledged = set()
     if not fail:
-        acknowledged = {child.hear()} - {None}
+        acknowledged = {child.hear() for _ in range(after)} - {None}
         time.sleep(after_s)
         child.kill()
     acknowledged |= set(child.told())
@@ -67,7 +67,7 @@ def test_acknowledged_commits_survive_a_kill_at_any_time(tmp_path: Path) -> None
     path = tmp_path / "c.sqlite"
     acknowledged: set[str] = set()
     for round_no, after_s in enumerate((0.0, 0.02, 0.05, 0.11, 0.17)):
-        acknowledged |= killed_while_writing(path, f"run-{round_no}", after_s=after_s)
+        acknowledged |= killed_while_writing(path, f"run-{round_no}", after=1 + round_no, after_s=after_s)
         check(path, acknowledged)
     assert len(acknowledged) >= 10
 

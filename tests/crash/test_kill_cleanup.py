@@ -12,7 +12,7 @@ from tests.support.node import eventually
 from tests.support.onlooker import Onlooker, end, make
 from tests.support.trainer import Nursery
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120), pytest.mark.xdist_group("kill_cleanup")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240), pytest.mark.xdist_group("kill_cleanup")]
 
 FILE = "model.safetensors"
 IN_DAEMON = {"retain.tombstone", "retain.moved", "restore.moved"}

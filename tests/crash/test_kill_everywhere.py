@@ -18,7 +18,7 @@ from tests.support.battlefield import PROJECT, Battlefield, Saved
 from tests.support.node import eventually
 from tests.support.trainer import Nursery
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 # Reached in the daemon, once an arena is leased. catalog.commit:n is the n-th transaction from then on: the
 # save's own rows, the claim of its job, and each stage's end.
@@ -167,14 +167,16 @@ def test_the_end_of_a_retired_checkpoint_killed_at_any_step_is_still_its_end(fie
     trainer, name = field.ready_trainer("dropped")
     first = field.save(trainer, 1)
     field.node.wait_level(first.id)
+    # Armed before there is anything to drop: the first daemon's own upkeep may come to it.
+    field.node.arm(point)
     second = field.save(trainer, 2)
     eventually(lambda: field.final_names(name) == ["step_0000000002"], "the first to be retired")
     field.node.wait_idle()
-    field.node.arm(point)
-    field.node.kill_daemon()
+    if not field.node.fired():
+        field.node.kill_daemon()
+        field.kills["daemon"] += 1
     field.node.wait_fired()
     field.kills["daemon" if point in IN_DAEMON else "worker"] += 1
-    field.kills["daemon"] += 1
     if point not in IN_DAEMON:
         field.node.kill_daemon()
     eventually(lambda: (field.node.row(first.id) or {})["state"] == "dropped", "the first to be dropped")

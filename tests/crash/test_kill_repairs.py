@@ -13,7 +13,7 @@ from tests.support.node import eventually
 from tests.support.onlooker import Onlooker, end, make
 from tests.support.trainer import Nursery
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120), pytest.mark.xdist_group("kill_repairs")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240), pytest.mark.xdist_group("kill_repairs")]
 
 FILE = "model.safetensors"
 SEED = 5
@@ -42,6 +42,7 @@ def damaged(node: Onlooker, nursery: Nursery, request: pytest.FixtureRequest) ->
     node.disarm()
     trainer = nursery.trainer(node.environ)
     trainer.open(name=f"e-{zlib.crc32(request.node.name.encode()):08x}", project="repair", dir=str(node.runs))
+    assert trainer.prepare(seed=SEED)["ready"]
     one = str(trainer.save(seed=SEED, step=1)["id"])
     row = node.wait_level(one)
     node.wait_idle()

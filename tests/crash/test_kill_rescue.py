@@ -10,7 +10,7 @@ from tests.support import invariants, payload, tally
 from tests.support.node import Node, children, eventually, is_alive
 from tests.support.trainer import Nursery
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 POINTS = ("rescue.written", "rescue.spooled")
 SEED, STEP = 3, 1

@@ -10,7 +10,7 @@ from tests.support.node import eventually
 from tests.support.onlooker import Onlooker, end, make
 from tests.support.trainer import Nursery
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(180), pytest.mark.xdist_group("kill_rest")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.xdist_group("kill_rest")]
 
 SAVES = 46  # a save's job retires 20 of them, its rest 25 in two transactions
 RULES = """

@@ -20,9 +20,9 @@ SAVE_S = OVERLAP_S + 1.5  # and a busy machine
 LOCKED_S = 6.0  # longer than one statement waits for a lock
 
 
-def opened(node: Node, nursery: Nursery, name: str = "run") -> Trainer:
+def opened(node: Node, nursery: Nursery, name: str = "run", overlap_s: float = OVERLAP_S) -> Trainer:
     trainer = nursery.trainer(node.environ)
-    trainer.open(name=name, project=PROJECT, dir=str(node.runs), overlap_wait_s=OVERLAP_S)
+    trainer.open(name=name, project=PROJECT, dir=str(node.runs), overlap_wait_s=overlap_s)
     return trainer
 
 
@@ -55,7 +55,7 @@ def test_a_full_disk_under_the_catalog_releases_the_reserve_and_is_survived(
     reserve = next(small_state.rglob("*.ballast"))
     assert reserve.stat().st_blocks * 512 >= RESERVE
     assert doctor(node, "reserve") == ["ok"]
-    trainer = opened(node, plain_nursery)
+    trainer = opened(node, plain_nursery, overlap_s=30.0)  # the spool lies on the full disk as well
     saves = {trainer.save(seed=1, step=1)["id"]: 1}
     filler = fill(small_state)
     assert free_bytes(small_state) == 0

@@ -29,7 +29,7 @@ def _run() -> None:
         seeds = [*frame_noise.good(), b"\x01" + frame_noise.DESCRIPTOR]
         for number, seed in enumerate(seeds):
             Path(corpus, str(number)).write_bytes(seed)
-        atheris.Setup([sys.argv[0], corpus, "-timeout=5", "-rss_limit_mb=1024", *sys.argv[1:]], one)
+        atheris.Setup([sys.argv[0], corpus, "-timeout=120", "-rss_limit_mb=1024", *sys.argv[1:]], one)
         # libFuzzer's timer for inputs that hang goes on while Python ends, which gives SIGALRM its deadly default back.
         atexit.register(signal.setitimer, signal.ITIMER_REAL, 0)
         atheris.Fuzz()

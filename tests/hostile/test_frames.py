@@ -23,7 +23,7 @@ from tests.hostile import frame_noise
 from tests.support import tally
 from tests.support.in_process import Wire, daemon, eventually, open_fds
 
-HANG_S, GROWTH_BYTES_MAX = 1.0, 20 << 20
+HANG_S, GROWTH_BYTES_MAX = 10.0, 20 << 20  # of the processor: what is not linear takes hours
 BATCH = 100
 SEEDS = frame_noise.good()
 SUBMIT = b'{"v":1,"id":7,"op":"submit","path":"/a","checkpoint":"%s","meta":%%s}' % (b"a" * 32)
@@ -338,6 +338,7 @@ def fuzz(runs: int) -> None:
     tally.add("fuzzed frames", runs)
 
 
+@pytest.mark.timeout(280)
 def test_coverage_leads_a_fuzzer_to_no_defect_in_ten_thousand_frames():
     """S3, short form."""
     fuzz(10_000)

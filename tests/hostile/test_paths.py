@@ -5,9 +5,7 @@ import hashlib
 import os
 import random
 import socket
-import threading
-import time
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import anyio
@@ -23,6 +21,7 @@ from ckptd.worker.protocol import Digest, Publish, Purge, Trash
 from tests.support import tally
 from tests.support.arena import sealed
 from tests.support.in_process import Training, a_tensor, daemon, sha256
+from tests.support.swapping import swapping, turns
 from tests.support.watched import a_watched, live_at
 
 SECRET = b"the canary's own bytes"
@@ -199,58 +198,28 @@ def walking(request, monkeypatch):
     return request.param
 
 
-@contextmanager
-def swapping(one: Path, other: Path):
-    """Another thread exchanges two names as fast as it can: an atomic swap of a directory for a symlink and back."""
-    stop, swaps, rng = threading.Event(), [0], random.Random(1)
-    at = os.open(one.parent, os.O_RDONLY)
-
-    def run() -> None:
-        while not stop.is_set():
-            with suppress(FileNotFoundError):
-                kernel.renameat2((at, one.name), (at, other.name), kernel.RENAME_EXCHANGE)
-                swaps[0] += 1
-            time.sleep(rng.random() * 0.0002)  # else both threads take turns, and each look finds the same name
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    begun_s = time.monotonic()
-    # On a busy machine the whole could be over before the first.
-    while not swaps[0] and time.monotonic() - begun_s < 30:
-        time.sleep(0.001)
-    try:
-        yield swaps
-    finally:
-        stop.set()
-        thread.join()
-        os.close(at)
-    assert swaps[0] > 0
-
-
 def swapped_reads(tmp_path, canary, rounds: int) -> int:
-    """Read `rounds` times, and on until one got through: on a busy machine the swaps may win for long."""
     root = tmp_path / "root"
     (root / "d" / "deep").mkdir(parents=True)
     for name in ("d/f", "d/deep/f"):
         (root / name).write_bytes(b"inside")
     (root / "l").symlink_to(canary)
-    root_fd, got = os.open(root, os.O_RDONLY), 0
+    root_fd = os.open(root, os.O_RDONLY)
+    got: list[int] = []
     with swapping(root / "d", root / "l"):
-        for turn in range(rounds * 100):
-            if turn >= rounds and got:
-                break
+        for turn in turns(rounds, got):
             try:
                 fd = beneath.open_file(root_fd, ("d/f", "d/deep/f")[turn % 2])
             except LOST:
                 continue
             assert os.read(fd, 99) == b"inside"
             os.close(fd)
-            got += 1
+            got.append(turn)
             with suppress(*LOST):
                 files = digest.run(Digest(root=str(root), path=str(root / "d")), Context()).files
                 assert {file.size_bytes for file in files} <= {len(b"inside")}
     os.close(root_fd)
-    return got
+    return len(got)
 
 
 def test_a_directory_swapped_for_a_symlink_is_never_read_through(tmp_path, canary, walking):
@@ -265,12 +234,13 @@ def test_two_thousand_swaps_under_reads_lead_nowhere(tmp_path, canary, walking):
 
 
 def swapped_writes(tmp_path, canary, rounds: int) -> int:
-    root, rng, done = tmp_path / "root", random.Random(3), 0
+    root, rng = tmp_path / "root", random.Random(3)
+    done: list[int] = []
     (root / "d").mkdir(parents=True)
     (root / "l").symlink_to(canary)
     fd, images = sealed({"f": b"inside" * 900})
     with swapping(root / "d", root / "l"):
-        for number in range(rounds):
+        for number in turns(rounds, done):
             target = root / "d" / rng.choice(("", "deep")) / f"step_{number:010d}"
             manifest = {"v": 1, "checkpoint": new_id(), "step": number}
             request = Publish(root=str(root), target=str(target), files=images, manifest=manifest)
@@ -278,9 +248,9 @@ def swapped_writes(tmp_path, canary, rounds: int) -> int:
                 publish.run(request, Context(fd=fd))
             except LOST:
                 continue
-            done += 1
+            done.append(number)
     os.close(fd)
-    return done
+    return len(done)
 
 
 def test_a_directory_swapped_for_a_symlink_is_never_written_through(tmp_path, canary, walking):
@@ -302,18 +272,19 @@ def retire(root: Path, path: Path, name: str) -> None:
 
 def swapped_retirements(tmp_path, canary, rounds: int) -> int:
     """The trash itself is swapped for a symlink while files go in and are emptied out."""
-    root, done = tmp_path / "root", 0
+    root = tmp_path / "root"
+    done: list[int] = []
     (root / trash.TRASH).mkdir(parents=True)
     (root / "l").symlink_to(canary)
     with swapping(root / trash.TRASH, root / "l"):
-        for number in range(rounds):
+        for number in turns(rounds, done):
             path = root / f"m{number}.pt"
             path.write_bytes(b"inside")
             with suppress(*LOST):
                 retire(root, path, "x")  # the canary has one of that name
             with suppress(*LOST):
-                done += trash.purge(Purge(root=str(root), trash="x"), Context()).count
-    return done
+                done += [number] * trash.purge(Purge(root=str(root), trash="x"), Context()).count
+    return len(done)
 
 
 def test_a_trash_swapped_for_a_symlink_is_never_emptied_through(tmp_path, canary, walking):

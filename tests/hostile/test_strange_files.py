@@ -176,7 +176,7 @@ async def test_a_foreign_file_in_a_watched_tree_is_left_as_it_is(short_dir, link
     before = os.lstat(theirs)
     roots = {"roots": [{"path": str(tree), "kind": "watched", "allow_delete": True}], "retention": {"keep_last": 1}}
     async with daemon(short_dir, **roots):
-        await eventually(lambda: len(list(tree.glob("*.safetensors"))) == 2, patience_s=30)
+        await eventually(lambda: len(list(tree.glob("*.safetensors"))) == 2, patience_s=100)
         assert (tree / "stolen.safetensors").exists()
     after = os.lstat(theirs)
     facts = ("st_uid", "st_gid", "st_mode", "st_ino", "st_size", "st_mtime_ns", "st_ctime_ns", "st_nlink")

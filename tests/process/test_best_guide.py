@@ -70,7 +70,7 @@ def test_the_script_of_the_guide_runs_as_it_is_written(node: Node, monkeypatch: 
     run.measured(other, {"val_loss": 0.2})
     node.start()
     eventually(lambda: run._session.wait_open(1), "the client to come back")
-    run.flush(timeout_s=5)
+    assert run.flush(timeout_s=60)
     shown = node.ckpt("show", other.id, "--json")["checkpoint"]
     assert shown["metrics"] == {"val_loss": 0.2}
     assert run.load("best:val_loss")["model"] == {"w": 2.5}

@@ -20,12 +20,12 @@ from tests.support.disk import fill, tmpfs
 from tests.support.node import Node, eventually, is_alive
 from tests.support.trainer import Nursery, Trainer
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 PROJECT = "bounds"
 SLACK_S = 1.0
 STALL_S, LATE = 10.0, 0.1  # together far below the half minute of a save that waits for its overlap
-QUICK_S = 0.5  # a memcpy of 100 kB, and at most the spool's write of the save before
+QUICK_S = 2.0  # far below any wait; a memcpy of 100 kB, and at most the spool's write of the save before
 NOTICED_S = PING_AFTER_S + HANG_S + SLACK_S  # until a daemon that says nothing counts as absent
 
 
@@ -75,7 +75,7 @@ class Saves:
 
 
 def opened(node: Node, nursery: Nursery, name: str, *, ready: bool = True, **given: Any) -> Trainer:
-    trainer = nursery.trainer(node.environ)
+    trainer = nursery.trainer({**node.environ, "TRAINER_OPEN_S": str(OPEN_S)})
     trainer.open(name=name, project=PROJECT, dir=str(node.runs), **given)
     if ready:
         assert trainer.prepare(seed=1)["ready"]
@@ -117,6 +117,7 @@ def test_with_the_daemon_killed_and_not_replaced(node: Node, nursery: Nursery) -
 
 def test_with_the_daemon_stopped(node: Node, nursery: Nursery) -> None:
     """I6, F22. Its socket takes connections and nobody answers: noticed once, then as if it were absent."""
+    node.timing["watchdog_s"] = 600.0  # it is stopped for longer than a supervisor bears on a slow machine
     node.start()
     trainer = opened(node, nursery, "stopped")
     saves = Saves(trainer)

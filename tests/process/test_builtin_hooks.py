@@ -55,8 +55,8 @@ def test_a_nan_and_a_killed_trainer_reach_a_person_once_each(node: Node, plain_n
     trainers = [plain_nursery.trainer(node.environ) for _ in range(2)]
     for number, trainer in enumerate(trainers):
         trainer.open(name=f"lr{number}", project="p", dir=str(node.runs), tags=["sweep"], config={"max_steps": 1000})
-        trainer.save(seed=1, step=100)
-    node.wait_idle()
+        assert trainer.prepare(seed=1)["ready"]
+        node.wait_level(trainer.save(seed=1, step=100)["id"])
     os.kill(trainers[0].pid, signal.SIGKILL)
     eventually(lambda: findings(node, "recovery"), "how to go on")
     os.kill(trainers[1].pid, signal.SIGKILL)

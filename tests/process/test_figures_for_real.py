@@ -10,6 +10,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 import torch
@@ -39,6 +40,7 @@ def node() -> Iterator[Onlooker]:
                 environment.setenv(name, value)
             run = ckptd.Experiment("resnet50", project="imagenet", dir=str(made.runs))
             state = {"model": {"w": torch.ones(1 << 16)}}
+            eventually(lambda: run.prepare(state, wait_s=20.0), "memory")
             for step in range(SAVES * 5):
                 run.log({"loss": 1.0}, step=step)
                 time.sleep(0.01)
@@ -149,7 +151,9 @@ def test_top_renews_its_page_and_leaves_the_terminal_as_it_was(node):
         eventually(pages_shown, "three pages")
         top.send_signal(signal.SIGINT)
         assert top.wait(timeout=60) == 130
-    seen += os.read(ours, 1 << 16)
+    with suppress(OSError):  # the end of a terminal that nobody writes to any more
+        while chunk := os.read(ours, 1 << 16):
+            seen += chunk
     os.close(ours)
     assert seen.startswith(b"\x1b[?1049h")
     assert b"\x1b[?25h\x1b[?1049l" in seen

@@ -14,9 +14,10 @@ from tests.support import payload
 from tests.support.node import Node, eventually, is_alive
 from tests.support.trainer import Nursery, Trainer
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 LONG = "delay:60"
+HELD_S = 60.0  # for so long a worker may be held up before it is given up
 
 
 def opened(node: Node, nursery: Nursery, name: str, **given: Any) -> Trainer:
@@ -62,6 +63,7 @@ def test_sigterm_lets_running_publishes_finish(node: Node, nursery: Nursery) -> 
 
 def test_a_second_sigterm_ends_it_at_once_and_loses_nothing(node: Node, nursery: Nursery) -> None:
     """I12. What was not written yet lies in the spool, whole, and arrives with the next daemon."""
+    node.request_s = HELD_S
     node.start()
     trainer = opened(node, nursery, "hurried")
     node.arm("copy.chunk", LONG)
@@ -83,7 +85,7 @@ def test_a_second_sigterm_ends_it_at_once_and_loses_nothing(node: Node, nursery:
 
 def test_the_drain_ends_at_its_deadline_and_loses_nothing(node: Node, nursery: Nursery) -> None:
     """I12. A disk that hangs does not hold up the machine's shutdown for longer than drain_s."""
-    node.drain_s = 0.5
+    node.drain_s, node.request_s = 0.5, HELD_S
     node.start()
     trainer = opened(node, nursery, "hung")
     node.arm("dir.fsynced", LONG)
@@ -120,15 +122,19 @@ def test_a_save_made_while_the_daemon_drains_arrives_later(node: Node, nursery: 
 
 def test_a_trainer_that_dies_after_its_commit_while_the_daemon_drains_has_saved(node: Node, nursery: Nursery) -> None:
     """H2: save() had returned. Its arena is looked at once more before the daemon lets go of its memory."""
+    node.request_s = HELD_S
     node.start()
     trainer = opened(node, nursery, "lastbreath")
     other = opened(node, nursery, "busy")
-    node.arm("copy.chunk", "delay:1.5")
+    node.arm("copy.chunk", LONG)
     busy = other.save(seed=9, step=1)
     node.wait_fired()
+    held = list(node.workers())
     node.signal(signal.SIGTERM)
     eventually(lambda: node.said("daemon.draining"), "the drain to begin")
     trainer.dies_of("save", seed=4, step=1, die="before_message")
+    for pid in held:
+        os.kill(pid, signal.SIGKILL)
     assert node.ended() == 0
     node.start()
     (row,) = eventually(lambda: node.rows("life", "lastbreath"), "the save of the dead")
@@ -138,7 +144,7 @@ def test_a_trainer_that_dies_after_its_commit_while_the_daemon_drains_has_saved(
 
 def test_a_daemon_whose_supervisor_was_killed_drains_and_leaves_nothing_behind(node: Node, nursery: Nursery) -> None:
     """Nobody would keep its arenas any more: the kernel tells it, it ends, and a new node has everything."""
-    node.drain_s = 1.0
+    node.drain_s, node.request_s = 1.0, HELD_S
     node.start()
     trainer = opened(node, nursery, "orphaned")
     node.arm("copy.chunk", LONG)

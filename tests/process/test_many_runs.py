@@ -31,7 +31,7 @@ def leased(node: Node) -> int:
 
 def begin(node: Node, name: str) -> ckptd.Experiment:
     run = ckptd.Experiment(name, project="sweep", dir=Path(node.runs))
-    assert run.prepare(state(1), wait_s=PATIENCE_S)
+    eventually(lambda: run.prepare(state(1), wait_s=20.0), "memory", PATIENCE_S)
     return run
 
 
@@ -72,6 +72,7 @@ def test_what_a_run_mapped_is_in_use_again_after_its_end_while_the_process_lives
     kept = []
     for _ in range(3):
         with ckptd.Experiment("first", project="sweep", dir=Path(here.runs)) as run:
+            eventually(lambda run=run: run._session.wait_open(1.0), "it to be open", PATIENCE_S)
             kept += [run.load(), run.load(keys=["epoch", "model"])]
             assert run._session.hot._held, "it is mapped, not read from the disk"
     assert all(kept)

@@ -17,7 +17,7 @@ from tests.support.trainer import Nursery
 
 PROJECT = "many"
 PROCESSES, THREADS = 8, 4
-LAG_S_MAX = 2.0
+LAG_S_MAX = 5.0
 
 
 def stream(
@@ -101,11 +101,11 @@ def train(node: Node, nursery: Nursery, saves: int, patience_s: float) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(600)
 @pytest.mark.xdist_group("alone-many")
 def test_thirty_two_trainers_lose_double_and_misorder_nothing(node: Node, plain_nursery: Nursery) -> None:
     """M017, with a tenth of its saves: what fits into every commit's minutes."""
-    train(node, plain_nursery, saves=10, patience_s=100.0)
+    train(node, plain_nursery, saves=10, patience_s=250.0)
 
 
 @pytest.mark.faults
@@ -116,7 +116,7 @@ def test_thirty_two_trainers_and_a_hundred_saves_each(node: Node, plain_nursery:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(600)
 def test_many_trainers_and_a_daemon_that_dies_under_them(node: Node, plain_nursery: Nursery) -> None:
     """M017 and F1 together: three daemons die by SIGKILL while 32 trainers save; every save is there once, in order."""
     node.start()

@@ -11,7 +11,7 @@ import pytest
 from tests.support.node import Node
 from tests.support.trainer import Nursery
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 MIB = 1 << 20
 MEMORY_MAX_BYTES = 120 * MIB

@@ -29,6 +29,7 @@ def test_a_save_passes_every_stage_once_and_none_of_them_in_the_trainer(node: No
     node.start()
     first = nursery.trainer(node.environ)
     first.open(name="run", project="p", dir=str(node.runs))
+    assert first.prepare(seed=1)["ready"]
     first.dies_of("save", seed=1, step=1, metrics={"val_loss": 2.0}, die="after")
     node.wait_idle()
     (row,) = node.rows("p", "run")

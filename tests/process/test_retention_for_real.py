@@ -187,6 +187,8 @@ def test_the_rules_are_a_union_and_the_links_never_dangle(training: Any, node: O
     with Reader(run.dir, "latest", "best") as reader:
         for step, loss in losses.items():
             run.save(step, metrics={"val_loss": loss})
+            looks = reader.looks
+            eventually(lambda looks=looks: reader.looks >= looks + 2, "a look through the links")
             kept = expected({s: losses[s] for s in [*kept, step]}, 2, 40)
             assert run.on_disk() == kept
             assert (run.link("latest"), run.link("best")) == (step, min(kept, key=lambda s: losses[s]))
@@ -369,7 +371,9 @@ def test_the_trash_is_emptied_after_its_grace_and_not_before(training: Any, node
     long = Training(node, short.trainer, "late", short.name)
     for step in (1, 2):
         long.save(step)
-    assert (short.row(1)["state"], long.row(1)["state"]) == ("trashed", "trashed")
+    # The first daemon's own upkeep may have come to it already.
+    assert short.row(1)["state"] in {"trashed", "dropped"}
+    assert long.row(1)["state"] == "trashed"
     node.signal(signal.SIGHUP)
     node.kill_daemon()
     node.wait_state(short.ids[1], "dropped")

@@ -96,6 +96,7 @@ def shared() -> Iterator[Shared]:
         node.runs.mkdir()
         os.chown(node.runs, SOMEBODY, SOMEBODY)
         try:
+            node.request_s = 60.0
             node.start()
             yield node
         finally:

@@ -2,15 +2,16 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.support import invariants, payload
-from tests.support.node import Node, children, eventually, is_alive
+from tests.support.node import PATIENCE_S, Node, children, eventually, is_alive
 from tests.support.trainer import Nursery
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 PAUSE = {"restart_s": 600.0, "restart_s_max": 600.0}
 TYPO = '[arenas.typo]\nbytes_max = "lots of'
@@ -53,7 +54,11 @@ def assert_arrives_once(node: Node, saved: str) -> None:
 def held_up(node: Node) -> int:
     """Stop the process of the daemon that comes next, as soon as there is one; return its pid."""
     assert node.supervisor is not None
-    pid: int = eventually(lambda: children(node.supervisor.pid), "a daemon to be started")[0]
+    end_s = time.monotonic() + PATIENCE_S
+    while not (found := children(node.supervisor.pid)):
+        assert time.monotonic() < end_s, "no daemon was started"
+        time.sleep(0.001)  # it must not get as far as taking over what is stored
+    pid = found[0]
     os.kill(pid, signal.SIGSTOP)
     # Of two signals that wait the kernel delivers the lower number first: SIGTERM would overtake.
     eventually(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T", "it to stand still")
@@ -134,7 +139,7 @@ def test_a_save_that_was_published_already_is_taken_in_as_the_same_one(node: Nod
 
 
 def test_a_save_that_its_daemon_spilled_before_it_died_is_not_written_again(node: Node, nursery: Nursery) -> None:
-    node.drain_s = 0.05
+    node.drain_s, node.request_s = 0.05, 60.0
     node.start()
     trainer = nursery.trainer(node.environ)
     trainer.open(name="run", project="ends", dir=str(node.runs))

@@ -16,7 +16,7 @@ from tests.support.managed import Managed
 from tests.support.node import eventually, is_alive
 from tests.support.trainer import Nursery
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 CKPT = Path(sys.executable).with_name("ckpt")
 

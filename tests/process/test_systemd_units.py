@@ -162,7 +162,7 @@ def test_a_state_directory_in_tmp_is_never_aged_out(tmp_path: Path) -> None:
     assert (root / "run" / "ckptd").stat().st_mode & 0o777 == 0o755
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(240)
 def test_a_save_passes_without_memory_that_is_writable_and_executable(short_dir: Path, nursery: Nursery) -> None:
     """MemoryDenyWriteExecute is in the units: libffi, SQLite and the watcher live with the kernel's own form of it."""
     deny = Path(__file__).parents[1] / "support" / "run_denied.py"

@@ -63,6 +63,7 @@ def test_a_new_version_adopts_arenas_socket_and_catalog_of_the_old_one(
     service: Managed, nursery: Nursery, how: str
 ) -> None:
     """Three saves, one before, one held back over the change, one after: all arrive; nobody was told of an error."""
+    service.request_s = 60.0
     service.start()
     trainer = opened(service, nursery, "run")
     saves = {trainer.save(seed=1, step=1)["id"]: 1}

@@ -11,6 +11,7 @@ def test_one_call_opens_an_experiment_and_its_id_outlives_every_daemon(node: Nod
     node.start()
     trainer = plain_nursery.trainer(node.environ)
     trainer.open(name="run", project="p", dir=str(node.runs), tags=["baseline"], config={"lr": 0.1})
+    assert trainer.prepare(seed=1)["ready"]
     trainer.save(seed=1, step=1)
     known = node.experiment("p", "run")
     assert (known["experiment"], known["tags"]) == (trainer.stats()["experiment"], ["baseline"])
@@ -24,6 +25,7 @@ def test_one_call_opens_an_experiment_and_its_id_outlives_every_daemon(node: Nod
     assert again["status"] == "completed"
     resumed = plain_nursery.trainer(node.environ)
     resumed.open(name="run", project="p", dir=str(node.runs))
+    assert resumed.prepare(seed=3)["ready"]
     resumed.save(seed=3, step=3)
     assert resumed.stats()["experiment"] == known["experiment"]
     assert node.experiment("p", "run")["segment"] == known["segment"] + 1

@@ -214,10 +214,11 @@ def test_twenty_thousand_files_written_while_no_daemon_runs_are_all_verified(tmp
 
 def test_a_burst_of_files_holds_up_no_save(node: Onlooker, root: Path, nursery: Nursery) -> None:
     """A training's memory waits for its save, and nobody's for files that lie on the disk."""
-    project, paths = root.parent.name, hurry(root, 150)
-    eventually(lambda: sum(states(node, project).values()) >= len(paths) // 2, "the files to be queued")
     trainer = nursery.trainer(node.environ)
     trainer.open(name="run", project="hurries", dir=str(node.runs))
+    assert trainer.prepare(seed=1)["ready"]
+    project, paths = root.parent.name, hurry(root, 150)
+    eventually(lambda: sum(states(node, project).values()) >= len(paths) // 2, "the files to be queued")
     saved = str(trainer.save(seed=1, step=1)["id"])
     node.wait_level(saved)
     left = len(paths) - levels(node, project)["verified"]

@@ -157,8 +157,11 @@ def test_a_deleted_checkpoint_is_missing_within_one_reconcile(
     gone = datetime.now(UTC)
     assert onlooker.wait_state(row["checkpoint"], "missing")["level"] == "verified"
     (told,) = [e for e in onlooker.events("checkpoint.missing") if e["checkpoint"] == row["checkpoint"]]
-    # One interval, and the time that scans and this machine's other work take.
-    assert (datetime.fromisoformat(told["at"]) - gone).total_seconds() < onlooker.reconcile_s * 2 + 3
+    at = datetime.fromisoformat(told["at"])
+    done = [e for e in onlooker.news("reconcile.done") if e["root"] == str(root)]
+    assert done
+    # The one that was under way, and the one after it; how long scans take is the machine's affair.
+    assert sum(gone < datetime.fromisoformat(e["timestamp"]) < at for e in done) <= 2
     assert onlooker.run("verify", row["checkpoint"]).code == 4
     onlooker.wait_scans(root)
     assert len([e for e in onlooker.events("checkpoint.missing") if e["checkpoint"] == row["checkpoint"]]) == 1
@@ -206,7 +209,7 @@ def test_a_file_truncated_or_replaced_while_it_is_digested_is_never_verified_wro
             writer.make(name=name, form="safetensors", seed=seed)
             writer.put(name=name, path=root.parent / name)
             whole.append(hashlib.sha256((root.parent / name).read_bytes()).hexdigest())
-        onlooker.arm("digest.fsynced", "delay:0.7")
+        onlooker.arm("digest.fsynced", "delay:6")
         writer.put(name="before", path=path)
         onlooker.wait_fired()
         writer.open(path=path, how=how)

@@ -19,6 +19,7 @@ from tests.support.catalog import StillClock, opened
 
 SETTINGS = config.Jobs(retries_max=2, backoff_s=1.0, backoff_s_max=8.0, lease_s=600.0)
 LANES = ("a", "b", "c")
+MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # hundreds of commits, and nothing of disks is tested here
 
 
 class Queue(RuleBasedStateMachine):
@@ -27,7 +28,7 @@ class Queue(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.loop = asyncio.new_event_loop()
-        self.home = Path(tempfile.mkdtemp(prefix="ck"))
+        self.home = Path(tempfile.mkdtemp(prefix="ck", dir=MEMORY))
         self.clock = StillClock()
         self.context = opened(self.home / "c.sqlite", clock=self.clock)
         self.catalog = self.loop.run_until_complete(self.context.__aenter__())

@@ -34,7 +34,7 @@ def at(minutes: float, anon_mib: float, descriptors: int = 50, *, passing_mib: i
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(600)
 @pytest.mark.xdist_group("soak")
 def test_a_node_under_load_and_faults_keeps_every_promise() -> None:
     """F1, F2, F6, F12, F17, F18, F22, F27 at once; afterwards a lost save and a flipped bit are both seen."""

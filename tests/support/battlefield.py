@@ -231,5 +231,5 @@ class Battlefield:
     def assert_swept(self) -> None:
         """The daemon removes what dead publishes left, once it is old enough."""
         self.node.wait_idle()
-        eventually(lambda: not self.temporaries(), f"the sweep of {self.temporaries()}")
+        eventually(lambda: not self.temporaries(), f"the sweep of {self.temporaries()}", 120.0)
         assert not list(self.node.spool.iterdir())

@@ -98,7 +98,7 @@ class CannedDaemon:
 
     def _serve(self, sock: socket.socket) -> None:
         splitter = wire.Splitter()
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), sock:
             while data := sock.recv(65536):
                 for frame in splitter.feed(data):
                     if not self._answer(sock, wire.decode(frame)):

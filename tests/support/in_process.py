@@ -32,7 +32,7 @@ from ckptd.catalog import open_catalog
 from ckptd.clock import SystemClock
 from ckptd.config import Settings
 from ckptd.events import Bus
-from ckptd.intake import premises
+from ckptd.intake import doctor, leftovers, premises, reconcile, status
 from ckptd.model import new_id
 from ckptd.notify import Notifier
 from ckptd.origins import Loaded
@@ -48,6 +48,17 @@ QUICK: dict[str, Any] = {
     "arenas": {"bytes_max": 256 << 20},
     "drain_s": 5.0,
 }
+
+
+# How long a person is made to wait for an answer. Tests of that set it themselves; the others test the answer.
+for _module, _limit in (
+    (status, "DISK_ANSWER_S"),
+    (doctor, "ANSWER_S"),
+    (leftovers, "ANSWER_S"),
+    (reconcile, "OPEN_S"),
+):
+    assert hasattr(_module, _limit), f"{_module.__name__} has no {_limit} any more"
+    setattr(_module, _limit, 30.0)
 
 
 class Keeper(Notifier):
@@ -252,7 +263,7 @@ class Training:
     def facts(self) -> dict[str, Any]:
         return {"experiment": self.experiment, "name": self.name, "project": self.project, "dir": self.directory}
 
-    async def lease(self, size_bytes: int, wait_s: float = 5.0) -> "Lease":
+    async def lease(self, size_bytes: int, wait_s: float = 30.0) -> "Lease":
         answer = await self.line.ask("lease", experiment=self.experiment, size_bytes=size_bytes, wait_s=wait_s)
         return Lease(answer["arena"], answer["generation"], answer["size_bytes"], self.line.fds.pop())
 

@@ -26,7 +26,7 @@ from tests.support.node import Node, NotAnswering, arenas_of
 from tests.support.taken_out import named, recorded
 
 RANK = {"none": 0, "staged": 1, "durable": 2, "verified": 3, "tiered": 4}
-GRACE_S = 45.0  # orphan_age_s of the tests' configuration, twice the upkeep's interval, and a slow machine
+GRACE_S = 60.0  # orphan_age_s of the tests' configuration, twice the upkeep's interval, and a slow machine
 AGAIN_S = 0.7
 LOOKS_MAX = 3
 TRASH = ".ckptd-trash"

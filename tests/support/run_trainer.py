@@ -33,7 +33,9 @@ if not PLAIN:
 
 import ckptd_client  # noqa: E402 - torch comes first, as in a training script
 from ckptd_client import arena as arenas  # noqa: E402
-from ckptd_client import commits, control, overflow, saver, spool  # noqa: E402
+from ckptd_client import commits, control, experiment, loader, overflow, saver, session, spool  # noqa: E402
+
+OPEN_S = 30.0  # a machine that does much else starts a daemon and its worker in more than the seconds of the product
 
 
 class Trainer:
@@ -45,6 +47,8 @@ class Trainer:
         self.handles: dict[str, Any] = {}
         self.pushes: dict[str, list[list[str]]] = {}
         self._watch_pushes()
+        for module in (experiment, loader, saver, session):
+            module.OPEN_S = float(os.environ.get("TRAINER_OPEN_S", OPEN_S))
 
     def _watch_pushes(self) -> None:
         """Keep every level as the daemon says it: a handle itself would never show one that goes down."""
@@ -60,8 +64,12 @@ class Trainer:
         self.runs[run] = ckptd_client.Experiment(name, **given)
         return {}
 
-    def prepare(self, seed: int = 0, size_bytes: int = 0, run: str = "", wait_s: float = 20.0) -> dict[str, Any]:
-        return {"ready": self.runs[run].prepare(self._state(seed, size_bytes), wait_s=wait_s)}
+    def prepare(self, seed: int = 0, size_bytes: int = 0, run: str = "", wait_s: float = 60.0) -> dict[str, Any]:
+        """Until there is memory: a first try to connect that fails is a no at once."""
+        state, end_s = self._state(seed, size_bytes), time.monotonic() + wait_s
+        while not (ready := self.runs[run].prepare(state, wait_s=20.0)) and time.monotonic() < end_s:
+            time.sleep(0.1)
+        return {"ready": ready}
 
     def _state(self, seed: int, size_bytes: int) -> dict[str, Any]:
         if PLAIN:

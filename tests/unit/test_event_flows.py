@@ -8,6 +8,7 @@ import sys
 from collections import defaultdict
 
 import anyio
+import pytest
 
 from ckptd import daemon as composition
 from ckptd import pipeline
@@ -37,6 +38,8 @@ def look(context):
     return Finding(Level.INFO, "it is pinned", {"note": context.data.get("note")})
 """
 VETO_99 = {"events": ["checkpoint.before_save"], "when": "data.step == 99"}
+pytestmark = pytest.mark.usefixtures("still_upkeep")
+
 GATE = {"name": "gate", "exec": ["/bin/sh", "-c", "exit 10"], **VETO_99}
 
 

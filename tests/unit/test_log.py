@@ -35,7 +35,7 @@ class Scene:
         self.log = log.start(config.Log(**settings), self.clock, self.write)
 
     def text(self) -> str:
-        self.log.close()
+        self.log._sink.close(60.0)
         os.close(self.write)
         with open(self._read) as pipe:
             return pipe.read()
@@ -194,7 +194,7 @@ def test_a_blocked_sink_blocks_nobody_and_the_losses_are_counted(scene):
     chunks = []
     reader = threading.Thread(target=lambda: chunks.extend(iter(lambda: os.read(here._read, 1 << 16), b"")))
     reader.start()
-    here.log.close()
+    here.log._sink.close(60.0)
     os.close(here.write)
     reader.join()
     lines = [json.loads(line) for line in b"".join(chunks).splitlines()]
@@ -210,6 +210,6 @@ def test_closing_a_blocked_sink_waits_only_so_long(scene, monkeypatch):
     assert time.monotonic() - began < 20  # nobody reads it, ever
     reader = threading.Thread(target=lambda: [None for _ in iter(lambda: os.read(here._read, 1 << 16), b"")])
     reader.start()
-    here.log.close()
+    here.log._sink.close(60.0)
     os.close(here.write)
     reader.join()

@@ -1,6 +1,7 @@
 """The daemon's side of the service manager's protocol, against a socket of our own."""
 
 import array
+import gc
 import os
 import socket
 import subprocess
@@ -121,6 +122,7 @@ def test_a_watchdog_meant_for_another_process_or_without_sense_is_ignored(manage
 def test_a_manager_that_does_not_read_blocks_nobody_and_loses_no_descriptor(manager):
     """What it does not take waits in order; only signs of life are left out."""
     notifier = Notifier({"NOTIFY_SOCKET": manager.getsockname()})
+    gc.collect()  # what an earlier test left must not close in the midst of it
     fds = os.listdir("/proc/self/fd")
     count = 0
     memory = os.memfd_create("x")
@@ -139,7 +141,7 @@ def test_a_manager_that_does_not_read_blocks_nobody_and_loses_no_descriptor(mana
         names.append(text.rpartition("=")[2])
         notifier._flush()
     assert names == [f"a{n}" for n in range(count)]
-    assert sorted(os.listdir("/proc/self/fd")) == sorted(fds)
+    assert set(os.listdir("/proc/self/fd")) <= set(fds)
     notifier.close()
 
 

@@ -1,6 +1,7 @@
 """One visit to the database's thread for each statement, and what the libraries make of it afterwards."""
 
 import sqlite3
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -129,10 +130,25 @@ async def test_rows_that_nobody_fetched_hold_no_lock(engine: AsyncEngine, tmp_pa
 
 
 async def test_a_statement_that_is_cancelled_holds_up_no_later_one(engine: AsyncEngine) -> None:
-    slow = text("WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 300000) SELECT max(i) FROM n")
+    begun, go_on = threading.Event(), threading.Event()
+
+    def stand_still() -> int:
+        begun.set()
+        go_on.wait(60)
+        return 1
+
+    async def cancel() -> None:
+        await anyio.to_thread.run_sync(begun.wait, 60)
+        scope.cancel()
+
     async with engine.connect() as conn:
-        with anyio.move_on_after(0.01) as scope:
-            await conn.execute(slow)
+        driver: Any = (await conn.get_raw_connection()).driver_connection
+        await driver.create_function("stand_still", 0, stand_still)
+        with anyio.CancelScope() as scope:
+            async with anyio.create_task_group() as group:
+                group.start_soon(cancel)
+                await conn.execute(text("SELECT stand_still()"))
+        go_on.set()
         assert scope.cancelled_caught
     async with engine.connect() as conn:
         assert (await conn.execute(select(THING.c.name))).scalars().all() == ["a", "b", "c"]

@@ -115,6 +115,7 @@ async def test_what_ran_out_while_no_daemon_was_there_is_held_again_for_a_reader
         checkpoint = await (await Training(line, str(node.runs)).open()).saved(1)
         await line.ask("attach", selector=checkpoint, read=new_id())
         past = node.parts.clock.now() - timedelta(hours=5)
+        await node.settled()
         await node.write(lambda tx: tx.conn.execute(update(schema.lease).values(until=past)))
         assert await held(node, checkpoint) == []
     async with daemon(short_dir, front=False) as node:

@@ -65,12 +65,14 @@ def test_wait_prints_what_was_reached(run, daemon):
 def test_wait_asks_again_until_its_own_timeout(run, daemon, monkeypatch):
     """One request is bounded on the daemon's side; the person's bound may be longer."""
     monkeypatch.setattr(watching, "WAIT_ASK_S", 0.0)
+    monkeypatch.setattr(watching, "GRACE_S", 60.0)
     daemon.replies["wait"] = [TimedOut("not yet"), TimedOut("not yet"), daemon.replies["wait"]]
     assert run("wait", ID, "--timeout", "1h").code == 0
     assert len(daemon.asked("wait")) == 3
 
 
-def test_wait_ends_with_exit_code_6(run, daemon):
+def test_wait_ends_with_exit_code_6(run, daemon, monkeypatch):
+    monkeypatch.setattr(watching, "GRACE_S", 60.0)
     daemon.replies["wait"] = TimedOut("not yet")
     assert run("wait", ID, "--timeout", "0").code == 6
     assert daemon.asked("wait")[0]["timeout_s"] == 0

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import ckptd_client as ckptd
-from ckptd_client import connection, experiment, finder, loader, saver, session
+from ckptd_client import commits, connection, experiment, facts, finder, loader, offers, saver, session
 from tests.support.fake_daemon import FakeDaemon
 
 PATIENT_S = 30.0  # a machine that stands still for seconds must not look like a daemon that does
@@ -15,7 +15,16 @@ PATIENT_S = 30.0  # a machine that stands still for seconds must not look like a
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who wants to see what a deaf daemon costs sets the limit in question."""
-    for module, limit in ((connection, "HANG_S"), (finder, "HELLO_S")):
+    for module, limit in (
+        (commits, "ANSWER_S"),
+        (commits, "RESCUE_AFTER_S"),
+        (connection, "HANG_S"),
+        (facts, "GIT_S"),
+        (finder, "HELLO_S"),
+        (offers, "ANSWER_S"),
+        (offers, "CONNECT_S"),
+        (session, "CLOSE_S"),
+    ):
         monkeypatch.setattr(module, limit, PATIENT_S)
     for module in (experiment, loader, saver, session):
         monkeypatch.setattr(module, "OPEN_S", PATIENT_S)

@@ -301,7 +301,7 @@ def test_importing_the_package_brings_in_only_the_standard_library_and_is_quick(
     """M031. Quick: a script that imports asyncio waits longer, on any machine."""
 
     def imported(package: str, then: str = "") -> tuple[float, set[str]]:
-        """Return the ms of processor time, the least of some, and what came along that is not Python's own."""
+        """Return the ms of processor time, and what came along that is not Python's own."""
         script = (
             f"import sys, time; before = set(sys.modules); t = time.process_time(); import {package}\n"
             f"ms = (time.process_time() - t) * 1000\n{then}\n"
@@ -309,12 +309,16 @@ def test_importing_the_package_brings_in_only_the_standard_library_and_is_quick(
             f"print(ms, *(tops - set(sys.stdlib_module_names) - {{'{package}'}}))"
         )
         command = [sys.executable, "-c", script]
-        found = [subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() for _ in range(4)]
-        return min(float(ms) for ms, *_ in found), {name for _, *names in found for name in names}
+        ms, *names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        return float(ms), set(names)
 
-    ms, others = imported("ckptd_client", "ckptd_client.Experiment, ckptd_client.submit")
-    assert ms < imported("asyncio")[0]
-    assert others == set()
+    # In turns: a while in which the machine is slow must not hit one of the two alone.
+    pairs = [
+        (imported("ckptd_client", "ckptd_client.Experiment, ckptd_client.submit"), imported("asyncio"))
+        for _ in range(4)
+    ]
+    assert min(ours[0] for ours, _ in pairs) < min(theirs[0] for _, theirs in pairs)
+    assert {name for ours, _ in pairs for name in ours[1]} == set()
 
 
 def test_a_run_leaves_no_arena_mapped_behind(home: Path, daemon: FakeDaemon):

@@ -102,8 +102,9 @@ def test_a_load_names_where_later_saves_come_from(run: ckptd.Experiment, daemon:
 
 
 def test_a_hot_load_reads_no_file_and_is_given_back_when_it_is_let_go(
-    run: ckptd.Experiment, daemon: FakeDaemon, home: Path
+    run: ckptd.Experiment, daemon: FakeDaemon, home: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr(hot, "OWN_AFTER_S", 1000.0)
     checkpoint, directory, image = saved(run, daemon, home, 5)
     for path in directory.iterdir():
         path.unlink()

@@ -1,5 +1,6 @@
 """A burst of files that are handed over: all arrive, at a pace that the daemon and the spool keep up with."""
 
+import os
 import threading
 import time
 from pathlib import Path
@@ -85,7 +86,10 @@ def test_a_daemon_that_stays_busy_does_not_keep_offers_from_the_spool_at_the_end
     assert all(handle.spooled for handle in handles)
 
 
-def test_a_burst_without_a_daemon_lies_in_the_spool_whole(home: Path, lone: ckptd.Experiment):
+def test_a_burst_without_a_daemon_lies_in_the_spool_whole(
+    home: Path, lone: ckptd.Experiment, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # six hundred: how fast a disk is decides nothing here
     handles = offer_all(lone, home)
     assert lone.flush(60)
     assert all(handle.spooled for handle in handles)
@@ -93,7 +97,10 @@ def test_a_burst_without_a_daemon_lies_in_the_spool_whole(home: Path, lone: ckpt
     assert {entry.checkpoint for entry in spool.entries(directory)} == {handle.id for handle in handles}
 
 
-def test_a_burst_in_whose_midst_the_daemon_dies_arrives_whole(home: Path, daemon: FakeDaemon, run: ckptd.Experiment):
+def test_a_burst_in_whose_midst_the_daemon_dies_arrives_whole(
+    home: Path, daemon: FakeDaemon, run: ckptd.Experiment, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(os, "fsync", lambda _: None)
     daemon.wait_for("experiment.open")
     daemon.silent_on.add("submit")
     handles = offer_all(run, home)
@@ -107,6 +114,7 @@ def test_an_image_goes_to_the_spool_between_the_offers_of_a_burst(
     home: Path, lone: ckptd.Experiment, monkeypatch: pytest.MonkeyPatch
 ):
     """Thousands of notes must not hold up the one save that holds the memory."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
     order: list[str] = []
     gate = threading.Event()
     write_offer, write_arena = spool.write_offer, spool.write_arena

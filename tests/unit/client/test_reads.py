@@ -75,7 +75,8 @@ def test_what_the_daemon_did_not_hear_is_told_again_over_the_next_connection(
     daemon.hang_up_on.add(when)
     assert run.load() is not None
     daemon.wait_for(when)
-    unheard = len(daemon.of("detach"))
+    # With the first it may be back, and have told it, before the checkpoint was read from the disk.
+    unheard = len(daemon.of("detach")) if when == "detach" else 0
     daemon.hang_up_on.clear()
     eventually(run, lambda: not run._session.reads.are_open())
     assert len(daemon.of("detach")) > unheard

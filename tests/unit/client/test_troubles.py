@@ -121,10 +121,12 @@ def test_no_arena_within_the_bound_goes_to_the_spool(home: Path, daemon: FakeDae
     run.close(timeout_s=5)
 
 
-def test_a_refused_experiment_spools(home: Path, daemon: FakeDaemon, run: ckptd.Experiment):
+def test_a_refused_experiment_spools(home: Path, daemon: FakeDaemon):
     daemon.refuse["experiment.open"] = "not_authorized"
+    run = ckptd.Experiment("net", project="vision", dir=home / "runs")
     handle = run.save(state(1), step=1)
     assert value_in(spooled_image(home, handle)) == 1.0
+    run.close(timeout_s=5)
 
 
 def test_a_commit_without_an_answer_is_sent_again_after_a_reconnect(home: Path, daemon: FakeDaemon):

@@ -20,10 +20,9 @@ from tests.unit.hooks.conftest import SAVED, context, wild
 
 def is_alive(pid):
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in {"Z", "X"}
+    except OSError:  # reaped, by then
         return False
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 async def gone(pid):
@@ -73,11 +72,15 @@ async def test_a_fraction_of_a_second_is_a_timeout_that_ends_the_work(running, n
 
 async def test_a_timeout_ends_children_that_left_their_session(running, tmp_path):
     """M056: forked twice, a session of its own, deaf to SIGTERM: it is still found, and killed."""
-    hook = wild("forks_twice", timeout_s=0.5, options={"path": str(tmp_path / "pid")})
-    async with running([hook]) as runner:
-        (run,) = (await runner.ask(context())).runs
-        assert run.outcome is Outcome.TIMEOUT
-        assert not is_alive(int((tmp_path / "pid").read_text()))
+    path = tmp_path / "pid"
+    for timeout_s in (0.5, 3.0, 15.0):
+        async with running([wild("forks_twice", timeout_s=timeout_s, options={"path": str(path)})]) as runner:
+            (run,) = (await runner.ask(context())).runs
+            assert run.outcome is Outcome.TIMEOUT
+            if path.exists() and path.read_text():
+                assert await gone(int(path.read_text()))
+                return
+    pytest.fail("it never came to its second fork")
 
 
 async def test_what_a_good_run_leaves_behind_is_ended_with_it(running, tmp_path):
@@ -159,7 +162,7 @@ async def test_the_end_of_the_runner_ends_every_process_of_every_hook(running, t
         pids = set(tree.below(os.getpid())) - others
         group.cancel_scope.cancel()
     assert int((tmp_path / "pid").read_text()) in pids
-    assert [pid for pid in pids if is_alive(pid)] == []
+    assert [pid for pid in pids if not await gone(pid)] == []
 
 
 async def test_a_host_whose_daemon_was_killed_ends_with_everything_below(tmp_path):
@@ -205,7 +208,7 @@ async def test_a_module_alone_brings_every_hook_it_registers(running, runs):
     async with running([whole]) as runner:
         assert (await runner.ask(context(loss=0.5))).allowed
         assert [(run.hook, run.outcome) for run in runs] == [("team.picky", "skipped"), ("team.logger", "ok")]
-        assert runner.registry.get("team.picky").timeout_s == 0.5
+        assert runner.registry.get("team.picky").timeout_s == 20.0
         for name, outcome in [("team.seventh", Outcome.OK), ("team.Counting", Outcome.OK)]:
             assert (await runner.deliver(context(SAVED), runner.registry.get(name))).outcome is outcome
 

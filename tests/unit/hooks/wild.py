@@ -163,7 +163,7 @@ class Counting(BaseHook):
 @hook(
     events=[HookEvent.BEFORE_CHECKPOINT_SAVE],
     priority=5,
-    timeout_s=0.5,
+    timeout_s=20.0,
     when=lambda context: context.data.get("loss", 0) > 1,
 )
 def picky(context):

@@ -184,7 +184,7 @@ async def test_a_reader_keeps_its_arena_from_being_lent_again(keeper):
     pool = a_pool(keeper, bytes_max=MIB)
     arena = await pool.lease("a", MIB, Client(pool), 0)
     publish(pool, arena, "a", "a" * 32)
-    reader = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    reader = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
     try:
         assert control.add_reader(arena.page, reader.pid)
         with pytest.raises(NoArena):
@@ -193,7 +193,7 @@ async def test_a_reader_keeps_its_arena_from_being_lent_again(keeper):
             lent = []
 
             async def want() -> None:
-                lent.append(await pool.lease("b", MIB, Client(pool), 5))
+                lent.append(await pool.lease("b", MIB, Client(pool), 60))
 
             group.start_soon(want)
             await anyio.wait_all_tasks_blocked()

@@ -124,7 +124,8 @@ async def test_verify_of_a_checkpoint_retired_meanwhile_leaves_it_retired(short_
 
 async def test_remove_obeys_promises_and_says_which(short_dir):
     """M094: the newest verified one, a pin, the best: `held` names each; a dry run says the same."""
-    rules = {"keep_best": {"metric": "loss", "mode": "min"}}
+    # On pressure: else the second may be retired before it is pinned.
+    rules = {"keep_best": {"metric": "loss", "mode": "min"}, "drop": "on_pressure"}
     async with daemon(short_dir, retention=rules) as node, node.connect() as line:
         training = await Training(line, str(node.runs)).open()
         first = await training.saved(1, metrics={"loss": 0.1})
@@ -232,6 +233,7 @@ async def test_one_root_that_can_not_be_read_does_not_keep_the_others_from_being
         gone = short_dir / "gone"
         gone.mkdir()
         await (await Training(line, str(gone), name="other").open()).saved(1)
+        await idle(node)
         shutil.rmtree(gone)
         answer = {root["root"]: root for root in (await line.ask("rebuild"))["roots"]}
         assert answer[str(node.runs)]["problem"] == ""

@@ -236,7 +236,7 @@ async def test_levels_and_events_of_one_user_are_never_pushed_to_another(short_d
         followers.add(other, [one])
         training.write(lease, one, {"a.safetensors": b"x"}, step=1)
         await line.ask("commit", **lease.names(), experiment=training.experiment, checkpoint=one)
-        await line.push("level", checkpoint=one, level="durable")
+        await line.push("level", checkpoint=one, level="verified")
         lease.close()
 
 

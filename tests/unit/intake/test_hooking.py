@@ -47,7 +47,12 @@ async def hooked(directory, *hooks: dict, **settings):
     """A daemon with these hooks, whose code has been asked what it is."""
     (directory / "mine.py").write_text(MODULE)
     async with (
-        daemon(directory, hooks=list(hooks), hooks_defaults={"entry_points": False}, **settings) as node,
+        daemon(
+            directory,
+            hooks=list(hooks),
+            hooks_defaults={"entry_points": False, "timeout_s": 30, "ask_s_max": 60},
+            **settings,
+        ) as node,
         node.connect() as line,
     ):
         await eventually(lambda: not node.parts.extensions.hooked.registry.undeclared)
@@ -155,13 +160,14 @@ async def test_a_vetoed_verify_comes_later_and_is_not_put_off_for_ever(short_dir
 
 async def test_files_are_durable_before_a_veto_puts_off_their_reading(short_dir, monkeypatch):
     monkeypatch.setattr(asking, "VERIFY_AGAIN_S", 0.2)
-    monkeypatch.setattr(asking, "VERIFY_POSTPONED_MAX", 1)
+    monkeypatch.setattr(asking, "VERIFY_POSTPONED_MAX", 10_000)
     gate = a_hook(short_dir, "gate", "veto_odd", "checkpoint.before_verify")
     async with hooked(short_dir, gate) as (node, line):
         path = node.runs / "model_5.safetensors"
         path.write_bytes(a_tensor())
         one = (await line.ask("submit", path=str(path), checkpoint=new_id(), step=5))["checkpoint"]
         await line.push("level", checkpoint=one, level="durable")
+        monkeypatch.setattr(asking, "VERIFY_POSTPONED_MAX", 1)
         await line.push("level", checkpoint=one, level="verified")
 
 

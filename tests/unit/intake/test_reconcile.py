@@ -28,7 +28,11 @@ async def test_a_file_renamed_while_pending_is_found_under_its_new_name(short_di
         await eventually(lambda: rows_at(node, old))
         old.rename(new)
         await live_at(node, new)
-        assert [state for _, state in await rows_at(node, old)] == ["missing"]
+
+        async def old_is_missing() -> bool:
+            return [state for _, state in await rows_at(node, old)] == ["missing"]
+
+        await eventually(old_is_missing)
 
 
 async def test_a_file_overwritten_in_place_is_a_new_checkpoint_and_no_damage(short_dir):

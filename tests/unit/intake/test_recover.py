@@ -2,6 +2,7 @@
 
 import anyio
 
+from ckptd import pipeline
 from ckptd.catalog import checkpoints
 from ckptd.errors import NoSpace
 from ckptd.intake.arenas import Use
@@ -93,8 +94,6 @@ async def test_a_job_that_took_the_daemon_down_again_and_again_still_has_its_byt
     short_dir, monkeypatch
 ):
     """A hand-off must never be stranded: PENDING for ever, with its arena held."""
-    from ckptd import pipeline
-
     keeper = Keeper()
     async with daemon(short_dir, keeper, front=False) as node, node.connect() as line:
         checkpoint = await (await Training(line, str(node.runs)).open()).save(1)
@@ -125,8 +124,9 @@ async def test_restarts_leak_no_descriptor(short_dir):
     keeper.close()
 
 
-async def test_a_drain_that_is_cut_short_costs_its_jobs_no_try(short_dir):
+async def test_a_drain_that_is_cut_short_costs_its_jobs_no_try(short_dir, monkeypatch):
     """A clean stop is no crash: nine restarts must not park a job."""
+    monkeypatch.setattr(pipeline, "LAST_WORD_S", 60.0)
     async with daemon(short_dir) as node, node.connect() as line:
         started = anyio.Event()
 

@@ -14,6 +14,7 @@ from ckptd.model import ExperimentStatus, State, new_id
 from ckptd_client import control
 from tests.support.catalog import StillClock
 from tests.support.in_process import Training, a_tensor, daemon, eventually, open_fds, size_for
+from tests.support.rungs import in_turns, rungs
 
 
 async def test_hello_agrees_on_a_version_and_says_where_the_spool_is(short_dir):
@@ -35,12 +36,13 @@ async def test_nothing_is_answered_before_hello(short_dir):
         line.close()
 
 
-async def test_a_save_climbs_the_ladder_and_each_rung_is_pushed(short_dir):
+async def test_a_save_climbs_the_ladder_and_each_rung_is_pushed(short_dir, monkeypatch):
     """M007, M208: staged, durable, verified, in this order, with the file under its final name."""
+    gates = in_turns(monkeypatch, "publish", "verify")
     async with daemon(short_dir) as node, node.connect() as line:
         training = await Training(line, str(node.runs)).open()
         checkpoint = await training.save(7, metrics={"val_loss": 0.5}, note="first", meta={"seed": 3}, epoch=1.5)
-        levels = [(await line.push("level", checkpoint=checkpoint))["level"] for _ in range(3)]
+        levels = [push["level"] for push in await rungs(line, checkpoint, gates)]
         assert levels == ["staged", "durable", "verified"]
         found = await line.ask("resolve", selector=checkpoint)
         assert found["path"] == str(node.runs / "demo/run/step_0000000007")

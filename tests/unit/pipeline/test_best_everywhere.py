@@ -87,7 +87,9 @@ async def test_a_winner_over_the_project_is_kept_in_whichever_experiment_it_lies
 
 async def test_a_late_metric_and_a_veto_of_update_best_decide_at_once(short_dir):
     """M105, M106: what is told late counts from the same transaction on; what may not become best never does."""
-    async with daemon(short_dir, retention={"keep_best": [LOSS]}) as node, node.connect() as line:
+    # On pressure: else the one that has no metric yet may be retired before it is told one.
+    rules = {"keep_best": [LOSS], "drop": "on_pressure"}
+    async with daemon(short_dir, retention=rules) as node, node.connect() as line:
         training = await Training(line, str(node.runs)).open()
         kept_out = await training.saved(1, metrics={"loss": 0.0}, update_best=False)
         late, plain = await training.saved(2), await training.saved(3, metrics={"loss": 0.5})

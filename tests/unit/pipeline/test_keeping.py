@@ -18,6 +18,8 @@ from tests.support.in_process import Training, a_tensor, daemon, eventually
 FILES = {"model.safetensors": a_tensor(1), "optimizer.safetensors": a_tensor(2), "state.json": b'{"v":1}'}
 FREE = 1 << 30
 
+pytestmark = pytest.mark.usefixtures("still_upkeep")
+
 
 async def saves(node, line, count: int, **more) -> list[str]:
     training = await Training(line, str(node.runs)).open()
@@ -211,7 +213,7 @@ async def test_below_the_floor_the_alarm_comes_first_then_the_trash_then_the_old
     short_dir, monkeypatch
 ):
     """M101."""
-    async with daemon(short_dir, front=False) as node, node.connect() as line:
+    async with daemon(short_dir, front=False, alerts={"look_s": 3600}) as node, node.connect() as line:
         ids = await saved_alone(node, line, 6)
         size = (await row(node, ids[0])).size_bytes
         await node.write(lambda tx: holds.pin(tx, ids[1], 1000))

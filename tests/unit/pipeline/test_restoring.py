@@ -114,6 +114,7 @@ async def test_upkeep_puts_a_restore_right_whose_answer_was_lost(short_dir, monk
 
 @pytest.mark.parametrize("moment", ["rename", "look"])
 async def test_a_restore_goes_on_although_the_person_who_asked_has_hung_up(short_dir, monkeypatch, moment):
+    monkeypatch.setattr(deed, "ENDS_S", 60.0)
     async with daemon(short_dir, front=False) as node, node.connect() as line:
         [one] = await retired(node, line)
         call, look, begun, cut = node.parts.workers.call, trash._look, anyio.Event(), anyio.Event()

@@ -16,6 +16,8 @@ from ckptd.pipeline import retain, trash, verify
 from ckptd.worker.protocol import DamageRecord, Purge, Trash
 from tests.support.in_process import Training, daemon, eventually
 
+pytestmark = pytest.mark.usefixtures("still_upkeep")
+
 
 async def state(node, checkpoint: str) -> State:
     return await node.read(lambda conn: checkpoints.state_of(conn, checkpoint))

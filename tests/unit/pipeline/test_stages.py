@@ -10,7 +10,10 @@ from ckptd import pipeline
 from ckptd.catalog import checkpoints, schema
 from ckptd.model import State, new_id
 from tests.support.in_process import Training, a_tensor, daemon, eventually, sha256
+from tests.support.rungs import in_turns, rungs
 from tests.support.watched import a_watched, live_at, rows_at
+
+SELDOM = {"reconcile_s": 3600, "reconcile_max_s": 3600}  # a scan of its own would take what is damaged for missing
 
 
 async def state(node, checkpoint: str) -> State:
@@ -43,10 +46,11 @@ async def test_a_bit_flipped_right_after_publish_is_found_and_written_again_from
             file.write(bytes([byte[0] ^ 4]))
 
     before_verify(monkeypatch, flip)
-    async with daemon(short_dir) as node, node.connect() as line:
+    gates = in_turns(monkeypatch, "publish", "verify", "repair")
+    async with daemon(short_dir, watching=SELDOM) as node, node.connect() as line:
         training = await Training(line, str(node.runs)).open()
         checkpoint = await training.save(1, files={"model.safetensors": data})
-        levels = [(await line.push("level", checkpoint=checkpoint)) for _ in range(4)]
+        levels = await rungs(line, checkpoint, gates)
         assert [(p["level"], p["state"]) for p in levels] == [
             ("staged", "pending"),
             ("durable", "live"),

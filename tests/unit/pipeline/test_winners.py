@@ -142,6 +142,7 @@ async def test_a_purge_that_met_a_dead_worker_is_repeated_soon_and_ever_less_oft
 
 @pytest.mark.parametrize("healed", [False, True])
 async def test_a_tombstone_that_could_not_be_carried_out_is_tried_soon_too(short_dir, monkeypatch, healed):
+    monkeypatch.setattr(upkeep, "MOVE_S", 3600.0)  # the daemon's own look must not come first
     async with daemon(short_dir) as node, node.connect() as line:
         _, ids = await three(node, line)
 
@@ -178,6 +179,11 @@ async def test_who_carries_out_tombstones_asks_the_catalog_only_after_something_
 
     async with daemon(short_dir) as node, node.connect() as line:
         _, ids = await three(node, line)
+
+        async def idle() -> bool:
+            return not await node.parts.jobs.unfinished()
+
+        await eventually(idle)
         monkeypatch.setattr(trash, "resume", looked)
         monkeypatch.setattr(upkeep, "MOVE_S", 0.01)
         tools = node.parts.tools

@@ -1,5 +1,6 @@
 """The worker as a process: its frames, its lanes, its end."""
 
+import contextlib
 import errno
 import os
 import resource
@@ -35,6 +36,7 @@ from ckptd.worker.protocol import (
 )
 from ckptd_client.wire import Splitter
 from tests.support.arena import MIB, publish_request, sealed
+from tests.support.node import eventually
 from tests.support.worker_process import Died, WorkerProcess
 
 
@@ -94,7 +96,7 @@ def test_no_descriptor_is_left_when_a_request_is_done(worker: WorkerProcess, tmp
         worker.ask(publish_request(tmp_path, images, target="elsewhere"), fd)
         worker.send_raw(b'{"id":%d,"verb":"publish","fds":1,"root":1}\n' % (900 + i), fd)
         assert worker.reply(900 + i)["error"]["code"] == "bad_request"
-    assert len(os.listdir(descriptors)) <= before
+    eventually(lambda: len(os.listdir(descriptors)) <= before, "what the last request had to be closed")
     os.close(fd)
 
 
@@ -171,7 +173,7 @@ def test_quick_questions_are_answered_while_heavy_ones_queue(tmp_path: Path) -> 
 
 def test_a_cancelled_request_ends_with_an_error_and_leaves_nothing(tmp_path: Path) -> None:
     fd, images = sealed({"f": bytes(MIB * 64)})
-    with WorkerProcess(fail="copy.chunk=delay:0.5") as worker:
+    with WorkerProcess(fail="copy.chunk=delay:5") as worker:
         number = worker.send(publish_request(tmp_path, images), fd)
         await_file(tmp_path, "p/e/.*/f")
         worker.cancel(number)
@@ -210,7 +212,8 @@ def test_a_worker_is_nice_idle_and_small(tmp_path: Path) -> None:
         os.close(fd)
         threads = Path(f"/proc/{worker.process.pid}/task")
         for thread in threads.iterdir():
-            assert (thread / "stat").read_text().rpartition(")")[2].split()[16] == "13"
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # one that hashed has ended
+                assert (thread / "stat").read_text().rpartition(")")[2].split()[16] == "13"
         rss = int(processor(worker.process.pid)[21]) * os.sysconf("SC_PAGE_SIZE")
         assert rss < 40 * MIB
         loaded = Path(f"/proc/{worker.process.pid}/maps").read_text()

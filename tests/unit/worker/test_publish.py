@@ -362,7 +362,10 @@ def test_a_starved_second_hash_thread_hands_over_what_it_has_begun(root: Path, m
     def view(image: Image, offset: int, size_bytes: int) -> memoryview:
         if threading.get_native_id() in starved:
             chunks.append(size_bytes)
+            begun.set()
             first_is_done.wait(60.0)
+        elif threading.current_thread().name == "hash":
+            assert begun.wait(60.0)  # the second has a file of its own before the first goes on
         return real_view(image, offset, size_bytes)
 
     real_next = imagewriter._Digests._next
@@ -372,7 +375,7 @@ def test_a_starved_second_hash_thread_hands_over_what_it_has_begun(root: Path, m
             first_is_done.set()
         return real_next(digests)
 
-    first_is_done = threading.Event()
+    begun, first_is_done = threading.Event(), threading.Event()
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     monkeypatch.setattr(os, "setpriority", lambda _which, who, _value: starved.append(who))
     monkeypatch.setattr(Image, "view", view)
