@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 MIB = 1 << 20
 MEMORY_MAX_BYTES = 120 * MIB
-IDLE_S = 12.0
+IDLE_S, LOOKS_MAX = 12.0, 4  # what was late on a busy machine may still be done in the first
 IDLE_SHARE_MAX = 0.005  # of a core that adds a million numbers in ADDED_S; a slower one takes longer for the same
 ADDED_S = 0.06
 FOREIGN = ("torch", "numpy", "safetensors")
@@ -88,10 +88,13 @@ def test_the_node_is_small_knows_no_torch_and_rests(node: Node, nursery: Nursery
     assert total < MEMORY_MAX_BYTES, f"{total / MIB:.0f} MiB"
     assert node.supervisor is not None
     pids["supervisor"] = node.supervisor.pid
-    before = {name: cpu_s(pid) for name, pid in pids.items()}
-    slow = slowness()
-    time.sleep(IDLE_S)  # the measured span itself
-    shares = {name: (cpu_s(pid) - before[name]) / IDLE_S for name, pid in pids.items()}
-    slow = (slow + slowness()) / 2
-    print({name: f"{share:.2%} of a core" for name, share in shares.items()}, f"which is {slow:.1f} times slower")
-    assert sum(shares.values()) <= IDLE_SHARE_MAX * slow, (shares, slow)
+    for _ in range(LOOKS_MAX):
+        before = {name: cpu_s(pid) for name, pid in pids.items()}
+        slow = slowness()
+        time.sleep(IDLE_S)  # the measured span itself
+        shares = {name: (cpu_s(pid) - before[name]) / IDLE_S for name, pid in pids.items()}
+        slow = (slow + slowness()) / 2
+        print({name: f"{share:.2%} of a core" for name, share in shares.items()}, f"which is {slow:.1f} times slower")
+        if sum(shares.values()) <= IDLE_SHARE_MAX * slow:
+            return
+    pytest.fail(f"it never rested: {shares}, {slow:.1f} times slower")

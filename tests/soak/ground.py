@@ -15,6 +15,7 @@ from sqlalchemy import create_engine
 
 from ckptd.catalog import eventlog, versions
 from tests.soak.crew import LEGACY, PROJECT
+from tests.soak.run_daemon import IN_USE
 from tests.support.node import LOOK_S, PATIENCE_S, Node, NotAnswering, eventually
 
 SCRIPT = Path(__file__).with_name("run_node.py")
@@ -94,6 +95,13 @@ class Ground(Node):
             db.execute(_EVENTS, (OLD_EVENTS,))
         db.close()
         catalog.chmod(0o600)
+
+    def in_use_bytes(self) -> int:
+        """What the daemon's malloc said last; 0 when it says nothing."""
+        try:
+            return int(Path(f"{self.clock}{IN_USE}").read_text(encoding="ascii"))
+        except (OSError, ValueError):
+            return 0
 
     def give_back(self) -> None:
         """End every process, unmount, remove."""

@@ -37,6 +37,7 @@ class Sample:
     arenas_bytes: int
     descriptors: int  # without those of arenas
     threads: int
+    in_use_bytes: int = 0  # of the daemon, as malloc says; 0 where it does not
     anon_by_role: dict[str, int] = field(default_factory=dict)
     descriptors_by_role: dict[str, int] = field(default_factory=dict)
 

@@ -61,6 +61,7 @@ def render(outcome: Outcome) -> str:
         ("violations", str(len(outcome.violations))),
         ("memory slope (anonymous, at rest)", grown + judged),
         *(("", each) for each in _course(outcome)),
+        ("of it in use by the daemon", _in_use(outcome)),
         ("descriptors", _pair(outcome, "descriptors")),
         *(("", _pair(outcome, "descriptors_by_role")) for _ in range(leaked(outcome) > 0)),
         ("threads", _pair(outcome, "threads")),
@@ -75,6 +76,16 @@ def _pair(outcome: Outcome, name: str) -> str:
     if outcome.base is None or outcome.end is None:
         return "not measured"
     return f"{getattr(outcome.base, name)} at the base, {getattr(outcome.end, name)} at the end"
+
+
+def _in_use(outcome: Outcome) -> str:
+    """Tell a leak from gaps in memory that nothing fits into: only the former grows here, too."""
+    points = [(one.at_s, float(one.in_use_bytes)) for one in outcome.at_rest if one.at_s >= outcome.steady_from_s]
+    if len(points) < POINTS_MIN or not all(size for _, size in points):
+        return "not measured"
+    per_hour, low, high = percent_per_hour(points)
+    middle = statistics.median(size for _, size in points) / 2**20
+    return f"{per_hour:+.2f} %/h of {middle:.1f} MiB (95 %: {low:+.2f} to {high:+.2f})"
 
 
 def _course(outcome: Outcome) -> list[str]:

@@ -1,6 +1,7 @@
 """The real daemon with a wall clock that a file sets: SOAK_CLOCK names it, it holds seconds to add.
 
-Freed memory goes back to the kernel sooner than once a minute, so that a rest of seconds shows what is in use.
+Freed memory goes back to the kernel sooner than once a minute, so that a rest of seconds shows what is in use. What
+malloc says of it then lies beside the clock's file: what a process holds may grow by gaps that nothing fits into.
 
     python -P run_daemon.py [what `python -m ckptd.daemon` takes]
 
@@ -8,17 +9,22 @@ Monotonic time, and the wall clock of every other process, are left alone: so it
 clock somebody sets.
 """
 
+import ctypes
 import os
 import runpy
 import sys
 import time
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 from ckptd import clock
 from ckptd.intake import trimming
+from ckptd.worker import heap
 
 LOOK_S = 0.2
 GIVEN_BACK_S = 2.0
+IN_USE = ".in_use"  # behind the name of the clock's file
+_FIGURES = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
 
 
 class Set:
@@ -36,10 +42,32 @@ class Set:
         return datetime.now(UTC) + timedelta(seconds=self._seconds)
 
 
+class Info(ctypes.Structure):
+    """`struct mallinfo2` of glibc 2.33 and later."""
+
+    _fields_ = tuple((name, ctypes.c_size_t) for name in _FIGURES)
+
+
+def telling(path: Path) -> None:
+    """Have each `heap.give_back` leave the bytes that are in use, large mappings included, in this file."""
+    look, give_back = ctypes.CDLL(None).mallinfo2, heap.give_back
+    look.restype = Info
+
+    def told() -> bool:
+        given = give_back()
+        found = look()
+        path.write_text(str(found.uordblks + found.hblkhd), encoding="ascii")
+        return given
+
+    heap.give_back = told
+
+
 if __name__ == "__main__":
     steps = Set(os.environ["SOAK_CLOCK"])
     # A bound method is no descriptor: every clock that asks gets this one's time.
     clock.SystemClock.now = steps.now  # type: ignore[method-assign,assignment]
     trimming.EVERY_S = GIVEN_BACK_S
+    if hasattr(ctypes.CDLL(None), "mallinfo2"):
+        telling(Path(os.environ["SOAK_CLOCK"] + IN_USE))
     sys.argv[0] = "ckptd.daemon"
     runpy.run_module("ckptd.daemon", run_name="__main__", alter_sys=True)

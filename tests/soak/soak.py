@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from traceback import format_exception
 from typing import Self
@@ -210,7 +210,7 @@ class Soak:
 
     def _look(self) -> Sample:
         time.sleep(GIVEN_BACK_S if self.plan.lives_on or self.plan.calm else 0.0)
-        return self.meter.now()
+        return replace(self.meter.now(), in_use_bytes=self.ground.in_use_bytes())
 
     @contextmanager
     def _at_rest(self, *, for_good: bool = False) -> Iterator[None]:

@@ -116,6 +116,15 @@ def test_the_course_of_what_is_judged_is_told() -> None:
     assert "132.0, 137.0, 140.0, 140.0, 140.0, 140.0 MiB" in report.render(outcome)
 
 
+def test_what_is_in_use_is_told_beside_what_is_held() -> None:
+    """Memory that only its gaps keep is no leak."""
+    held = [dataclasses.replace(at(m, 100 + m), in_use_bytes=50 * MIB) for m in range(60)]
+    assert "+0.00 %/h of 50.0 MiB" in report.render(Outcome(HOUR, at_rest=held, steady_from_s=30 * 60.0))
+    unsaid = report.render(Outcome(HOUR, at_rest=[*held[:-1], at(59, 159)], steady_from_s=30 * 60.0))
+    assert "in use by the daemon" in unsaid
+    assert "not measured" in unsaid.partition("in use by the daemon")[2].splitlines()[0]
+
+
 def test_descriptors_that_stay_open_and_violations_fail_any_run() -> None:
     plan = dataclasses.replace(HOUR, seconds=1.0)
     assert report.verdict(Outcome(plan, base=at(0, 1, 50), end=at(9, 1, 52))) == []

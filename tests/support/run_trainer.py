@@ -163,8 +163,9 @@ class Trainer:
 
         def train(number: int) -> None:
             name = f"run-{first + number}"
-            run = ckptd_client.Experiment(name, project=project, dir=directory)
-            ready.wait(30)
+            # What waits in vain for its overlap goes into the spool, and comes after what was saved later.
+            run = ckptd_client.Experiment(name, project=project, dir=directory, overlap_wait_s=300.0)
+            ready.wait(60)
             for step in range(saves):
                 handle = run.save({"seed": step, "text": name}, step=step)
                 made.setdefault(name, []).append([handle.id, step, handle.state])
