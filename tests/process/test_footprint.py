@@ -17,9 +17,8 @@ from tests.support.trainer import Nursery
 pytestmark = pytest.mark.xdist_group("footprint")
 
 RSS_MAX_KB = 150 << 10
-LARGE_BYTES = (
-    512 << 20
-)  # several times what a process may have; a sparse file: it costs no disk, and every byte of it is read and digested all the same
+# Several times what a process may have. A sparse file: it costs no disk, and every byte of it is read and digested all the same.
+LARGE_BYTES = 512 << 20
 SAVE_BYTES, SAVES = 16 << 20, 12
 LAG_MAX_S, STALL_MAX_S = 0.05, 0.9
 TRIES = 8  # a machine that does much else may hold up an answer, but not in each of so many tries

@@ -271,30 +271,24 @@ def test_other_signals_are_passed_on_and_nothing_stops(house, name):
     assert house.tell("pid")
 
 
-def test_a_daemon_that_does_not_stop_in_time_is_killed(house):
-    def is_told_once(stop_s: float) -> bool:
-        house.timing["stop_s"] = stop_s
-        process, before = house.start(), len(house.diary("signal"))
-        house.tell("stubborn")
+def heard(house: House, times: int, **timing: float) -> int:
+    """How many of so many SIGTERMs a daemon that does not stop heard before it was killed; a busy machine may be late."""
+    house.timing |= timing
+    process, before = house.start(), len(house.diary("signal"))
+    house.tell("stubborn")
+    for number in range(times):
+        eventually(lambda number=number: len(house.diary("signal")) == before + number)
         process.send_signal(signal.SIGTERM)
-        assert end(process)[0] == 128 + signal.SIGKILL
-        return len(house.diary("signal")) - before == 1
+    assert end(process)[0] == 128 + signal.SIGKILL
+    return len(house.diary("signal")) - before
 
-    assert any(is_told_once(stop_s) for stop_s in (0.3, 3.0, 12.0))
+
+def test_a_daemon_that_does_not_stop_in_time_is_killed(house):
+    assert any(heard(house, 1, stop_s=stop_s) == 1 for stop_s in (0.3, 3.0, 12.0))
 
 
 def test_a_second_sigterm_is_passed_on_and_shortens_the_wait(house):
-    def is_told_twice(hurry_s: float) -> bool:
-        house.timing |= {"stop_s": 600, "hurry_s": hurry_s}
-        process, before = house.start(), len(house.diary("signal"))
-        house.tell("stubborn")
-        process.send_signal(signal.SIGTERM)
-        eventually(lambda: len(house.diary("signal")) == before + 1)
-        process.send_signal(signal.SIGTERM)
-        assert end(process)[0] == 128 + signal.SIGKILL
-        return len(house.diary("signal")) - before == 2
-
-    assert any(is_told_twice(hurry_s) for hurry_s in (0.2, 3.0, 12.0))
+    assert any(heard(house, 2, stop_s=600, hurry_s=hurry_s) == 2 for hurry_s in (0.2, 3.0, 12.0))
 
 
 def test_a_daemon_that_asks_for_more_time_to_stop_gets_it(house):

@@ -109,6 +109,14 @@ class Node:
     async def read(self, fn: Any) -> Any:
         return await self.parts.catalog.read(fn)
 
+    async def idle(self) -> None:
+        """Wait until no job is left: what a save's own stages do afterwards, links and retention, is done."""
+
+        async def done() -> bool:
+            return not await self.parts.jobs.unfinished()
+
+        await eventually(done)
+
     async def settled(self) -> None:
         """Wait until what is looked at once, a second after the start, was: it is a commit of its own, for who counts them."""
         await eventually(lambda: self.parts.service._reading._looked_s > -math.inf)

@@ -17,11 +17,13 @@ def in_turns(monkeypatch: pytest.MonkeyPatch, *stages: str) -> list[anyio.Event]
     """Hold each of these stages until its event is set."""
     gates = {stage: anyio.Event() for stage in stages}
     for stage, gate in gates.items():
-        monkeypatch.setitem(pipeline.STAGES, stage, _held(gate, pipeline.STAGES[stage]))
+        monkeypatch.setitem(pipeline.STAGES, stage, held(gate, pipeline.STAGES[stage]))
     return list(gates.values())
 
 
-def _held(gate: anyio.Event, real: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+def held(gate: anyio.Event, real: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """A stage that begins when the gate is open."""
+
     async def run(*given: Any) -> Any:
         await gate.wait()
         return await real(*given)

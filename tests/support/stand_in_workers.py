@@ -14,6 +14,7 @@ from ckptd.clock import SystemClock
 from ckptd.events import Event
 from ckptd.worker import Workers, WorkerState
 from ckptd.worker.handle import Pace, Rig
+from tests.support.in_process import eventually
 
 STAND_IN = (sys.executable, str(Path(__file__).with_name("stand_in_worker.py")))
 QUICK = Pace(restart_s=0.01, restart_s_max=0.05, probe_s=0.05, probe_s_max=0.1, probe_answer_s=0.3)
@@ -23,13 +24,7 @@ MOUNTS = """\
 21 20 8:2 / /fast rw - xfs /dev/b rw
 22 20 0:9 / /far rw - nfs4 server:/x rw
 """
-PATIENT_S = 60.0  # a worker must not be given up
-
-
-async def eventually(condition: Callable[[], object]) -> None:
-    with anyio.fail_after(40):
-        while not condition():  # it is another process's doing, so it can only be asked again
-            await anyio.sleep(0.01)
+PATIENT_S = 60.0  # no worker is silent for so long unless it hangs
 
 
 @dataclass

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +168,7 @@ async def test_a_root_that_was_removed_by_its_user_goes_on_under_a_new_mark(shor
         training = await Training(line, str(node.runs)).open()
         first = await training.saved(1)
         before = written(node.runs)
-        await eventually(partial(_is_idle, node))  # a link that is made meanwhile would keep its directory
+        await node.idle()  # a link that is made meanwhile would keep its directory
         shutil.rmtree(node.runs)
         second = await training.saved(2)
         assert (node.runs / "demo/run/step_0000000002/manifest.json").is_file()
@@ -177,10 +176,6 @@ async def test_a_root_that_was_removed_by_its_user_goes_on_under_a_new_mark(shor
         assert (await known(node))[0] == written(node.runs)
         await eventually(lambda: _is(node, first, State.MISSING))
         assert await states(node, [second]) == "l"
-
-
-async def _is_idle(node: Node) -> bool:
-    return not await node.parts.jobs.unfinished()
 
 
 async def _is(node: Node, checkpoint: str, state: State) -> bool:

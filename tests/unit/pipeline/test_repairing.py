@@ -16,6 +16,7 @@ from ckptd.model import State
 from ckptd.pipeline import repair, trash
 from ckptd.worker.protocol import Publish, Purge, Trash
 from tests.support.in_process import Keeper, Training, a_tensor, daemon, eventually, size_for
+from tests.support.rungs import held
 
 MIB = 1 << 20
 FILE = "model.safetensors"
@@ -101,7 +102,7 @@ async def test_a_trainer_is_not_lent_the_memory_from_which_a_damaged_checkpoint_
     """M013: from the moment at which the damage is found until what was written again is verified."""
     gate = anyio.Event()
     for stage in ("verify", "repair"):
-        monkeypatch.setitem(pipeline.STAGES, stage, _held(gate, pipeline.STAGES[stage]))
+        monkeypatch.setitem(pipeline.STAGES, stage, held(gate, pipeline.STAGES[stage]))
     async with daemon(short_dir, **TIGHT) as node, node.connect() as line:
         training = await Training(line, str(node.runs)).open()
         gate.set()
@@ -109,7 +110,7 @@ async def test_a_trainer_is_not_lent_the_memory_from_which_a_damaged_checkpoint_
         await idle(node)
         gate = anyio.Event()
         for stage in ("verify", "repair"):
-            monkeypatch.setitem(pipeline.STAGES, stage, _held(gate, pipeline.STAGES[stage]))
+            monkeypatch.setitem(pipeline.STAGES, stage, held(gate, pipeline.STAGES[stage]))
         flip(place(node) / FILE)
         await begin_repair(node, training, one)
         with pytest.raises(NoArena):
@@ -119,14 +120,6 @@ async def test_a_trainer_is_not_lent_the_memory_from_which_a_damaged_checkpoint_
         assert (await row(node, one)).is_good
         assert (place(node) / FILE).read_bytes() == LARGE[FILE]
         (await training.lease(size_for(LARGE))).close()  # it is a hot copy as others are
-
-
-def _held(gate: anyio.Event, real):
-    async def run(job, tools):
-        await gate.wait()
-        return await real(job, tools)
-
-    return run
 
 
 async def test_memory_that_holds_other_bytes_gets_no_name_and_what_was_damaged_comes_back(short_dir):
@@ -151,7 +144,7 @@ async def test_memory_that_holds_other_bytes_gets_no_name_and_what_was_damaged_c
 async def test_a_repair_that_a_restart_interrupted_goes_on_from_the_memory_that_outlived_it(short_dir, monkeypatch):
     keeper = Keeper()
     real = pipeline.STAGES["repair"]
-    monkeypatch.setitem(pipeline.STAGES, "repair", _held(anyio.Event(), real))
+    monkeypatch.setitem(pipeline.STAGES, "repair", held(anyio.Event(), real))
     async with saved(short_dir, keeper) as (node, training, one):
         inode = flip(place(node) / FILE)
         await begin_repair(node, training, one)

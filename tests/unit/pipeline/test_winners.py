@@ -145,11 +145,7 @@ async def test_a_tombstone_that_could_not_be_carried_out_is_tried_soon_too(short
     monkeypatch.setattr(upkeep, "MOVE_S", 3600.0)  # the daemon's own look must not come first
     async with daemon(short_dir) as node, node.connect() as line:
         _, ids = await three(node, line)
-
-        async def idle() -> bool:  # else the last save's own job retires one more by the rules below
-            return not await node.parts.jobs.unfinished()
-
-        await eventually(idle)
+        await node.idle()  # else the last save's own job retires one more by the rules below
         rules = type(node.parts.settings.retention)(keep_last=1, trash_grace_s=0)
         node.parts.admission.current = node.parts.settings.model_copy(update={"retention": rules})
         await node.write(lambda tx: checkpoints.mark_trashed(tx, ids[0], ids[0], "test"))
@@ -179,11 +175,7 @@ async def test_who_carries_out_tombstones_asks_the_catalog_only_after_something_
 
     async with daemon(short_dir) as node, node.connect() as line:
         _, ids = await three(node, line)
-
-        async def idle() -> bool:
-            return not await node.parts.jobs.unfinished()
-
-        await eventually(idle)
+        await node.idle()
         monkeypatch.setattr(trash, "resume", looked)
         monkeypatch.setattr(upkeep, "MOVE_S", 0.01)
         tools = node.parts.tools

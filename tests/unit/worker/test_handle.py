@@ -18,7 +18,8 @@ from ckptd.events import EVENTS
 from ckptd.worker import Workers, child
 from ckptd.worker.handle import Pace, Rig, worker_command
 from ckptd.worker.protocol import Usage, Watch
-from tests.support.stand_in_workers import MOUNTS, PATIENT_S, QUICK, Node, eventually, is_alive, running
+from tests.support.in_process import eventually
+from tests.support.stand_in_workers import MOUNTS, PATIENT_S, QUICK, Node, is_alive, running
 
 SILENT_S = 0.4  # for who must see a worker being given up
 
