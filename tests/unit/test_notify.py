@@ -1,7 +1,6 @@
 """The daemon's side of the service manager's protocol, against a socket of our own."""
 
 import array
-import gc
 import os
 import socket
 import subprocess
@@ -12,6 +11,7 @@ import pytest
 
 from ckptd import errors, notify
 from ckptd.notify import Notifier, passed_fds
+from tests.support.in_process import open_fds
 
 
 @pytest.fixture
@@ -122,10 +122,8 @@ def test_a_watchdog_meant_for_another_process_or_without_sense_is_ignored(manage
 def test_a_manager_that_does_not_read_blocks_nobody_and_loses_no_descriptor(manager):
     """What it does not take waits in order; only signs of life are left out."""
     notifier = Notifier({"NOTIFY_SOCKET": manager.getsockname()})
-    gc.collect()  # what an earlier test left must not close in the midst of it
-    fds = os.listdir("/proc/self/fd")
     count = 0
-    memory = os.memfd_create("x")
+    memory = os.memfd_create("told-to-the-manager")
     while not notifier._waiting:
         notifier.store(f"a{count}", memory)
         count += 1
@@ -141,7 +139,7 @@ def test_a_manager_that_does_not_read_blocks_nobody_and_loses_no_descriptor(mana
         names.append(text.rpartition("=")[2])
         notifier._flush()
     assert names == [f"a{n}" for n in range(count)]
-    assert set(os.listdir("/proc/self/fd")) <= set(fds)
+    assert open_fds("memfd:told-to-the-manager") == 0
     notifier.close()
 
 

@@ -7,7 +7,7 @@ from ckptd.catalog import checkpoints
 from ckptd.errors import NoSpace
 from ckptd.intake.arenas import Use
 from ckptd.model import State, new_id
-from tests.support.in_process import Keeper, Training, a_tensor, daemon, open_fds, size_for
+from tests.support.in_process import Keeper, Training, a_tensor, daemon, eventually, open_fds, size_for
 
 
 async def test_a_commit_the_daemon_never_heard_of_is_admitted_by_the_next(short_dir):
@@ -119,7 +119,7 @@ async def test_restarts_leak_no_descriptor(short_dir):
         async with daemon(short_dir, keeper) as node, node.connect() as line:
             await (await Training(line, str(node.runs)).open()).saved(step)
         counts.append(open_fds() - len(keeper.kept))
-    assert counts[-1] <= counts[1]
+    await eventually(lambda: open_fds() - len(keeper.kept) <= counts[1])  # a thread may have some in hand
     assert len(keeper.kept) <= 2
     keeper.close()
 

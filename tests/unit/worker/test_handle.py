@@ -18,7 +18,7 @@ from ckptd.events import EVENTS
 from ckptd.worker import Workers, child
 from ckptd.worker.handle import Pace, Rig, worker_command
 from ckptd.worker.protocol import Usage, Watch
-from tests.support.in_process import eventually
+from tests.support.in_process import eventually, open_fds
 from tests.support.stand_in_workers import MOUNTS, PATIENT_S, QUICK, Node, is_alive, running
 
 SILENT_S = 0.4  # for who must see a worker being given up
@@ -269,9 +269,8 @@ async def test_an_arena_travels_with_the_one_request_that_names_it(tmp_path):
             arenas.append(fd)
         for fd, text in zip(arenas, ("one", "two"), strict=True):
             assert (await node.workers.call(Usage(root="/arena"), arena_fd=fd)).filesystem == text
-        before = len(os.listdir("/proc/self/fd"))
         await node.workers.call(Usage(root="/arena"), arena_fd=arenas[0])
-        assert len(os.listdir("/proc/self/fd")) == before
+        assert [open_fds(f"memfd:{text}") for text in ("one", "two")] == [1, 1]
         for fd in arenas:
             os.close(fd)
 

@@ -19,6 +19,7 @@ from ckptd.worker.context import Cancelled, Context, Limits
 from ckptd.worker.image import Image
 from ckptd.worker.protocol import Digest, FileImage, Publish, Verify
 from tests.support.arena import MIB, publish_request, sealed, spooled
+from tests.support.in_process import open_fds
 
 BLOCK = bytes(range(256)) * 4096
 FILES = {
@@ -311,11 +312,12 @@ def test_a_symlink_on_the_way_to_the_target_is_refused(
 def test_more_files_than_one_batch_are_all_written(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = {f"d{i % 3}/f{i}": bytes([i % 256]) * i for i in range(imagewriter.BATCH_FILES_MAX + 70)}
     fd, images = sealed(files)
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_fds("memfd:")
     done = publish.run(publish_request(root, images), Context(fd=fd))
     assert_holds(Path(done.path), files)
     assert [record.sha256 for record in done.files] == [hashlib.sha256(data).hexdigest() for data in files.values()]
-    assert len(os.listdir("/proc/self/fd")) <= before
+    assert open_fds("memfd:") <= before
+    assert open_fds(str(root)) == 0
     os.close(fd)
 
 
