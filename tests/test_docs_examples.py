@@ -14,6 +14,7 @@ import torch
 from ckptd import config, supervisor
 from ckptd.cli import ckpt
 from ckptd.cli.options import Globals
+from ckptd_client import offers
 from tests.support import pages, tree
 from tests.support.node import Node
 
@@ -63,6 +64,7 @@ def at(node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     monkeypatch.chdir(tmp_path)
     for name, value in node.environ.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(offers, "ANSWER_S", 60.0)
     made: list[Page] = []
 
     def make(path: str) -> Page:

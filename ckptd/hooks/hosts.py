@@ -219,7 +219,8 @@ class Hosts:
                 del self._places[key]
                 await self._retire(other)
             else:
-                self._freed = anyio.Event()
+                if self._freed.is_set():  # else others wait for it already
+                    self._freed = anyio.Event()
                 await self._freed.wait()
         self._alive.add(place)
 

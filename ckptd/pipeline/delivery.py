@@ -75,6 +75,7 @@ class Delivery:
         self._tail = 0
         self._group: anyio.abc.TaskGroup | None = None
         self._entering = anyio.Lock()
+        self._recording = anyio.Lock()
         self._due = anyio.Event()  # there is something to write down
 
     async def run(self) -> None:
@@ -305,6 +306,11 @@ class Delivery:
             await self._record(lane for lane in self._lanes.values() if lane.changed or passing)
 
     async def _record(self, lanes: Iterable[Lane]) -> None:
+        """One after the other: who finds nothing to write down must not be told so while it is being written."""
+        async with self._recording:
+            await self._record_now(lanes)
+
+    async def _record_now(self, lanes: Iterable[Lane]) -> None:
         taken = []
         for lane in lanes:
             if lane.changed or lane.read > lane.written:

@@ -105,10 +105,17 @@ class _Child:
             return False
         return True
 
-    def last_words(self) -> tuple[int, str]:
-        """Return how it ended after its stdout did: 0 by its own choice, -N by signal N; and its traceback."""
-        if not self.reaped(_REAP_S):
-            return -signal.SIGKILL, ""
+    def last_words(self, context: Context) -> tuple[int, str]:
+        """Return how it ended after its stdout did: 0 by its own choice, -N by signal N; and its traceback.
+
+        TimedOut or Cancelled: it can't be buried yet, so nobody knows. That says nothing of the file.
+        """
+        begun_s = time.monotonic()
+        while not self.reaped(_SLICE_S):
+            if context.cancelled.is_set():
+                context.alive()  # raises Cancelled
+            if time.monotonic() - begun_s > SILENCE_S:
+                raise TimedOut(f"its parser has not ended for {SILENCE_S:.0f} s")
         text = os.read(self._stderr.fileno(), _READ_BYTES).decode(errors="replace")
         return self._process.returncode, text
 
@@ -137,19 +144,26 @@ class Parsers:
             try:
                 answer = child.ask(question, context)
             except _EndedError:
-                status, words = child.last_words()
-                child.end()
-                if status > 0:
-                    raise Bug(f"the parser failed on {question.path!r}", traceback=words) from None
-                if status < 0:
-                    return _verdict(-status, self._limits)
-                child = self._start()  # it had gone idle just before
+                verdict = self._buried(child, question, context)
+                if verdict is not None:
+                    return verdict
+                child = self._start()
             except BaseException:
                 self._drop(child)
                 raise
             else:
                 self._give_back(child)
                 return answer
+
+    def _buried(self, child: _Child, question: Question, context: Context) -> Answer | None:
+        """Say what a child's end means for its question; None when it had gone idle just before."""
+        try:
+            status, words = child.last_words(context)
+        finally:
+            self._drop(child)
+        if status > 0:
+            raise Bug(f"the parser failed on {question.path!r}", traceback=words) from None
+        return _verdict(-status, self._limits) if status < 0 else None
 
     def close(self) -> None:
         """End all children that wait."""

@@ -231,22 +231,25 @@ class Connection:
         heard_s = time.monotonic()
         pinged_s: Optional[float] = None
         while not self._closing.is_set():
+            # Late before a look that finds nothing: this thread may itself have stood still, with the answer at hand.
+            is_late = pinged_s is not None and time.monotonic() - pinged_s > HANG_S
             try:
-                if self._turn(channel, poll):
-                    heard_s, pinged_s = time.monotonic(), None
+                heard = self._turn(channel, poll, at_once=is_late)
             except (ChannelLost, FrameError) as error:
                 return str(error)
             now_s = time.monotonic()
-            if pinged_s is not None and now_s - pinged_s > HANG_S:
+            if heard:
+                heard_s, pinged_s = now_s, None
+            elif is_late:
                 return f"the daemon has not answered for {HANG_S} s"
-            if pinged_s is None and self._pending and now_s - heard_s > PING_AFTER_S:
+            elif pinged_s is None and self._pending and now_s - heard_s > PING_AFTER_S:
                 pinged_s = now_s
                 self.request_nowait("watch", lambda _reply, fds: close_all(fds), checkpoints=[])
         return "closed"
 
-    def _turn(self, channel: Channel, poll: "select.poll") -> bool:
-        """One round: wait, write, read, tick. Return whether the daemon said anything."""
-        wait_s = max(0.0, self._tick_at_s - time.monotonic())
+    def _turn(self, channel: Channel, poll: "select.poll", *, at_once: bool) -> bool:
+        """One round: wait, unless at once, write, read, tick. Return whether the daemon said anything."""
+        wait_s = 0.0 if at_once else max(0.0, self._tick_at_s - time.monotonic())
         if self._pending:
             wait_s = min(wait_s, PING_AFTER_S / 2)
         poll.register(channel.fileno(), select.POLLIN | (select.POLLOUT if channel.wants_write else 0))

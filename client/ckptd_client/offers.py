@@ -171,6 +171,8 @@ class Offers:
         for offer in piece:
             if self._is_open(offer):
                 self._spooled(offer, self._session.overflow.offer(offer.handle.id, offer.request))
+        if not is_up and self._session.connection.is_up:
+            self.up()  # a daemon that came meanwhile may have been greeted before the last of them was remembered
         self._paced.tend()
         with self._changed:
             while self._for_spool and not self._is_open(self._for_spool[0]):
@@ -185,8 +187,8 @@ class Offers:
             self._fail(offer, Refused("no_space", f"the spool: {error}"))
         elif self._pop(offer):
             self._session.count("spooled")
-            offer.handle.set_spooled()
             self._remember(offer)
+            offer.handle.set_spooled()
             self._session.tell_watch([offer.handle.id])
 
     def _remember(self, offer: _Offer) -> None:

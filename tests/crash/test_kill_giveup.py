@@ -46,7 +46,9 @@ def assert_gone(node: Node, saved: str) -> None:
     status = node.wait_idle()
     assert (status["jobs"]["parked"], status["arenas"]["committed"]) == (0, 0)
     eventually(lambda: not list(node.spool.iterdir()), "the spool to be empty")
-    assert len(arenas_of(status["daemon"]["pid"])) == status["arenas"]["count"]
+    eventually(
+        lambda: len(arenas_of(node.daemon_pid)) == node.status()["arenas"]["count"], "no arena beside those told"
+    )
     assert node.row(saved) == row
     assert not (node.runs / PROJECT).exists()
     assert invariants.violations(node) == []

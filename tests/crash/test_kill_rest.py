@@ -65,7 +65,7 @@ def test_a_large_plan_whose_daemon_dies_is_carried_out_to_its_end_without_anothe
     states: dict[str, str] = {}
 
     def carried_out() -> bool:
-        states.update({one: str((node.row(one) or {})["state"]) for one in ids if states.get(one) != "dropped"})
+        states.update({one: str((node.row(one) or {}).get("state")) for one in ids if states.get(one) != "dropped"})
         return sum(state in {"trashed", "dropped"} for state in states.values()) == SAVES - 1
 
     eventually(carried_out, "the plan to be carried out to its end")

@@ -1,6 +1,5 @@
 """What becomes of a node when its catalog's disk is full or failing, or its database is locked, damaged, old or gone."""
 
-import os
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ import pytest
 
 from tests.support.disk import Disk, fill, free_bytes, tmpfs
 from tests.support.node import Node, eventually, is_alive
+from tests.support.signals import standing_still
 from tests.support.trainer import Nursery, Trainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
@@ -57,8 +57,11 @@ def test_a_full_disk_under_the_catalog_releases_the_reserve_and_is_survived(
     assert doctor(node, "reserve") == ["ok"]
     trainer = opened(node, plain_nursery, overlap_s=30.0)  # the spool lies on the full disk as well
     saves = {trainer.save(seed=1, step=1)["id"]: 1}
-    filler = fill(small_state)
-    assert free_bytes(small_state) == 0
+    node.wait_level(next(iter(saves)))
+    node.wait_idle()
+    with standing_still([node.daemon_pid]):  # a commit while the disk fills would let the filler have the reserve
+        filler = fill(small_state)
+        assert free_bytes(small_state) == 0
     for seed in range(2, 6):
         saves[trainer.save(seed=seed, step=seed)["id"]] = seed
     for checkpoint in saves:
@@ -156,7 +159,7 @@ def test_a_catalog_whose_disk_is_gone_ends_no_process_and_is_told(
             kept = trainer.save(seed=1, step=1)["id"]
             node.wait_level(kept)
             node.wait_idle()
-            os.sync()
+            disk.settle()
             disk.cut()
             late = trainer.save(seed=2, step=2)
             assert late["error"] is None

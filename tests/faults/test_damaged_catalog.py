@@ -1,7 +1,5 @@
 """A node whose catalog is damaged, foreign, from the future, read-only, or gone: it refuses with advice, or finds all again. F19"""
 
-import os
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -11,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.node import Node, eventually, is_alive
+from tests.support.signals import kill
 from tests.support.trainer import Nursery
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults, pytest.mark.timeout(180)]
@@ -93,8 +92,7 @@ def test_a_lost_catalog_or_log_is_made_again_from_the_manifests(node: Node, save
     """F19, I5. After a crash somebody removes the files, or only the log with the last commits in it."""
     assert node.supervisor is not None
     pids = [node.supervisor.pid, *node.family()]
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
+    kill(pids)
     node.supervisor.wait()
     eventually(lambda: not any(is_alive(pid) for pid in pids), "everything's end")
     removed = [path.unlink() for path in node.state.glob(gone)]

@@ -311,7 +311,7 @@ async def _live(directory, count: int) -> None:
         async with node.connect() as line:
             assert (await line.ask("status"))["ok"]
         await eventually(lambda: not node.parts.listener.peers)
-    assert open_fds() <= before + 2
+    await eventually(lambda: open_fds() <= before + 2)  # an earlier test's threads may have some in hand
 
 
 async def test_a_live_daemon_answers_through_damaged_frames(short_dir):
@@ -331,21 +331,21 @@ def fuzz(runs: int) -> None:
         pytest.skip("needs atheris for coverage-guided frames")
     command = [sys.executable, "-m", "tests.hostile.fuzz_frames", f"-atheris_runs={runs}"]
     done = subprocess.run(
-        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=250, check=False
+        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     assert f"Done {runs}" in done.stderr
     tally.add("fuzzed frames", runs)
 
 
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(1000)
 def test_coverage_leads_a_fuzzer_to_no_defect_in_ten_thousand_frames():
     """S3, short form."""
     fuzz(10_000)
 
 
 @pytest.mark.faults
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(1000)
 def test_coverage_leads_a_fuzzer_to_no_defect_in_two_hundred_thousand_frames():
     """S3, long form."""
     fuzz(200_000)

@@ -111,7 +111,7 @@ def crowded(root: Path, entries: int) -> float:
 
 def test_a_directory_of_ten_thousand_entries_and_one_of_a_thousand_levels_cost_little(tmp_path):
     """S14, short form."""
-    assert crowded(tmp_path / "w", 10_000) < 2
+    assert crowded(tmp_path / "w", 10_000) < 10
 
 
 @pytest.mark.faults

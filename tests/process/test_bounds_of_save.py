@@ -18,6 +18,7 @@ from ckptd_client.session import OPEN_S
 from tests.support import payload
 from tests.support.disk import fill, tmpfs
 from tests.support.node import Node, eventually, is_alive
+from tests.support.signals import kill
 from tests.support.trainer import Nursery, Trainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -103,8 +104,7 @@ def test_with_the_daemon_killed_and_not_replaced(node: Node, nursery: Nursery) -
     saves.save(QUICK_S)
     assert node.supervisor is not None
     pids = [node.supervisor.pid, *node.family()]
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
+    kill(pids)
     node.supervisor.wait()
     for _ in range(40):
         saves.save(QUICK_S)

@@ -71,7 +71,7 @@ def test_a_nan_and_a_killed_trainer_reach_a_person_once_each(node: Node, plain_n
     assert (found["status"], found["checkpoint"]["step"], found["facts"]["host"]) == ("lost", 100, os.uname().nodename)
     assert found["command"].startswith(f"cd {found['facts']['cwd']} && ")
     assert node.ask("show", selector="latest", project="p", name="lr0")["recovery"]["command"] == found["command"]
-    assert len(findings(node, "grid")) == 2
+    eventually(lambda: len(findings(node, "grid")) == 2, "the grid's")
 
     def told() -> list[dict[str, str]]:
         lines = paged.read_text().splitlines() if paged.exists() else []

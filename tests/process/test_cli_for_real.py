@@ -33,6 +33,7 @@ def test_damage_exits_4_names_file_mib_and_tensor_and_is_repaired_from_the_hot_c
     node = history.node
     trainer = history.nursery.trainer(node.environ)
     trainer.open(name="hurt", project="damage", dir=str(node.runs))
+    assert trainer.prepare(seed=1)["ready"]  # through the spool there would be no hot copy
     made = trainer.save(seed=1, step=1)["id"]
     row = node.wait_level(made)
     trainer.end()

@@ -205,6 +205,7 @@ def test_nothing_stays_in_memory_after_a_killed_job(node: Node, nursery: Nursery
     assert found["hot"] >= 1
     assert arenas_of(pid) == set()
     heir = opened(node, nursery, "heir")
+    assert heir.prepare(seed=3)["ready"]
     answer = heir.save(seed=3, step=1, size_bytes=3 * size)  # nearly all there is
     assert not answer["spooled"], "the hot copies of the dead were not given up"
     node.wait_level(answer["id"])

@@ -12,6 +12,7 @@ import pytest
 
 from tests.support import payload
 from tests.support.node import Node, eventually, is_alive
+from tests.support.signals import kill
 from tests.support.trainer import Nursery, Trainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
@@ -133,8 +134,7 @@ def test_a_trainer_that_dies_after_its_commit_while_the_daemon_drains_has_saved(
     node.signal(signal.SIGTERM)
     eventually(lambda: node.said("daemon.draining"), "the drain to begin")
     trainer.dies_of("save", seed=4, step=1, die="before_message")
-    for pid in held:
-        os.kill(pid, signal.SIGKILL)
+    kill(held)
     assert node.ended() == 0
     node.start()
     (row,) = eventually(lambda: node.rows("life", "lastbreath"), "the save of the dead")
@@ -236,8 +236,7 @@ def test_a_node_starts_after_a_crash_of_everything(node: Node, nursery: Nursery)
     node.wait_level(saved["id"])
     assert node.supervisor is not None
     pids = [node.supervisor.pid, *node.family()]
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
+    kill(pids)
     node.supervisor.wait()
     eventually(lambda: not any(is_alive(pid) for pid in pids), "everything's end")
     assert node.socket.exists()
@@ -288,8 +287,9 @@ def test_a_trainer_goes_on_after_any_number_of_daemons(node: Node, nursery: Nurs
         saves[trainer.save(seed=step, step=step)["id"]] = (step, step)
         node.kill_daemon()
     assert_arrives(node, "patient", saves)
-    found = node.experiment("life", "patient")
-    assert (found["segment"], found["status"]) == (1, "running")
+    # "lost" for a moment, where the trainer is not back within lost_after_s of the third daemon.
+    eventually(lambda: node.experiment("life", "patient")["status"] == "running", "the trainer to be back")
+    assert node.experiment("life", "patient")["segment"] == 1
     for checkpoint in saves:
         assert trainer.wait(id=checkpoint)["level"] == "verified"
     assert trainer.close()["took_s"] < 40.0

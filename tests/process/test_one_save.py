@@ -4,7 +4,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from tests.support.node import Node
+from tests.support.node import Node, eventually
 from tests.support.trainer import Nursery
 
 RULES = """
@@ -39,7 +39,11 @@ def test_a_save_passes_every_stage_once_and_none_of_them_in_the_trainer(node: No
     order = [event["event"] for event in told if event["event"].startswith("checkpoint.")]
     assert order == ["checkpoint.staged", "checkpoint.published", "checkpoint.verified"]
     assert [at(event) for event in told] == sorted(at(event) for event in told)
-    stages = [entry for entry in node.said("stage.done") if entry["checkpoint"] == row["checkpoint"]]
+
+    def done() -> list[dict[str, Any]]:
+        return [entry for entry in node.said("stage.done") if entry["checkpoint"] == row["checkpoint"]]
+
+    stages = eventually(lambda: len(done()) >= len(STAGES) and done(), "the last of them to be said")
     assert [entry["stage"] for entry in stages] == STAGES
     assert all(entry["ms"] > 0 for entry in stages)
     assert row["staged_at"] <= row["durable_at"] <= row["verified_at"]
@@ -56,6 +60,7 @@ def test_a_save_is_hashed_while_it_is_written_and_read_back_once(node: Node, nur
     node.start()
     trainer = nursery.trainer(node.environ)
     trainer.open(name="run", project="p", dir=str(node.runs))
+    assert trainer.prepare(seed=0)["ready"]  # what comes through the spool is read once more
     node.wait_level(trainer.save(seed=0, step=0)["id"])  # the worker runs
     everybody = [node.daemon_pid, *node.workers()]
     before = read_bytes(everybody)

@@ -271,12 +271,14 @@ def test_late_metrics_move_the_best_and_its_protection(training: Any, node: Onlo
         told = node.ask("checkpoint.metrics", checkpoint=run.ids[2], metrics={"val_loss": 0.5})
         assert told["ok"], told
         assert run.path("best") == 2
-        eventually(lambda: run.link("best") == 2, "the link to follow")
+        eventually(lambda: run.named("best") == 2, "the link to follow")
+        assert run.link("best") == 2
         assert node.run("rm", "--dry-run", run.ids[2]).code == 7
         run.save(3, metrics={"val_loss": 2.0})
         assert (run.link("best"), run.on_disk()) == (2, [2, 3])
         assert node.ask("checkpoint.metrics", checkpoint=run.ids[2], metrics={"val_loss": "NaN"})["ok"]
-        eventually(lambda: run.link("best") == 3, "the link to follow")
+        eventually(lambda: run.named("best") == 3, "the link to follow")
+        assert run.link("best") == 3
     assert reader.dangling == []
 
 

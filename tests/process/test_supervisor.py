@@ -311,7 +311,7 @@ def test_a_daemon_that_asks_for_more_time_to_stop_gets_it(house):
 
 def test_a_silent_daemon_is_aborted_killed_and_restarted(house):
     """F30. SIGABRT first, so that the daemon's stacks reach the log."""
-    house.timing["watchdog_s"] = 0.6
+    house.timing |= {"watchdog_s": 0.6, "abort_s": 20.0}
     process = house.start()
     pid = house.tell("silent")
     assert house.next_life(pid)["born"] == ["ckptd.socket"]

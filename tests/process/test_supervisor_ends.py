@@ -1,14 +1,14 @@
 """The supervisor ends while it alone holds a save: each lies in the spool then, and the next daemon has it once."""
 
+import contextlib
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.support import invariants, payload
-from tests.support.node import PATIENCE_S, Node, children, eventually, is_alive
+from tests.support.node import Node, children, eventually, is_alive
 from tests.support.trainer import Nursery
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
@@ -51,18 +51,27 @@ def assert_arrives_once(node: Node, saved: str) -> None:
     assert invariants.violations(node, {saved: "verified"}) == []
 
 
+@pytest.fixture
+def hold(node: Node, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file that stops each daemon to come before it can take over what is stored."""
+    path = node.dir / "hold"
+    monkeypatch.setenv("NODE_HOLD", str(path))
+    return path
+
+
 def held_up(node: Node) -> int:
-    """Stop the process of the daemon that comes next, as soon as there is one; return its pid."""
-    assert node.supervisor is not None
-    end_s = time.monotonic() + PATIENCE_S
-    while not (found := children(node.supervisor.pid)):
-        assert time.monotonic() < end_s, "no daemon was started"
-        time.sleep(0.001)  # it must not get as far as taking over what is stored
-    pid = found[0]
-    os.kill(pid, signal.SIGSTOP)
-    # Of two signals that wait the kernel delivers the lower number first: SIGTERM would overtake.
-    eventually(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T", "it to stand still")
-    return pid
+    """Wait for the next daemon, which `hold` stops; return its pid."""
+
+    def stopped() -> int | None:
+        assert node.supervisor is not None
+        for pid in children(node.supervisor.pid):
+            with contextlib.suppress(OSError):
+                if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T":
+                    return pid
+        return None
+
+    found: int = eventually(stopped, "the next daemon to stand still")
+    return found
 
 
 def paused(node: Node) -> None:
@@ -89,12 +98,13 @@ def test_a_save_outlives_a_configuration_that_no_daemon_takes(node: Node, nurser
     assert_arrives_once(node, saved)
 
 
-def test_a_save_outlives_a_stop_that_finds_the_next_daemon_deaf(node: Node, nursery: Nursery) -> None:
+def test_a_save_outlives_a_stop_that_finds_the_next_daemon_deaf(node: Node, nursery: Nursery, hold: Path) -> None:
     """It has the memory and no handler yet: it dies of the signal."""
-    node.timing["restart_s"] = 1.0
-    saved = orphaned(node.start(), nursery)
-    paused(node)
+    node.start()
+    hold.touch()
+    saved = orphaned(node, nursery)
     pid = held_up(node)
+    hold.unlink()
     node.signal(signal.SIGTERM)
     eventually(lambda: node.said("supervisor.stopping"), "the signal to be passed on")
     os.kill(pid, signal.SIGCONT)
@@ -105,13 +115,15 @@ def test_a_save_outlives_a_stop_that_finds_the_next_daemon_deaf(node: Node, nurs
 
 @pytest.mark.parametrize(("signals", "timing"), [(1, {"stop_s": 0.3}), (2, {"stop_s": 600, "hurry_s": 0.3})])
 def test_a_save_outlives_a_daemon_that_hangs_over_it_and_is_killed(
-    node: Node, nursery: Nursery, signals: int, timing: dict[str, float]
+    node: Node, nursery: Nursery, hold: Path, signals: int, timing: dict[str, float]
 ) -> None:
     """F28: at the deadline of a stop, or of a second SIGTERM. A stopped process hears neither."""
-    node.timing |= {**timing, "restart_s": 1.0}
-    saved = orphaned(node.start(), nursery)
-    paused(node)
+    node.timing |= timing
+    node.start()
+    hold.touch()
+    saved = orphaned(node, nursery)
     held_up(node)
+    hold.unlink()
     for times in range(1, signals + 1):
         node.signal(signal.SIGTERM)
         eventually(lambda n=times: len(node.said("supervisor.stopping")) == n, "the signal to be heard")
@@ -190,12 +202,17 @@ def test_a_save_that_can_not_be_brought_to_safety_is_said_and_the_end_is_no_succ
 
 
 def test_while_a_save_can_not_be_brought_to_safety_a_bad_configuration_ends_nothing(
-    node: Node, nursery: Nursery
+    node: Node, nursery: Nursery, hold: Path
 ) -> None:
     """Nobody asked for the end: the memory is kept until a person has put one thing or the other right."""
     node.timing |= {"restart_s": 1.0, "restart_s_max": 1.0}
-    saved = orphaned(node.start(), nursery, more=TYPO)
+    node.start()
+    hold.touch()
+    saved = orphaned(node, nursery, more=TYPO)
+    pid = held_up(node)
     without_spool(node)
+    hold.unlink()
+    os.kill(pid, signal.SIGCONT)
     said = eventually(lambda: node.said("supervisor.holds_on"), "it to hold on")
     assert said[0]["saves"] == 1
     eventually(lambda: len(node.said("supervisor.holds_on")) > 1, "the next try")

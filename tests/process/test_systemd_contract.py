@@ -77,7 +77,10 @@ def test_ready_comes_after_recovery_and_an_acknowledged_arena_was_stored_before(
     os.kill(first, signal.SIGKILL)
     service.manager.until(lambda: service.manager.pid not in {0, first}, "the next daemon")
     assert_arrives(service, "kept", {saved["id"]: 1})
-    recovered = service.said("daemon.recovered")
+    recovered = eventually(
+        lambda: len(said := service.said("daemon.recovered")) == len(service.said("daemon.ready")) == 2 and said,
+        "both to have said so",
+    )
     assert [found["arenas"] for found in recovered] == [0, len(held)]
     assert recovered[-1]["timestamp"] <= service.said("daemon.ready")[-1]["timestamp"]
     assert journal.results == ["signal 9"]
@@ -99,7 +102,8 @@ def test_names_that_nobody_knows_leave_the_store(service: Managed, nursery: Nurs
     manager.restart()
     eventually(lambda: not {name for name, _ in manager.store} & set(strange), "the strange names to go")
     assert {name for name, _ in manager.store} == before
-    assert [entry["name"] for entry in service.said("fd.unknown")] == ["future-thing"]
+    unknown = eventually(lambda: service.said("fd.unknown"), "it to be said")
+    assert [entry["name"] for entry in unknown] == ["future-thing"]
     # The daemon and the manager hold the same memory: none leaked, none forgotten.
     assert arenas_of(manager.pid) == {os.fstat(fd).st_ino for _, fd in manager.store}
     assert trainer.save(seed=2, step=2)["error"] is None
@@ -107,7 +111,7 @@ def test_names_that_nobody_knows_leave_the_store(service: Managed, nursery: Nurs
 
 def test_a_stop_empties_the_store_and_nothing_acknowledged_is_lost(service: Managed, nursery: Nursery) -> None:
     """F23. Systemd before 254 forgets descriptors at a stop: by then all is published or in the spool."""
-    service.drain_s = 0.5
+    service.drain_s, service.request_s = 0.5, 60.0
     service.start()
     trainer = opened(service, nursery, "stopped")
     done = trainer.save(seed=1, step=1)

@@ -87,12 +87,13 @@ def test_a_new_version_adopts_arenas_socket_and_catalog_of_the_old_one(
     assert {row["checkpoint"]: row["step"] for row in rows} == saves
     for row in rows:
         payload.check_saved(Path(row["path"]), row["step"])
+    eventually(lambda: len(service.said("daemon.recovered")) > 1, "the new one to say what it took over")
     assert service.said("daemon.recovered")[-1]["arenas"] >= 1
     assert os.stat(service.socket).st_ino == door
     assert (old, revision(service)) == (old, NEXT)
     assert (service.state / f"catalog.sqlite.before-{NEXT}").exists()
-    stats = trainer.stats()
-    assert (stats["failed"], stats["connected"]) == (0, True)
+    eventually(lambda: trainer.stats()["connected"], "the trainer to be back")
+    assert trainer.stats()["failed"] == 0
     assert service.manager.journal.killed == 0
 
 

@@ -220,8 +220,10 @@ def test_a_burst_of_files_holds_up_no_save(node: Onlooker, root: Path, nursery: 
     project, paths = root.parent.name, hurry(root, 150)
     eventually(lambda: sum(states(node, project).values()) >= len(paths) // 2, "the files to be queued")
     saved = str(trainer.save(seed=1, step=1)["id"])
-    node.wait_level(saved)
-    left = len(paths) - levels(node, project)["verified"]
+    mine = node.wait_level(saved)
     trainer.quit()
-    assert left > len(paths) // 4, "it did not wait for them"
     check_all(node, project, paths)
+    verified = [row["verified_at"] for row in rows_of(node, project)]
+    waiting = [at for at in verified if at > mine["staged_at"]]
+    assert waiting, "all were done before it came"
+    assert sum(at > mine["verified_at"] for at in waiting) > len(waiting) // 2, "it did not wait for them"

@@ -12,6 +12,7 @@ import pytest
 
 from tests.support.node import eventually
 from tests.support.onlooker import Onlooker
+from tests.support.signals import standing_still
 from tests.support.writer import Writer
 
 pytestmark = pytest.mark.xdist_group("watch_damage")
@@ -19,16 +20,17 @@ SIZE_BYTES = 5 << 20
 MIB = 1 << 20
 
 
-def rot(path: Path, change: Callable[[bytearray], None]) -> None:
-    """Change bytes as a bad disk does: nobody wrote, so no time of writing tells."""
+def rot(onlooker: Onlooker, path: Path, change: Callable[[bytearray], None]) -> None:
+    """Change bytes as a bad disk does: nobody wrote, so no time of writing tells, and no look sees it half done."""
     facts = path.stat()
-    with path.open("r+b") as file:
-        body = bytearray(file.read())
-        change(body)
-        file.seek(0)
-        file.write(body)
-        file.truncate()
-    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    with standing_still([onlooker.daemon_pid, *onlooker.workers()]):
+        with path.open("r+b") as file:
+            body = bytearray(file.read())
+            change(body)
+            file.seek(0)
+            file.write(body)
+            file.truncate()
+        os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
 
 
 def flip_a_bit(body: bytearray) -> None:
@@ -59,7 +61,7 @@ def test_rot_is_named_by_verify_and_never_verified_again(
     writer.make(name="rot", form="safetensors", seed=1, size_bytes=SIZE_BYTES)
     writer.put(name="rot", path=path)
     row = onlooker.wait_done(path)
-    rot(path, change)
+    rot(onlooker, path, change)
     for _ in range(2):  # a second look at the same bytes finds the same
         said = onlooker.run("verify", row["checkpoint"], "--json")
         assert said.code == 4
@@ -83,7 +85,7 @@ def test_damage_names_the_tensors_it_hit(onlooker: Onlooker, writer: Writer, roo
     writer.make(name="named", form="safetensors", seed=2, size_bytes=SIZE_BYTES)
     writer.put(name="named", path=path)
     row = onlooker.wait_done(path)
-    rot(path, lambda body: body.__setitem__(len(body) - 1, body[-1] ^ 255))
+    rot(onlooker, path, lambda body: body.__setitem__(len(body) - 1, body[-1] ^ 255))
     (damage,) = onlooker.run("verify", row["checkpoint"], "--json").json["results"][0]["damage"]
     assert damage["tensors"] == ["layer.weight"]  # the last in the file: safetensors sorts by name within a type
 
@@ -94,9 +96,9 @@ def test_a_repaired_file_is_verified_again(onlooker: Onlooker, writer: Writer, r
     writer.make(name="repaired", form="torch", seed=3, size_bytes=SIZE_BYTES)
     writer.put(name="repaired", path=path)
     row = onlooker.wait_done(path)
-    rot(path, flip_a_bit)
+    rot(onlooker, path, flip_a_bit)
     assert onlooker.run("verify", row["checkpoint"]).code == 4
-    rot(path, flip_a_bit)
+    rot(onlooker, path, flip_a_bit)
     assert onlooker.run("verify", row["checkpoint"]).code == 0
     assert onlooker.wait_state(row["checkpoint"], "live")["level"] == "verified"
 
@@ -109,7 +111,7 @@ def test_one_damaged_file_of_a_directory_is_named(onlooker: Onlooker, writer: Wr
         writer.put(name=name, path=path / name)
     (path / "trainer_state.json").write_text('{"global_step": 7}')
     row = onlooker.wait_done(path)
-    rot(path / "optimizer.pt", flip_a_bit)
+    rot(onlooker, path / "optimizer.pt", flip_a_bit)
     said = onlooker.run("verify", row["checkpoint"])
     assert said.code == 4
     assert "optimizer.pt: digest MiB 2" in said.out

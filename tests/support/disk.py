@@ -34,7 +34,7 @@ KINDS = {
     "ext4-thin": ("mkfs.ext4 -q -F -E lazy_itable_init=1", 64 * MIB, "errors=continue"),
     "xfs": ("mkfs.xfs -q -f", 300 * MIB, ""),
 }
-BUSY_TRIES = 100
+BUSY_TRIES = 1000
 BUSY_S = 0.02
 DETACH = 2  # umount2(2): out of sight now, gone when the last descriptor is
 

@@ -280,6 +280,8 @@ class FakeDaemon:
             self._changed.notify_all()
 
     def _available(self, size_bytes: int) -> Arena | None:
+        if not self._open:
+            return None
         usable = [a for a in self.arenas.values() if a.use in {"free", "hot"} and a.size_bytes >= size_bytes]
         if len(self.arenas) < self.arenas_max and not any(a.use == "free" for a in usable):
             fd = os.memfd_create("fake-arena", os.MFD_CLOEXEC)

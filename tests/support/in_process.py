@@ -37,6 +37,7 @@ from ckptd.intake import doctor, leftovers, premises, reconcile, status
 from ckptd.model import new_id
 from ckptd.notify import Notifier
 from ckptd.origins import Loaded
+from ckptd.worker import child, examine
 from ckptd_client import control, wire
 from tests.support.arena import layout
 
@@ -46,7 +47,8 @@ QUICK: dict[str, Any] = {
     "catalog": {"ballast_bytes": 0},
     "watching": {"reconcile_s": 1.0, "reconcile_max_s": 1.0, "quiet_s": 0.1},
     "jobs": {"backoff_s": 0.05, "backoff_s_max": 1.0},
-    "arenas": {"bytes_max": 256 << 20},
+    "arenas": {"bytes_max": 256 << 20, "memory_free_bytes_min": 0},
+    "alerts": {"look_s": 3600},  # of the machine: the memory of this very process, with all tests before, and its disk
     "drain_s": 5.0,
 }
 
@@ -57,6 +59,8 @@ for _module, _limit in (
     (doctor, "ANSWER_S"),
     (leftovers, "ANSWER_S"),
     (reconcile, "OPEN_S"),
+    (child, "KILL_GRACE_S"),  # and for a process that was killed: one that is not buried is the next test's warning
+    (examine, "_REAP_S"),
 ):
     assert hasattr(_module, _limit), f"{_module.__name__} has no {_limit} any more"
     setattr(_module, _limit, 30.0)

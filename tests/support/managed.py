@@ -1,6 +1,5 @@
 """A node without ckptd's own supervisor: the daemon is a service, started by the `ckptd` command as its unit says."""
 
-import contextlib
 import os
 import signal
 import sys
@@ -9,6 +8,7 @@ from typing import Any, Self
 
 from tests.support.node import PATIENCE_S, Node, children, eventually, is_alive
 from tests.support.service_manager import ServiceManager, Unit
+from tests.support.signals import kill
 
 
 @dataclass
@@ -62,9 +62,6 @@ class Managed(Node):
             return
         family = self.family()
         self.manager.close()
-        for pid in family:
-            if is_alive(pid) and self._is_ours(pid):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+        kill(pid for pid in family if is_alive(pid) and self._is_ours(pid))
         eventually(lambda: not any(is_alive(p) and self._is_ours(p) for p in family), "every process to end")
         self.manager = None  # type: ignore[assignment]

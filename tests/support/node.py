@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from ckptd_client import wire
+from tests.support.signals import kill
 
 PATIENCE_S = 60.0  # what never comes fails its test; a machine that does much else does not
 LOOK_S, LOOK_S_MAX = 0.01, 0.2
@@ -201,9 +202,7 @@ class Node:
             if self.supervisor.poll() is None:
                 self.supervisor.kill()  # before its daemon, which it would start again
             self.supervisor.wait(timeout=PATIENCE_S)
-            for pid in self._pids - {self.supervisor.pid}:
-                if is_alive(pid) and self._is_ours(pid):
-                    os.kill(pid, signal.SIGKILL)
+            kill(pid for pid in self._pids - {self.supervisor.pid} if is_alive(pid) and self._is_ours(pid))
             eventually(lambda: not any(is_alive(p) and self._is_ours(p) for p in self._pids), "every process to end")
             self.supervisor = None
 
@@ -243,9 +242,9 @@ class Node:
         return {w["pid"]: w for w in self.status()["workers"] if w["pid"] is not None}
 
     def kill_daemon(self) -> int:
-        """SIGKILL the daemon; return its pid once it is gone."""
+        """SIGKILL the daemon; return its pid once it is gone. An armed point may end it first."""
         pid = self.daemon_pid
-        os.kill(pid, signal.SIGKILL)
+        kill([pid])
         eventually(lambda: not is_alive(pid), "the daemon's end")
         return pid
 

@@ -33,7 +33,18 @@ if not PLAIN:
 
 import ckptd_client  # noqa: E402 - torch comes first, as in a training script
 from ckptd_client import arena as arenas  # noqa: E402
-from ckptd_client import commits, control, experiment, loader, overflow, saver, session, spool  # noqa: E402
+from ckptd_client import (  # noqa: E402
+    commits,
+    connection,
+    control,
+    experiment,
+    finder,
+    loader,
+    overflow,
+    saver,
+    session,
+    spool,
+)
 
 OPEN_S = 30.0  # a machine that does much else starts a daemon and its worker in more than the seconds of the product
 
@@ -49,6 +60,7 @@ class Trainer:
         self._watch_pushes()
         for module in (experiment, loader, saver, session):
             module.OPEN_S = float(os.environ.get("TRAINER_OPEN_S", OPEN_S))
+        session.CLOSE_S = max(session.CLOSE_S, session.OPEN_S)
 
     def _watch_pushes(self) -> None:
         """Keep every level as the daemon says it: a handle itself would never show one that goes down."""
@@ -157,7 +169,12 @@ class Trainer:
         return self._told(handle)
 
     def stream(self, threads: int, saves: int, project: str, directory: str, first: int) -> dict[str, Any]:
-        """`threads` threads, each with an experiment of its own; all save as fast as they are let."""
+        """`threads` threads, each with an experiment of its own; all save as fast as they are let.
+
+        A daemon that many ask at once may be silent for longer than the product bears; what goes into the spool
+        for that comes after what was saved later.
+        """
+        connection.HANG_S = finder.HELLO_S = OPEN_S
         made: dict[str, list[list[Any]]] = {}
         ready = threading.Barrier(threads)
 
@@ -165,7 +182,10 @@ class Trainer:
             name = f"run-{first + number}"
             # What waits in vain for its overlap goes into the spool, and comes after what was saved later.
             run = ckptd_client.Experiment(name, project=project, dir=directory, overlap_wait_s=300.0)
-            ready.wait(60)
+            end_s = time.monotonic() + 120.0
+            while not run.prepare({"seed": 0, "text": name}, wait_s=20.0) and time.monotonic() < end_s:
+                time.sleep(0.1)
+            ready.wait(180)
             for step in range(saves):
                 handle = run.save({"seed": step, "text": name}, step=step)
                 made.setdefault(name, []).append([handle.id, step, handle.state])

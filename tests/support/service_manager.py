@@ -34,6 +34,7 @@ from ckptd.supervisor.mailbox import Mailbox, Message
 NAME_CHARS_MAX = 255
 FINAL_CODES = (0, 78)  # SuccessExitStatus and RestartPreventExitStatus of the unit
 LOOK_S = 5.0
+ENDING_S = 60.0
 # Between fork and exec only the child knows its pid; as systemd does, the variables are set there.
 LAUNCH = """\
 import os, sys
@@ -196,7 +197,8 @@ class ServiceManager:
             self._over = True
             self._kill_all()
         self._poke()
-        self._thread.join(LOOK_S)
+        self._thread.join(ENDING_S)
+        assert not self._thread.is_alive(), "the manager's thread still looks at what is to be closed"
         self.empty_store()
         self._mailbox.close()
         self._listener.close()

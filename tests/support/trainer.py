@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 
 SCRIPT = Path(__file__).with_name("run_trainer.py")
-START_S = 60.0
+START_S = 180.0
 ANSWER_S = 100.0
 
 

@@ -46,7 +46,7 @@ class WorkerProcess:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.socket.close()
         if self.process.poll() is None:
-            self.process.wait(timeout=10)
+            self.process.wait(timeout=60)
 
     def send(self, request: protocol.Request, fd: int | None = None) -> int:
         """Send one request and return its number."""
@@ -73,7 +73,7 @@ class WorkerProcess:
             except ConnectionResetError:
                 data = b""
             if not data:
-                raise Died(self.process.wait(timeout=10))
+                raise Died(self.process.wait(timeout=60))
             self._frames += [msgspec.json.decode(frame) for frame in self._splitter.feed(data)]
         return self._frames.pop(0)
 

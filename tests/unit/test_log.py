@@ -46,8 +46,9 @@ class Scene:
 
 @pytest.fixture
 def scene() -> Iterator[type[Scene]]:
-    before = logging.getLogger().handlers, logging.getLogger().level
+    before, sinks = (logging.getLogger().handlers, logging.getLogger().level), log._sinks[:]
     yield Scene
+    log._sinks[:] = sinks  # what they lost is no trouble of a daemon of the next tests
     structlog.reset_defaults()
     logging.getLogger().handlers, logging.getLogger().level = before
 

@@ -150,5 +150,6 @@ async def test_a_statement_that_is_cancelled_holds_up_no_later_one(engine: Async
                 await conn.execute(text("SELECT stand_still()"))
         go_on.set()
         assert scope.cancelled_caught
+    await anyio.to_thread.run_sync(driver._thread.join, 60)  # else it may still have a word for a loop that is closed
     async with engine.connect() as conn:
         assert (await conn.execute(select(THING.c.name))).scalars().all() == ["a", "b", "c"]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,6 +29,22 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, limit, PATIENT_S)
     for module in (experiment, loader, saver, session):
         monkeypatch.setattr(module, "OPEN_S", PATIENT_S)
+
+
+@pytest.fixture(autouse=True)
+def no_thread_outlives(patience: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A run that was closed follows its saves for half a minute more, in a thread that dials and opens descriptors."""
+    made: list[connection.Connection] = []
+    begin = connection.Connection.__init__
+
+    def noted(self: connection.Connection, *given: Any, **named: Any) -> None:
+        begin(self, *given, **named)
+        made.append(self)
+
+    monkeypatch.setattr(connection.Connection, "__init__", noted)
+    yield
+    for one in made:
+        one.close()
 
 
 @pytest.fixture

@@ -16,6 +16,8 @@ from ckptd_client.connection import Callbacks, Connection
 from ckptd_client.errors import NotFound, Refused, TimedOut, Unavailable
 from ckptd_client.places import PlaceError, SocketPlace
 from tests.support.fake_daemon import FakeDaemon
+from tests.support.in_process import open_fds
+from tests.support.node import eventually
 from tests.support.saving import BOUND_S, LONG_S
 
 
@@ -155,6 +157,15 @@ def test_descriptors_arrive_closed_on_exec_and_belong_to_the_taker(connection: C
     os.close(fd)
 
 
+def held(inode: int) -> int:
+    """How many descriptors of this process are of that file."""
+    found = 0
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # an earlier test's thread closes what it has
+            found += os.stat(f"/proc/self/fd/{fd}").st_ino == inode
+    return found
+
+
 def test_a_descriptor_that_comes_too_late_is_closed(connection: Connection, daemon: FakeDaemon):
     connection.wait_up(30)
     daemon.arenas_max = 0
@@ -165,12 +176,8 @@ def test_a_descriptor_that_comes_too_late_is_closed(connection: Connection, daem
     with daemon._changed:
         daemon._serve_waiting()
     connection.request("status", 30)  # handled after the late reply
-    open_files = []
-    for fd in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(FileNotFoundError):  # an earlier test's thread closes what it has
-            open_files.append(os.readlink(f"/proc/self/fd/{fd}"))
-    held = sum("memfd:fake-arena" in name for name in open_files)
-    assert held == 2, "memfd and its mapping in the fake daemon, nothing here"
+    (arena,) = daemon.arenas.values()
+    assert held(os.fstat(arena.fd).st_ino) == 2, "memfd and its mapping in the fake daemon, nothing here"
 
 
 def test_more_descriptors_than_there_is_room_for_end_the_connection(connection: Connection, daemon: FakeDaemon):
@@ -260,6 +267,35 @@ def test_silence_with_a_request_under_way_ends_the_connection(daemon: FakeDaemon
     connection.close()
 
 
+def test_its_own_standstill_is_not_taken_for_the_daemon_s(daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch):
+    """A training process may hold the interpreter for seconds: what came meanwhile is read before anybody is given up."""
+    monkeypatch.setattr(connecting, "PING_AFTER_S", 0.05)
+    monkeypatch.setattr(connecting, "HANG_S", LONG_S)
+    stands, go_on = threading.Event(), threading.Event()
+
+    def tick() -> None:
+        if "watch" in {request["op"] for request in daemon.requests}:
+            stands.set()
+            go_on.wait(LONG_S)
+
+    connection = Connection(str(daemon.path), callbacks=Callbacks(tick=tick))
+    assert connection.wait_up(30)
+    daemon.mute = True
+    connection.request_nowait("status", lambda *_: None)
+    daemon.wait_for("watch")
+    connection.tick_within(0.0)
+    assert stands.wait(30)
+    daemon.mute = False
+    monkeypatch.setattr(connecting, "HANG_S", 0.05)
+    daemon.push({"push": "level", "checkpoint": "x", "level": "staged"})
+    time.sleep(0.2)
+    monkeypatch.setattr(connecting, "PING_AFTER_S", LONG_S)  # of the request that stays without an answer
+    go_on.set()
+    assert connection.request("ping", 30)["ok"]
+    assert len(daemon.of("hello")) == 1
+    connection.close()
+
+
 def test_a_slow_answer_is_no_silence_while_the_daemon_answers_pings(
     daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch
 ):
@@ -333,19 +369,15 @@ def test_a_callback_that_waits_for_its_own_thread_is_told_so(daemon: FakeDaemon)
 
 
 def test_closing_leaves_no_descriptor_and_no_thread(daemon: FakeDaemon):
-    def left() -> tuple[int, int]:
-        return threading.active_count(), len(os.listdir("/proc/self/fd"))
+    def left() -> int:
+        return sum(thread.name == "ckptd-connection" for thread in threading.enumerate())
 
-    threads, fds = left()
+    threads, fds = left(), open_fds()
     for _ in range(3):
         connection = Connection(str(daemon.path))
         connection.request("status", 30)
         connection.close()
-    deadline_s = time.monotonic() + 30
-    while (left()[0] > threads or left()[1] > fds) and time.monotonic() < deadline_s:
-        time.sleep(0.01)
-    assert left()[0] <= threads
-    assert left()[1] <= fds
+    eventually(lambda: left() <= threads and open_fds() <= fds, "all to be closed")
 
 
 def test_a_socket_path_that_is_too_long_is_an_error_and_not_a_surprise():

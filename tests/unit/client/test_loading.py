@@ -127,7 +127,7 @@ def test_a_hot_load_that_is_kept_becomes_private_and_survives_the_next_save(
     daemon.attach_reply = hot_reply(checkpoint, image, directory)
     loaded = run.load()
     daemon.wait_for("detach")
-    arena = next(a for a in daemon.arenas.values() if a.checkpoint == checkpoint)
+    arena = next(a for a in list(daemon.arenas.values()) if a.checkpoint == checkpoint)  # another may be lent meanwhile
     os.pwrite(arena.fd, b"\xff" * (arena.size_bytes - 4096), 4096)
     assert same(loaded, state(5))
 

@@ -11,6 +11,7 @@ import ckptd_client as ckptd
 from ckptd_client import connection as connecting
 from ckptd_client import control, saver
 from tests.support.fake_daemon import FakeDaemon, descriptor_of
+from tests.support.node import eventually
 from tests.support.saving import BOUND_S, LONG_S, state, value_in
 
 
@@ -108,7 +109,7 @@ def test_a_failed_checkpoint_raises_what_the_daemon_said(run: ckptd.Experiment, 
     with pytest.raises(ckptd.Refused, match="full") as caught:
         handle.wait("durable", timeout=30)
     assert caught.value.code == "no_space"
-    assert run.stats()["failed"] == 1
+    eventually(lambda: run.stats()["failed"] == 1, "it to be counted")  # those who wait are told first
 
 
 def test_waiting_has_a_limit(run: ckptd.Experiment, daemon: FakeDaemon):

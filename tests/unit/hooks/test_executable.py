@@ -116,4 +116,7 @@ async def test_what_a_program_starts_ends_with_it(running, program, tmp_path):
     )
     async with running([hook]) as runner:
         assert (await runner.ask(context())).allowed
-        assert not Path(f"/proc/{int((tmp_path / 'pid').read_text())}/cwd").exists()
+        started = Path(f"/proc/{int((tmp_path / 'pid').read_text())}/cwd")
+        with anyio.fail_after(20):  # it was killed; that it is gone takes it a moment more
+            while started.exists():
+                await anyio.sleep(0.02)

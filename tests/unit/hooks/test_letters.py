@@ -189,9 +189,9 @@ async def test_a_dead_server_keeps_nobody_else_waiting(serve, monkeypatch):
 
 
 async def test_nobody_there_is_a_failure_after_every_attempt():
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    run = await send(webhook(port, retries_max=1))
+    with socket.socket() as nobody:  # bound, so that nobody else gets the port, and never listening
+        nobody.bind(("127.0.0.1", 0))
+        run = await send(webhook(nobody.getsockname()[1], retries_max=1))
     assert (run.outcome, run.attempts) == (Outcome.FAILED, 2)
     assert "ConnectionRefusedError" in run.error
 

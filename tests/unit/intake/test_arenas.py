@@ -290,7 +290,7 @@ async def test_who_came_later_makes_no_arena_before_the_one_that_waits_for_room(
     order: list[str] = []
 
     async def want(name: str, size_bytes: int) -> None:
-        await pool.lease(name, size_bytes, Client(pool), 5)
+        await pool.lease(name, size_bytes, Client(pool), 60)
         order.append(name)
 
     async with anyio.create_task_group() as group:
@@ -324,7 +324,7 @@ async def test_a_cancelled_wait_leaves_nothing_behind(keeper):
     pool = a_pool(keeper, bytes_max=MIB)
     control.set_state((await pool.lease("a", MIB, Client(pool), 0)).page, control.WRITING)
     with anyio.move_on_after(0.05):
-        await pool.lease("b", MIB, Client(pool), 5)
+        await pool.lease("b", MIB, Client(pool), 60)
     assert pool.waiting == 0
     assert pool.bytes_used == MIB
 

@@ -151,8 +151,11 @@ async def test_a_vetoed_verify_comes_later_and_is_not_put_off_for_ever(short_dir
     async with hooked(short_dir, gate) as (node, line):
         training = await Training(line, str(node.runs)).open()
         odd = await training.saved(3)
-        asked, _ = await eventually(lambda: node.read(lambda conn: hookruns.runs(conn, outcome="vetoed")))
-        await eventually(lambda: node.parts.extensions.hooked.delivery.state_of("gate")[0].get("vetoed") == 3)
+        delivery = node.parts.extensions.hooked.delivery
+        await eventually(lambda: delivery.state_of("gate")[0].get("vetoed") == 3)
+        await delivery.flush()
+        asked, _ = await node.read(lambda conn: hookruns.runs(conn, outcome="vetoed"))
+        assert len(asked) == 3
         assert len({one.run.key for one in asked}) == len(asked), "each is a question of its own"
         with pytest.raises(Vetoed):
             await line.ask("verify", selector=odd)

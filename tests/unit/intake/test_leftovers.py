@@ -11,6 +11,7 @@ from ckptd.intake import leftovers
 from ckptd.model import State
 from ckptd.pipeline import retain
 from ckptd.rules import Rules
+from ckptd.worker.protocol import Usage, Used
 from tests.support.in_process import Training, a_tensor, daemon, eventually
 
 FILES = {"model.safetensors": a_tensor(1), "optimizer.safetensors": a_tensor(2)}
@@ -112,6 +113,12 @@ async def test_what_somebody_put_there_is_named_and_a_trash_that_does_not_answer
     async with daemon(short_dir) as node, node.connect() as line:
         await saved(node, line, 1)
         (node.runs / ".ckptd-trash" / "somebody's").mkdir(parents=True)
+        call, used = node.parts.workers.call, Used(100, 50, filesystem="x", direct_io=True, leases=True)
+
+        async def answer(request: Any, **more: Any) -> Any:  # how full the disk is changes between the two looks
+            return used if isinstance(request, Usage) else await call(request, **more)
+
+        monkeypatch.setattr(node.parts.workers, "call", answer)
         before = await said(node, line)
         assert before.endswith(f"; {WORDS}: 1, somebody's")
 

@@ -23,7 +23,7 @@ from ckptd.worker.rootmark import NAME
 from tests.support.disk import tmpfs
 from tests.support.in_process import Node, Training, daemon, eventually
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("still_upkeep")]
 KEEP_ONE = {"keep_last": 1, "trash_grace_s": 86400}
 
 

@@ -54,6 +54,10 @@ class Hooks:
         self.delivery.report(run, context)
         return run
 
+    def are_idle(self) -> bool:
+        """Whether each lane has looked and found nothing more."""
+        return not any(lane.busy for lane in self.delivery._lanes.values())
+
     def roots(self, name: str) -> list[str]:
         return [context.data["root"] for context in self.told[name]]
 
@@ -89,7 +93,7 @@ class Place:
         delivery.deliverer = hooks = Hooks(delivery)
         async with anyio.create_task_group() as group:
             group.start_soon(delivery.run)
-            await eventually(lambda: len(delivery._lanes) == len(specs))
+            await eventually(lambda: len(delivery._lanes) == len(specs) and hooks.are_idle())
             yield hooks
             group.cancel_scope.cancel()
 
@@ -194,14 +198,42 @@ async def test_a_disabled_hook_hears_nothing_of_what_happens_meanwhile_and_stays
         assert await hooks.delivery.switch("one", enabled=False)
         assert not await hooks.delivery.switch("one", enabled=False)
         await place.tell("/a")
-        await eventually(lambda: hooks.told["mark"])
+        await eventually(lambda: hooks.told["mark"] and hooks.are_idle())
     async with place.delivering(a_hook("one"), a_hook("mark")) as hooks:
         await place.tell("/b")
-        await eventually(lambda: hooks.told["mark"])
+        await eventually(lambda: hooks.told["mark"] and hooks.are_idle())
         assert hooks.told["one"] == []
         await hooks.delivery.switch("one", enabled=True)
         await place.tell("/c")
         await eventually(lambda: hooks.roots("one") == ["/c"])
+
+
+async def test_whoever_flushes_waits_for_what_is_being_written_down_already(place, monkeypatch):
+    """Else a person who asks for the log right after a run would not see it."""
+    begun, go_on, done, real = anyio.Event(), anyio.Event(), anyio.Event(), hookruns.record
+
+    async def held(tx, progress):
+        begun.set()
+        await go_on.wait()
+        return await real(tx, progress)
+
+    async with place.delivering(a_hook("one")) as hooks, anyio.create_task_group() as group:
+        await place.tell("/a")
+        await eventually(lambda: hooks.told["one"] and hooks.are_idle())
+        await hooks.delivery.flush()
+        monkeypatch.setattr(hookruns, "record", held)
+
+        async def flush():
+            await hooks.delivery.flush()
+            done.set()
+
+        await hooks.deliver(hooks.told["one"][0], a_hook("one"))  # as when it is asked: the log does not move
+        await begun.wait()
+        group.start_soon(flush)
+        await anyio.wait_all_tasks_blocked()
+        early = done.is_set()
+        go_on.set()
+    assert not early
 
 
 async def test_a_hook_that_was_taken_out_and_comes_back_begins_anew(place):
@@ -215,13 +247,14 @@ async def test_a_hook_that_was_taken_out_and_comes_back_begins_anew(place):
         await eventually(lambda: hooks.roots("one") == ["/c"])
 
 
-async def test_hooks_of_one_fact_start_in_the_order_of_their_priority_and_those_of_background_last(place):
+async def test_hooks_of_one_fact_start_in_the_order_of_their_priority_and_those_of_background_last(place, monkeypatch):
     """M050: ties by registration."""
+    monkeypatch.setattr(module, "BACKGROUND_S", 3600.0)
     names = {"last": Priority.BACKGROUND, "low": Priority.LOW, "first": Priority.CRITICAL, "a": Priority.NORMAL}
     specs = [*(a_hook(name, priority=priority) for name, priority in names.items()), a_hook("b"), a_hook("c")]
     async with place.delivering(*specs) as hooks:
         await place.tell("/warm")  # each lane has caught up by itself then
-        await eventually(lambda: len(hooks.order) == len(specs))
+        await eventually(lambda: len(hooks.order) == len(specs) and hooks.are_idle())
         hooks.order.clear()
         await place.tell("/a")
         await eventually(lambda: len(hooks.order) == len(specs))
@@ -232,7 +265,7 @@ async def test_background_waits_for_the_others_and_not_for_ever(place, monkeypat
     monkeypatch.setattr(module, "BACKGROUND_S", 0.2)
     async with place.delivering(a_hook("slow"), a_hook("later", priority=Priority.BACKGROUND)) as hooks:
         await place.tell("/warm")  # each lane has caught up by itself then
-        await eventually(lambda: len(hooks.order) == 2)
+        await eventually(lambda: len(hooks.order) == 2 and hooks.are_idle())
         hooks.order.clear()
         hooks.gates["slow"] = anyio.Event()
         begun_s = anyio.current_time()
@@ -241,7 +274,8 @@ async def test_background_waits_for_the_others_and_not_for_ever(place, monkeypat
         assert anyio.current_time() - begun_s >= module.BACKGROUND_S
 
 
-async def test_background_waits_for_the_others_also_with_what_happened_while_no_daemon_ran(place):
+async def test_background_waits_for_the_others_also_with_what_happened_while_no_daemon_ran(place, monkeypatch):
+    monkeypatch.setattr(module, "BACKGROUND_S", 3600.0)
     hooks = [a_hook("later", priority=Priority.BACKGROUND), a_hook("other")]
     async with place.delivering(*hooks) as before:
         await place.tell("/warm")

@@ -140,9 +140,9 @@ async def test_a_purge_that_met_a_dead_worker_is_repeated_soon_and_ever_less_oft
     assert pauses == [1.0, 2.0, 4.0, 8.0, 16.0, upkeep.PURGE_S, upkeep.PURGE_S, upkeep.PURGE_S, upkeep.PURGE_S]
 
 
+@pytest.mark.usefixtures("still_upkeep")  # the daemon's own look must not come first
 @pytest.mark.parametrize("healed", [False, True])
 async def test_a_tombstone_that_could_not_be_carried_out_is_tried_soon_too(short_dir, monkeypatch, healed):
-    monkeypatch.setattr(upkeep, "MOVE_S", 3600.0)  # the daemon's own look must not come first
     async with daemon(short_dir) as node, node.connect() as line:
         _, ids = await three(node, line)
         await node.idle()  # else the last save's own job retires one more by the rules below

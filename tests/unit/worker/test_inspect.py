@@ -91,11 +91,39 @@ def test_a_child_that_went_idle_is_replaced_without_a_word(tmp_path, small, monk
     """It ends with status 0 between two questions; the second one is asked again."""
     path = tmp_path / "m.safetensors"
     save_file({"w": torch.ones(2)}, path)
-    other_parser(monkeypatch, "parser.IDLE_S = 0.2; parser.main()")
+    other_parser(monkeypatch, "parser.IDLE_S = 1.0; parser.main()")
     assert ask(small, path).found.complete is True
+    before = small.started
     assert small._free[0]._process.wait() == 0
     assert ask(small, path).found.complete is True
-    assert small.started == 2
+    assert small.started > before
+
+
+def test_a_child_that_is_slow_to_be_buried_is_not_taken_for_one_that_its_file_killed(tmp_path, small, monkeypatch):
+    """It had gone idle; a machine that stands still for a second must not make a good file a broken one."""
+    path = tmp_path / "m.safetensors"
+    save_file({"w": torch.ones(2)}, path)
+    other_parser(monkeypatch, "parser.IDLE_S = 1.0; parser.main()")
+    assert ask(small, path).found.complete is True
+    small._free[0]._process.wait()
+    real, early = examine._Child.reaped, [False] * 8
+    monkeypatch.setattr(examine._Child, "reaped", lambda child, wait_s: early.pop() if early else real(child, wait_s))
+    assert ask(small, path).found.complete is True
+    assert early == []
+
+
+def test_a_child_that_is_never_buried_says_nothing_of_its_file(tmp_path, small, monkeypatch):
+    path = tmp_path / "m.safetensors"
+    save_file({"w": torch.ones(2)}, path)
+    assert ask(small, path).found.complete is True
+    small._free[0]._process.kill()
+    small._free[0]._process.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr(examine, "SILENCE_S", 0.1)
+        patch.setattr(examine._Child, "reaped", lambda _child, _wait_s: False)
+        with pytest.raises(TimedOut, match="has not ended"):
+            ask(small, path)
+    assert ask(small, path).found.complete is True
 
 
 def pickled(path, stream):

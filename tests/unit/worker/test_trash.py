@@ -355,9 +355,9 @@ def test_a_publish_of_hours_is_not_swept_under_its_writer(root: Path) -> None:
     living.close()
     path = root / living.name
     (path / "f").write_bytes(b"1")
-    os.utime(path / "f", ns=(0, (path.stat().st_mtime_ns + 3_000_000_000)))
-    assert swept(root, older_s=1.0, ahead_s=2.0) == 0
-    assert swept(root, older_s=1.0, ahead_s=60.0) == 1
+    os.utime(path / "f", ns=(0, (path.stat().st_mtime_ns + 3_000_000_000_000)))
+    assert swept(root, older_s=1.0, ahead_s=2000.0) == 0
+    assert swept(root, older_s=1.0, ahead_s=60_000.0) == 1
     os.close(fd)
 
 
