@@ -99,6 +99,7 @@ def saved_and_stopped(node: Node, nursery: Nursery, points: str) -> tuple[dict[s
     node.stop()
     # The worker may not have come to where it would be held up: then the memory was spilled all the sooner.
     eventually(lambda: re.fullmatch(r"\s*([^,]*=delay:[^,]*)?\s*", node.plan.read_text()), "the daemon to die of it")
+    node.disarm()  # else the next daemon's worker would be held up there
     tally.add("kills", 1)
     trainer.end()
     node.start()
