@@ -303,7 +303,8 @@ class Delivery:
             self._look_for_declared()
             passing = now_s - passed_s >= PASS_S
             passed_s = now_s if passing else passed_s
-            await self._record(lane for lane in self._lanes.values() if lane.changed or passing)
+            # A list: lanes may come and go while this waits for its turn.
+            await self._record([lane for lane in self._lanes.values() if lane.changed or passing])
 
     async def _record(self, lanes: Iterable[Lane]) -> None:
         """One after the other: who finds nothing to write down must not be told so while it is being written."""

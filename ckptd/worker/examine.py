@@ -26,6 +26,7 @@ STUCK_MAX = 4  # killed, but the kernel still waits for their disk
 SILENCE_S = 60.0  # without an answer or a beat: the disk hangs. Below workers.request_s (120 s by default)
 _SLICE_S = 0.25
 _REAP_S = 1.0
+_BURIAL_S = 30.0  # for a child whose stdout has ended; with the silence before, still below workers.request_s
 TIDY_S = IDLE_S + 1.0  # after a question; by then a child that waits has ended, unless it was asked again
 _READ_BYTES = 1 << 16
 
@@ -105,7 +106,7 @@ class _Child:
             return False
         return True
 
-    def last_words(self, context: Context) -> tuple[int, str]:
+    def last_words(self, question: Question, context: Context) -> tuple[int, str]:
         """Return how it ended after its stdout did: 0 by its own choice, -N by signal N; and its traceback.
 
         TimedOut or Cancelled: it can't be buried yet, so nobody knows. That says nothing of the file.
@@ -114,8 +115,8 @@ class _Child:
         while not self.reaped(_SLICE_S):
             if context.cancelled.is_set():
                 context.alive()  # raises Cancelled
-            if time.monotonic() - begun_s > SILENCE_S:
-                raise TimedOut(f"its parser has not ended for {SILENCE_S:.0f} s")
+            if time.monotonic() - begun_s > _BURIAL_S:
+                raise TimedOut(f"its parser has not ended for {_BURIAL_S:.0f} s", path=question.path)
         text = os.read(self._stderr.fileno(), _READ_BYTES).decode(errors="replace")
         return self._process.returncode, text
 
@@ -158,7 +159,7 @@ class Parsers:
     def _buried(self, child: _Child, question: Question, context: Context) -> Answer | None:
         """Say what a child's end means for its question; None when it had gone idle just before."""
         try:
-            status, words = child.last_words(context)
+            status, words = child.last_words(question, context)
         finally:
             self._drop(child)
         if status > 0:

@@ -113,7 +113,7 @@ class Offers:
             return not (refused or asked & self._open.keys())
 
     def up(self) -> None:
-        """A daemon answers: ask again by what id it knows what lies in the spool. Runs in the connection's thread.
+        """A daemon answers: ask again by what id it knows what lies in the spool. From the connection's thread, or the background.
 
         What lies at a path may have an older id. Handing it over twice is handing it over once, so the
         same offer by message and by the spool is one checkpoint, whichever comes first.

@@ -14,6 +14,7 @@ import pytest
 from ckptd.model import new_id
 from ckptd_client import wire
 from ckptd_client.connection import HANG_S, PING_AFTER_S
+from tests.support import descriptors
 from tests.support.node import Node, NotAnswering, eventually
 from tests.support.onlooker import end, make
 from tests.support.trainer import Nursery, Trainer
@@ -41,11 +42,7 @@ def opened(node: Node, nursery: Nursery, name: str) -> Trainer:
 
 def fds_of(pid: int) -> int:
     """But for the catalog's: how many readers it has open is the daemon's own affair."""
-    found = 0
-    for fd in os.listdir(f"/proc/{pid}/fd"):
-        with contextlib.suppress(OSError):  # closed since
-            found += "catalog.sqlite" not in os.readlink(f"/proc/{pid}/fd/{fd}")
-    return found
+    return sum("catalog.sqlite" not in name for name in descriptors.names(pid))
 
 
 class Line:

@@ -15,6 +15,7 @@ import pytest
 
 from ckptd.intake import listener
 from ckptd_client import wire
+from tests.support import descriptors
 from tests.support.in_process import Wire, daemon, eventually
 from tests.support.node import Node
 
@@ -58,11 +59,7 @@ print("uid", os.getuid(), peer.makefile().readline())
 
 def open_of(pid: int) -> int:
     """Sockets, and what watches processes: how many readers its catalog has open is the daemon's own affair."""
-    found = 0
-    for fd in os.listdir(f"/proc/{pid}/fd"):
-        with suppress(OSError):  # closed since
-            found += os.readlink(f"/proc/{pid}/fd/{fd}").startswith(("socket:", "anon_inode:[pidfd]"))
-    return found
+    return sum(name.startswith(("socket:", "anon_inode:[pidfd]")) for name in descriptors.names(pid))
 
 
 def question(peer: socket.socket, number: int) -> float:

@@ -8,7 +8,6 @@ again with the same keeper is a restart.
 """
 
 import argparse
-import contextlib
 import gc
 import hashlib
 import math
@@ -39,6 +38,7 @@ from ckptd.notify import Notifier
 from ckptd.origins import Loaded
 from ckptd.worker import child, examine
 from ckptd_client import control, wire
+from tests.support import descriptors
 from tests.support.arena import layout
 
 PATIENCE_S = 40.0  # what never comes fails its test; a machine that stands for some seconds does not
@@ -369,8 +369,4 @@ def open_fds(of: str = "") -> int:
     time: who counts once counts those of one name.
     """
     gc.collect()
-    names = []
-    for fd in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(FileNotFoundError):  # the listing's own, and what closed since
-            names.append(os.readlink(f"/proc/self/fd/{fd}"))
-    return sum(of in name for name in names)
+    return sum(of in name for name in descriptors.names(os.getpid()))

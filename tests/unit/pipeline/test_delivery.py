@@ -236,6 +236,19 @@ async def test_whoever_flushes_waits_for_what_is_being_written_down_already(plac
     assert not early
 
 
+async def test_a_hook_that_comes_while_others_wait_to_be_written_down_ends_nothing(place):
+    async with place.delivering(a_hook("one")) as hooks:
+        await place.tell("/a")
+        await eventually(lambda: hooks.told["one"] and hooks.are_idle())
+        async with hooks.delivery._recording:
+            await hooks.deliver(hooks.told["one"][0], a_hook("one"))
+            await anyio.sleep(20 * module.RECORD_S)
+            hooks.delivery.registry.add(a_hook("two"))
+            await hooks.delivery.enter()
+        await place.tell("/b")
+        await eventually(lambda: hooks.roots("two") == ["/b"])
+
+
 async def test_a_hook_that_was_taken_out_and_comes_back_begins_anew(place):
     async with place.delivering(a_hook("one")) as hooks:
         await place.tell("/a")
@@ -373,20 +386,3 @@ async def test_facts_wait_for_a_hook_whose_code_was_not_asked_yet_where_it_runs(
         hooks.delivery.registry.declare("mine", [said])
         await place.tell("/b")
         await eventually(lambda: hooks.roots("mine") == ["/a", "/b"])
-
-
-async def test_runs_are_trimmed_for_each_outcome_so_that_skips_push_out_no_failure(place, monkeypatch):
-    monkeypatch.setattr(hookruns, "RUNS_KEPT_MAX", 5)
-    [one] = (await place.catalog.write(lambda tx: hookruns.enter(tx, ["one"]))).values()
-    at = SystemClock().now()
-
-    async def record(tx) -> None:
-        runs = [
-            hookruns.Ran(at=at, event="root.added", key=str(n), outcome="failed" if n < 3 else "skipped", ms=1.0)
-            for n in range(30)
-        ]
-        await hookruns.record(tx, [hookruns.Progress(no=one.no, name="one", cursor=None, counts={}, runs=runs)])
-
-    await place.catalog.write(record)
-    logged, _ = await place.catalog.read(hookruns.runs)
-    assert [entry.run.key for entry in logged] == ["29", "28", "27", "26", "25", "2", "1", "0"]

@@ -119,7 +119,7 @@ def test_a_child_that_is_never_buried_says_nothing_of_its_file(tmp_path, small, 
     small._free[0]._process.kill()
     small._free[0]._process.wait()
     with monkeypatch.context() as patch:
-        patch.setattr(examine, "SILENCE_S", 0.1)
+        patch.setattr(examine, "_BURIAL_S", 0.1)
         patch.setattr(examine._Child, "reaped", lambda _child, _wait_s: False)
         with pytest.raises(TimedOut, match="has not ended"):
             ask(small, path)
