@@ -6,7 +6,8 @@
     end: every trainer ended    descriptors back to base
 
 Late in a long run no fault ends a process of ckptd: what grows with a process's age shows only in one that lives.
-A while of that goes at ten times the pace, so that the most that ever happens at once has been; then memory is judged.
+A while of that goes at ten times the pace, with most of the storms, so that the most that ever happens at once has been;
+then memory is judged.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ from typing import Self
 from ckptd.worker.examine import TIDY_S
 from tests.soak.audit import audit
 from tests.soak.crew import LEGACY, Legacy, Member, Part, Training
-from tests.soak.faults import Stage, act, faults, schedule
+from tests.soak.faults import Stage, act, faults, schedule, storm
 from tests.soak.ground import Ground
 from tests.soak.ledger import Ledger
 from tests.soak.meter import Meter, Sample
@@ -41,6 +42,9 @@ DEADLY_SHARE = 0.25  # of a long run; then no process of ckptd is ended any more
 FILLING_SHARE = 0.3  # of what comes then: caches fill, as fast as ten times the pace, or the machine, allows
 STEADY_SHARE = 0.35  # likewise: now memory is judged; what each connection keeps of rare statements comes slowly
 FILLING_PACE = 0.1  # else the most that ever happens at once, and with it the memory, still rises within the hour
+# Likewise, in each phase of that while; in any other one or none comes. What is allocated beside two hundred
+# connections comes to lie between what they leave: after some ten of them at rest the gaps are as many as they get.
+FILLING_STORMS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +182,7 @@ class Soak:
             filling = plan.lives_on and mild and self._passed_s() < filled_s
             for member in self._members():
                 member.pace = FILLING_PACE if filling else 1.0
-            self._phase(turn)
+            self._phase(turn, storms=FILLING_STORMS if filling else 0)
         with self._at_rest(for_good=True):
             self._leave_all()
             self.ground.stir()
@@ -189,10 +193,12 @@ class Soak:
     def _harmless(self, known: list, *, late: bool) -> list:
         return [fault for fault in known if not (late and fault.ends_processes)]
 
-    def _phase(self, turn: Iterator) -> None:
-        """A while of load and faults, then a rest in which everything must be right."""
+    def _phase(self, turn: Iterator, *, storms: int) -> None:
+        """A while of load and faults, so many storms before them, then a rest in which everything must be right."""
         end_s = self._passed_s() + self.plan.phase_s
         stage = Stage(self.ground, self.trainers, self._dice, self.plan.fault_s)
+        for _ in range(storms):
+            storm(stage)
         while (left_s := min(end_s, self._until_s) - self._passed_s()) > 0:
             if self.plan.calm:
                 self._wait(left_s)

@@ -1,5 +1,6 @@
 """Freed memory goes back to the kernel; what was imported is looked at no more."""
 
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,25 @@ def test_what_was_freed_below_something_that_stays_goes_back_to_the_kernel() -> 
     assert heap.give_back()
     assert held_bytes() < most - 40 * MIB
     assert sys.getsizeof(last) > 60_000
+
+
+@IS_GLIBC
+def test_what_hangs_in_a_cycle_goes_back_too() -> None:
+    """At rest too little is allocated for the collector to come by itself."""
+
+    class Holder:
+        def __init__(self) -> None:
+            self.itself, self.pages = self, [b"x" * 60_000 for _ in range(1000)]
+
+    gc.disable()
+    try:
+        holder = Holder()
+        most = held_bytes()
+        del holder
+        assert heap.give_back()
+        assert held_bytes() < most - 40 * MIB
+    finally:
+        gc.enable()
 
 
 @IS_GLIBC
