@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTHON_FOUND := $(shell command -v $(PYTHON) || command -v python3)
+# Where this is set a daemon's two hundred modules are compiled at each of its thousands of starts in the tests.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test check quick bench bench-load bench-answers soak test-faults setup docs clean
 
