@@ -333,7 +333,8 @@ class Experiment:
     def flush(self, timeout_s: float = CLOSE_S) -> bool:
         """Wait until everything handed over so far is with a daemon or in the spool.
 
-        False when time ran out, and when something was refused, or taken by neither, since the last flush.
+        False when time ran out, when metrics wait for a daemon that is away, and when something was refused, or taken
+        by neither, since the last flush.
         Blocks for at most `timeout_s`, or for one write to the spool where no thread can be started for it.
         """
         if self._disabled:

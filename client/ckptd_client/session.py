@@ -156,17 +156,18 @@ class Session:
     def flush(self, timeout_s: float) -> bool:
         """Bring what is on its way to safety: commits acknowledged or in the spool, metrics confirmed.
 
-        Blocks for at most `timeout_s`, or for a write that nobody else can do; False when that was too short, and
-        when something was refused or lost since the last time.
+        Blocks for at most `timeout_s`, or for a write that nobody else can do; False when that was too short, when
+        metrics wait for a daemon that is away, and when something was refused or lost since the last time.
         """
         deadline_s = time.monotonic() + timeout_s
         safe = self.commits.settle(deadline_s)
         safe = self.offers.settle(deadline_s) and safe
         if len(self.metrics) and self.wait_open(min(OPEN_S, deadline_s - time.monotonic())):
             self._stream.settle(deadline_s)
+        told = not len(self.metrics)
         drained = self._spooler.drain(deadline_s - time.monotonic())
         lost, self._lost_count = self.overflow.lost_count - self._lost_count, self.overflow.lost_count
-        return drained and safe and not lost
+        return drained and safe and told and not lost
 
     def end(self, status: str, error: Optional[str], timeout_s: float) -> None:
         """Flush, say how training ended, give arenas back. The connection stays for handles that still climb."""

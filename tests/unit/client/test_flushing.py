@@ -4,6 +4,7 @@ from pathlib import Path
 
 import ckptd_client as ckptd
 from tests.support.fake_daemon import FakeDaemon
+from tests.support.node import eventually
 from tests.support.saving import state
 
 FULL_BYTES = 1000  # a spool that takes no image
@@ -59,3 +60,14 @@ def test_an_offer_that_the_daemon_refused_is_not_safe(home: Path, daemon: FakeDa
     daemon.refuse.clear()
     run.submit(home / "file.pt", step=2)
     assert run.flush(30)
+
+
+def test_metrics_that_wait_for_a_daemon_are_not_safe_until_one_has_them(daemon: FakeDaemon, run: ckptd.Experiment):
+    assert run.flush(30)
+    daemon.stop()
+    run.log({"loss": 1.0}, step=1)
+    assert not run.flush(0.5)
+    daemon.start()
+    eventually(lambda: run.stats()["connected"], "the connection to stand again")
+    assert run.flush(30)
+    assert run.stats()["metrics_waiting"] == 0
