@@ -96,12 +96,12 @@ class Ground(Node):
         db.close()
         catalog.chmod(0o600)
 
-    def in_use_bytes(self) -> int:
-        """What the daemon's malloc said last; 0 when it says nothing."""
+    def in_use(self) -> dict[str, int]:
+        """What the daemon said last of its memory, by names of `Sample`; {} when it says nothing."""
         try:
-            return int(Path(f"{self.clock}{IN_USE}").read_text(encoding="ascii"))
+            return dict(json.loads(Path(f"{self.clock}{IN_USE}").read_text(encoding="ascii")))
         except (OSError, ValueError):
-            return 0
+            return {}
 
     def give_back(self) -> None:
         """End every process, unmount, remove."""

@@ -1,7 +1,8 @@
 """The real daemon with a wall clock that a file sets: SOAK_CLOCK names it, it holds seconds to add.
 
 Freed memory goes back to the kernel sooner than once a minute, so that a rest of seconds shows what is in use. What
-malloc says of it then lies beside the clock's file: what a process holds may grow by gaps that nothing fits into.
+malloc says of it then lies beside the clock's file, with SQLite's share and the number of objects: what a process
+holds may grow by gaps that nothing fits into, what it uses by caches that fill.
 
     python -P run_daemon.py [what `python -m ckptd.daemon` takes]
 
@@ -9,7 +10,10 @@ Monotonic time, and the wall clock of every other process, are left alone: so it
 clock somebody sets.
 """
 
+import _sqlite3
 import ctypes
+import gc
+import json
 import os
 import runpy
 import sys
@@ -42,6 +46,15 @@ class Set:
         return datetime.now(UTC) + timedelta(seconds=self._seconds)
 
 
+def sqlite_bytes() -> int:
+    """What SQLite has allocated in this process, caches and compiled statements; 0 where it does not count."""
+    library = ctypes.CDLL(_sqlite3.__file__)  # its symbols, and those of the library that it is linked to
+    if not hasattr(library, "sqlite3_memory_used"):
+        return 0
+    library.sqlite3_memory_used.restype = ctypes.c_int64
+    return int(library.sqlite3_memory_used())
+
+
 class Info(ctypes.Structure):
     """`struct mallinfo2` of glibc 2.33 and later."""
 
@@ -49,14 +62,21 @@ class Info(ctypes.Structure):
 
 
 def telling(path: Path) -> None:
-    """Have each `heap.give_back` leave the bytes that are in use, large mappings included, in this file."""
+    """Have each `heap.give_back` leave what is in use, large mappings included, in this file."""
     look, give_back = ctypes.CDLL(None).mallinfo2, heap.give_back
     look.restype = Info
 
     def told() -> bool:
         given = give_back()
         found = look()
-        path.write_text(str(found.uordblks + found.hblkhd), encoding="ascii")
+        said = {
+            "in_use_bytes": found.uordblks + found.hblkhd,
+            "sqlite_bytes": sqlite_bytes(),
+            "objects": len(gc.get_objects()),
+        }
+        beside = path.with_name(path.name + ".new")
+        beside.write_text(json.dumps(said), encoding="ascii")
+        beside.rename(path)
         return given
 
     heap.give_back = told

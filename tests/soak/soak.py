@@ -216,7 +216,7 @@ class Soak:
 
     def _look(self) -> Sample:
         time.sleep(GIVEN_BACK_S if self.plan.lives_on or self.plan.calm else 0.0)
-        return replace(self.meter.now(), in_use_bytes=self.ground.in_use_bytes())
+        return replace(self.meter.now(), **self.ground.in_use())
 
     @contextmanager
     def _at_rest(self, *, for_good: bool = False) -> Iterator[None]:
