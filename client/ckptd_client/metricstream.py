@@ -41,13 +41,14 @@ class MetricStream:
                 continue
             return
 
-    def settle(self, deadline_s: float) -> None:
-        """Wait until all are confirmed, the daemon is gone, or `deadline_s` came."""
+    def settle(self, deadline_s: float) -> bool:
+        """Wait until all are confirmed, the daemon is gone, or `deadline_s` came; say whether it was the first."""
         connection = self._session.connection
         with self._changed:
             while len(self._metrics) and connection.is_up and time.monotonic() < deadline_s:
                 connection.tick_within(0.0)
                 self._changed.wait(FLUSH_S)
+            return not len(self._metrics)
 
     def _on_reply(self, reply: Message, fds: List[int]) -> None:
         close_all(fds)

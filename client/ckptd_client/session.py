@@ -162,9 +162,9 @@ class Session:
         deadline_s = time.monotonic() + timeout_s
         safe = self.commits.settle(deadline_s)
         safe = self.offers.settle(deadline_s) and safe
-        if len(self.metrics) and self.wait_open(min(OPEN_S, deadline_s - time.monotonic())):
-            self._stream.settle(deadline_s)
-        told = not len(self.metrics)
+        told = not len(self.metrics) or (
+            self.wait_open(min(OPEN_S, deadline_s - time.monotonic())) and self._stream.settle(deadline_s)
+        )
         drained = self._spooler.drain(deadline_s - time.monotonic())
         lost, self._lost_count = self.overflow.lost_count - self._lost_count, self.overflow.lost_count
         return drained and safe and told and not lost
@@ -175,7 +175,8 @@ class Session:
         try:
             try:
                 if not self.flush(timeout_s):
-                    self.say("flush", "not everything was brought to safety within %g s", timeout_s)
+                    message = "not everything was brought to safety within %g s; %d metric points wait for a daemon"
+                    self.say("flush", message, timeout_s, len(self.metrics))
             except Exception:  # noqa: BLE001 - what follows is owed to the daemon and to the other runs all the same
                 _log.exception("ckptd: not everything was brought to safety")
             self._say_ended(status, error, deadline_s - time.monotonic())

@@ -43,7 +43,7 @@ FILLING_SHARE = 0.3  # of what comes then: caches fill, as fast as ten times the
 STEADY_SHARE = 0.35  # likewise: now memory is judged; what each connection keeps of rare statements comes slowly
 FILLING_PACE = 0.1  # else the most that ever happens at once, and with it the memory, still rises within the hour
 # Likewise, in each phase of that while; in any other one or none comes. What is allocated beside two hundred
-# connections comes to lie between what they leave: after some ten of them at rest the gaps are as many as they get.
+# connections comes to lie between what they leave.
 FILLING_STORMS = 4
 
 
