@@ -9,11 +9,11 @@ of its bytes while it may be on the move.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import Row, delete, insert, or_, select, update
+from sqlalchemy import Row, and_, case, delete, func, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ckptd.catalog import schema, striptable
@@ -41,6 +41,9 @@ class StripState(StrEnum):
     GONE = "gone"  # for good
 
 
+_IN_TRASH = (StripState.STRIPPED, StripState.PURGING)
+
+
 @dataclass(frozen=True, slots=True)
 class Strip:
     """One checkpoint's strip. `files`: names in its directory, with their bytes; `at` is when its state began."""
@@ -60,13 +63,40 @@ async def of_checkpoint(conn: AsyncConnection, checkpoint_id: str) -> Strip | No
     return None if row is None else _from_row(row)
 
 
-async def in_state(conn: AsyncConnection, *states: StripState, before: datetime | None = None) -> list[Strip]:
-    """Return strips in these states (that began before a time), the oldest first, LOOKED_MAX at most."""
-    wanted = _SELECT.where(_strip.state.in_(states))
-    if before is not None:
-        wanted = wanted.where(_strip.at <= before)
-    rows = await conn.execute(wanted.order_by(_strip.at, _strip.checkpoint_no).limit(LOOKED_MAX))
-    return [_from_row(row) for row in rows]
+async def in_state(conn: AsyncConnection, *states: StripState) -> list[Strip]:
+    """Return strips in these states, the oldest first, LOOKED_MAX at most."""
+    wanted = _SELECT.where(_strip.state.in_(states)).order_by(_strip.at, _strip.checkpoint_no)
+    return [_from_row(row) for row in await conn.execute(wanted.limit(LOOKED_MAX))]
+
+
+@dataclass(frozen=True, slots=True)
+class Heap:
+    """An experiment's stripped files in the trash: since when the oldest; `begun`: some are half unlinked."""
+
+    experiment_no: int
+    project: str
+    experiment: str
+    since: datetime
+    begun: bool
+
+
+async def heaps(conn: AsyncConnection) -> list[Heap]:
+    """Return every experiment of which stripped files lie in the trash, the oldest first."""
+    begun = func.max(case((_strip.state == StripState.PURGING, 1), else_=0))
+    wanted = (
+        select(_row.experiment_no, func.min(_strip.at).label("since"), begun.label("begun"))
+        .join(striptable.strip, _strip.checkpoint_no == _row.sequence)
+        .where(_strip.state.in_(_IN_TRASH))
+        .group_by(_row.experiment_no)
+        .subquery()
+    )
+    rows = await conn.execute(
+        select(wanted.c.experiment_no, schema.project.c.name, schema.experiment.c.name, wanted.c.since, wanted.c.begun)
+        .join(schema.experiment, schema.experiment.c.no == wanted.c.experiment_no)
+        .join(schema.project, schema.project.c.no == schema.experiment.c.project_no)
+        .order_by(wanted.c.since)
+    )
+    return [Heap(*row[:4], begun=bool(row.begun)) for row in rows]
 
 
 async def strippable(conn: AsyncConnection, experiment_id: str, patterns: Sequence[str]) -> frozenset[str]:
@@ -123,13 +153,25 @@ async def undone(tx: Tx, strip: Strip, found: Identity) -> None:
     _tell(tx, "checkpoint.unstripped", row, strip)
 
 
-async def purge(tx: Tx, checkpoint_ids: Sequence[str]) -> list[str]:
-    """STRIPPED -> PURGING for those that still are; return which."""
-    numbers = select(_row.sequence).where(one_of(_row.id, checkpoint_ids))
-    still = (_strip.checkpoint_no.in_(numbers), _strip.state.in_((StripState.STRIPPED, StripState.PURGING)))
-    wanted = select(_row.id).join(striptable.strip, _strip.checkpoint_no == _row.sequence).where(*still)
-    found = list((await tx.conn.execute(wanted)).scalars())
-    await tx.conn.execute(update(striptable.strip).where(*still).values(state=StripState.PURGING, at=tx.clock.now()))
+async def purge(tx: Tx, heap: Heap, grace: timedelta | None, after: int, at_most: int) -> list[tuple[int, str]]:
+    """STRIPPED -> PURGING for what has lain in the trash for a grace (None: nothing has); return sequences and ids.
+
+    The first so many beyond a sequence, what is half unlinked among them. The time and the rows are of one mind here:
+    a clock that was set moved both.
+    """
+    now = tx.clock.now()
+    due = _strip.state == StripState.PURGING
+    if grace is not None:
+        due = or_(due, and_(_strip.state == StripState.STRIPPED, _strip.at <= now - grace))
+    wanted = (
+        select(_row.sequence, _row.id)
+        .join(striptable.strip, _strip.checkpoint_no == _row.sequence)
+        .where(_row.experiment_no == heap.experiment_no, _row.sequence > after, due)
+        .order_by(_row.sequence)
+    )
+    found = [(row.sequence, row.id) for row in await tx.conn.execute(wanted.limit(at_most))]
+    begun = (one_of(_strip.checkpoint_no, [sequence for sequence, _ in found]), _strip.state == StripState.STRIPPED)
+    await tx.conn.execute(update(striptable.strip).where(*begun).values(state=StripState.PURGING, at=now))
     return found
 
 

@@ -7,13 +7,14 @@ crash between any two leaves a state that resume() carries on from; each step ca
 """
 
 from collections.abc import Sequence
+from datetime import timedelta
 from functools import partial
 
 import structlog
 
 from ckptd import failpoint
 from ckptd.catalog import audits, bests, burials, checkpoints, holds, listing, strips
-from ckptd.catalog.strips import Strip, StripState
+from ckptd.catalog.strips import Heap, Strip, StripState
 from ckptd.catalog.tx import Tx
 from ckptd.errors import CkptdError, NotFound
 from ckptd.model import Checkpoint, Identity, State
@@ -24,7 +25,7 @@ from ckptd.worker.protocol import Purge, Stripped
 
 log = structlog.get_logger()
 
-STRIPS_MAX = 16  # carried out before a job goes on to the next save, and per call of resume() and purge()
+STRIPS_MAX = 16  # carried out before a job goes on to the next save, per call of resume(), and in one commit of purge()
 
 
 async def begin_all(tools: Tools, rows: Sequence[Checkpoint], rules: Rules) -> tuple[Checkpoint, ...]:
@@ -129,31 +130,47 @@ async def undo(tools: Tools, row: Checkpoint, uid: int, pid: int, *, pin: bool) 
     return one
 
 
-async def purge(tools: Tools) -> int:
-    """Unlink what was taken out and has lain in the trash for its grace; STRIPS_MAX per call. Returns how many."""
-    now = tools.clock.now()
-    due = []
-    for one in await tools.catalog.read(
-        lambda conn: strips.in_state(conn, StripState.STRIPPED, StripState.PURGING, before=now)
-    ):
-        grace_s = tools.settings().rules_for(one.project, one.experiment).trash_grace_s
-        if one.state is StripState.PURGING or (now - one.at).total_seconds() >= grace_s:
-            due.append(one.checkpoint_id)
-    begun = await tools.catalog.write(lambda tx: strips.purge(tx, due[:STRIPS_MAX])) if due else []
-    if begun:
-        failpoint.hit("strip.purging")
+async def purge(tools: Tools, at_most: int) -> int:
+    """Unlink what was taken out and has lain in the trash for its grace; so many at most. Returns how many."""
     purged = 0
-    for checkpoint_id in begun:
-        row = await tools.catalog.read(lambda conn, of=checkpoint_id: checkpoints.get(conn, of))  # type: ignore[misc]
-        try:
-            await tools.workers.call(Purge(root=row.root, trash=bin_of(checkpoint_id)))
-        except CkptdError as error:
-            log.warning("purge.delayed", checkpoint=checkpoint_id, **error.to_wire())
-            tools.delayed.add(checkpoint_id)
-            continue
-        await tools.catalog.write(lambda tx, of=checkpoint_id: strips.purged(tx, of))  # type: ignore[misc]
-        purged += 1
+    for heap in await tools.catalog.read(strips.heaps):
+        if purged < at_most:
+            purged += await _purge_of(tools, heap, at_most - purged)
     return purged
+
+
+async def _purge_of(tools: Tools, heap: Heap, at_most: int) -> int:
+    """Unlink what is due of one experiment, intent first. In pages: what can't be unlinked now holds up nothing."""
+    grace_s = tools.settings().rules_for(heap.project, heap.experiment).trash_grace_s
+    over = (tools.clock.now() - heap.since).total_seconds() >= grace_s
+    if not over and not heap.begun:
+        return 0
+    grace = timedelta(seconds=grace_s) if over else None  # no time before all times: something is as old as that
+    purged = after = 0
+    while purged < at_most:
+        wanted = min(STRIPS_MAX, at_most - purged)
+        page = await tools.catalog.write(
+            lambda tx, after=after, wanted=wanted: strips.purge(tx, heap, grace, after, wanted)  # type: ignore[misc]
+        )
+        if not page:
+            break
+        failpoint.hit("strip.purging")
+        for _, checkpoint_id in page:
+            purged += await _unlink(tools, checkpoint_id)
+        after = page[-1][0]
+    return purged
+
+
+async def _unlink(tools: Tools, checkpoint_id: str) -> bool:
+    row = await tools.catalog.read(lambda conn: checkpoints.get(conn, checkpoint_id))
+    try:
+        await tools.workers.call(Purge(root=row.root, trash=bin_of(checkpoint_id)))
+    except CkptdError as error:
+        log.warning("purge.delayed", checkpoint=checkpoint_id, **error.to_wire())
+        tools.delayed.add(checkpoint_id)
+        return False
+    await tools.catalog.write(lambda tx: strips.purged(tx, checkpoint_id))
+    return True
 
 
 async def unlink_with(tools: Tools, row: Checkpoint) -> None:

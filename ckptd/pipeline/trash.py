@@ -203,7 +203,7 @@ async def purge(tools: Tools) -> int:
         if purged < PURGES_MAX:
             purged += await _purge_of(tools, graveyard, PURGES_MAX - purged)
     await tools.catalog.follow_clock()  # unlinking takes its time
-    return purged + await strip.purge(tools)
+    return purged + await strip.purge(tools, PURGES_MAX - purged)
 
 
 async def _purge_of(tools: Tools, graveyard: Graveyard, at_most: int) -> int:

@@ -110,3 +110,22 @@ async def test_a_clock_that_is_set_while_the_trash_is_looked_through_makes_nothi
         monkeypatch.setattr(type(node.parts.settings), "rules_for", asked)
         assert await trash.purge(node.parts.tools) == 0
         assert in_trash(node) == [first]
+
+
+async def test_a_clock_that_is_set_while_what_was_stripped_is_looked_through_makes_nothing_due(
+    short_dir, wall, monkeypatch
+):
+    async with daemon(short_dir, front=False) as node, node.connect() as line:
+        first, _ = await saved_alone(node, line, 2)
+        rules = follow(node, strip_after=1)
+        await retain.apply(node.parts.tools, (await row(node, first)).experiment_id, rules)
+        await node.parts.catalog.follow_clock()
+
+        def asked(*_: object) -> Rules:
+            wall.by = timedelta(days=1)  # after the look at the trash, and before anything of it is unlinked
+            return rules
+
+        monkeypatch.setattr(type(node.parts.settings), "rules_for", asked)
+        assert await trash.purge(node.parts.tools) == 0
+        assert wall.by
+        assert len(in_trash(node)) == 1
