@@ -31,6 +31,13 @@ async def tick(period_s: float) -> None:
     """Sleep until the loop's next whole multiple of `period_s`, so that all who look as often share one wake-up."""
     import anyio  # noqa: PLC0415 - the CLI reads clocks too, and starts without an event loop
 
+    await anyio.sleep(to_tick_s(period_s))
+
+
+def to_tick_s(period_s: float) -> float:
+    """Return the seconds to the loop's next whole multiple of `period_s`, for a wait that something else may end."""
+    import anyio  # noqa: PLC0415 - as above
+
     left_s = period_s - anyio.current_time() % period_s
     # Timers may end a little early: that was this tick, not the one before it.
-    await anyio.sleep(left_s if left_s > period_s / 10 else left_s + period_s)
+    return left_s if left_s > period_s / 10 else left_s + period_s

@@ -69,7 +69,7 @@ from ckptd.worker import Workers, heap
 
 log = structlog.get_logger()
 
-REAP_S = 1.0  # as often as the spool and departed trainers are looked at: one wake-up for the three
+REAP_S = 1.0  # as often as departed trainers are looked for: one wake-up for both
 TEND_S = 10.0
 STARTING_S = 600.0  # a large catalog is checked, and perhaps migrated, before anything else can be said
 CLOSING_S = 20.0  # workers are ended, the WAL is written back
@@ -342,7 +342,7 @@ async def _tend(parts: Parts) -> None:
                 await parts.reconciler.sweep(parts.settings.orphan_age_s)
         except CkptdError as error:
             log.warning("upkeep.failed", **error.to_wire())
-        await anyio.sleep(TEND_S)
+        await tick(TEND_S)
 
 
 def _load(options: argparse.Namespace) -> origins.Loaded:

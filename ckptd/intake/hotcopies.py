@@ -13,12 +13,11 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import anyio
 import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ckptd.catalog import Catalog, bests, holds
-from ckptd.clock import Clock
+from ckptd.clock import Clock, tick
 from ckptd.config import Arenas
 from ckptd.errors import CkptdError
 from ckptd.intake.arenas import Arena, ArenaPool, Use
@@ -59,7 +58,7 @@ class HotCopies:
     async def run(self) -> None:
         """Look every LOOK_S until cancelled."""
         while True:
-            await anyio.sleep(LOOK_S)
+            await tick(LOOK_S)
             try:
                 await self.look()
             except CkptdError as error:

@@ -31,7 +31,7 @@ from ckptd_client.wire import FrameError, check_keys, from_number
 
 log = structlog.get_logger()
 
-POLL_S = 2.0
+POLL_S = 4.0  # each look wakes three threads, and a node at rest may have ten wake-ups a second
 ENTRIES_MAX = 1000
 
 

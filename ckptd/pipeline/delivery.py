@@ -24,7 +24,7 @@ from ckptd import failpoint
 from ckptd.catalog import Catalog, eventlog, hookruns
 from ckptd.catalog.hookruns import Kept
 from ckptd.catalog.tx import Tx
-from ckptd.clock import Clock
+from ckptd.clock import Clock, to_tick_s
 from ckptd.errors import CkptdError
 from ckptd.events import MISSED, Bus, Event
 from ckptd.hooks.builtin import relays
@@ -293,7 +293,7 @@ class Delivery:
         """Commit cursors, runs and findings of all lanes together, when some are due."""
         passed_s = self._clock.monotonic_s()
         while True:
-            with anyio.move_on_after(IDLE_S):
+            with anyio.move_on_after(to_tick_s(IDLE_S)):
                 await self._due.wait()
                 self._due = anyio.Event()
                 await anyio.sleep(RECORD_S)

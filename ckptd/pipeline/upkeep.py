@@ -3,6 +3,7 @@
 import anyio
 import structlog
 
+from ckptd.clock import to_tick_s
 from ckptd.errors import CkptdError
 from ckptd.pipeline import braking, relieve, strip, trash
 from ckptd.pipeline.tools import Tools
@@ -41,7 +42,7 @@ async def _move(tools: Tools) -> None:
         if full:
             await anyio.sleep(MOVE_AGAIN_S)
         else:
-            rung = await tools.trashed.heard(MOVE_S)
+            rung = await tools.trashed.heard(to_tick_s(MOVE_S))
 
 
 async def _purge(tools: Tools) -> None:
