@@ -18,6 +18,7 @@ from ckptd.catalog.tx import Tx
 from ckptd.errors import CkptdError
 from ckptd.jobs import Job
 from ckptd.model import Checkpoint
+from ckptd.pipeline import owner
 from ckptd.pipeline.tools import Onward, Outcome, Tools
 from ckptd.rules import Rules
 from ckptd.worker.protocol import Link
@@ -56,10 +57,11 @@ async def place(tools: Tools, checkpoint: Checkpoint) -> list[str]:
     async with tools.placing[checkpoint.root]:
         closed = await _closed(tools, checkpoint)
         wanted = await _wanted(tools, checkpoint, rules, closed)
+        whose = await owner.of_checkpoint(tools, checkpoint.id)
         for link, found in wanted.items():
             target = "" if found is None else os.path.relpath(found.path, os.path.dirname(link))  # noqa: ASYNC240 - text only
             try:
-                await tools.workers.call(Link(root=checkpoint.root, name=link, target=target))
+                await tools.workers.call(Link(root=checkpoint.root, name=link, target=target, owner=whose))
             except CkptdError as error:
                 if error.code not in _REFUSED:
                     raise

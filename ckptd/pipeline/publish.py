@@ -19,7 +19,7 @@ from ckptd.errors import CkptdError, Exists, Missing
 from ckptd.hooks.points import HookEvent
 from ckptd.jobs import Job
 from ckptd.model import Checkpoint, FileEntry, Identity, JobState, Level, Origin, State, step_name
-from ckptd.pipeline import asking
+from ckptd.pipeline import asking, owner
 from ckptd.pipeline.manifest import amend, manifest
 from ckptd.pipeline.tools import Ended, Fresh, Onward, Outcome, Tools
 from ckptd.worker.protocol import (
@@ -115,6 +115,7 @@ async def _from_image(job: Job, tools: Tools, checkpoint: Checkpoint) -> Durable
                 target=target,
                 files=images,
                 manifest=manifest(checkpoint, experiment, revision),
+                owner=owner.of_user(tools, experiment.uid),
             )
             try:
                 published: Published = await tools.workers.call(request, arena_fd=fd)

@@ -23,6 +23,7 @@ from ckptd.catalog.tx import Tx
 from ckptd.errors import CkptdError, SourceChanged
 from ckptd.jobs import Job
 from ckptd.model import Checkpoint, Identity, JobState, State
+from ckptd.pipeline import owner
 from ckptd.pipeline.manifest import amend, manifest
 from ckptd.pipeline.tools import Onward, Outcome, Tools
 from ckptd.worker.protocol import (
@@ -81,6 +82,7 @@ async def _write(job: Job, tools: Tools, checkpoint: Checkpoint, fd: int) -> Pub
             files=[FileImage(f["path"], f["offset"], f["size_bytes"]) for f in job.payload["descriptor"]["files"]],
             manifest=manifest(checkpoint, experiment, checkpoint.revision),
             sha256={file.path: file.sha256 for file in recorded},
+            owner=owner.of_user(tools, experiment.uid),
         ),
         arena_fd=fd,
     )

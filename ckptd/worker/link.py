@@ -7,6 +7,7 @@ from ckptd.errors import BadPath
 from ckptd.worker import beneath, durable
 from ckptd.worker.context import Context
 from ckptd.worker.fsync import FailedEarlier, fsync_directory
+from ckptd.worker.owner import acting_as
 from ckptd.worker.protocol import Done, Link
 
 
@@ -21,6 +22,11 @@ def run(request: Link, _context: Context) -> Done:
         raise BadPath("the root is no link")
     if request.target:
         beneath.parts_of(request.target)
+    with acting_as(request.owner, request.name):
+        return _place(request, parts)
+
+
+def _place(request: Link, parts: tuple[str, ...]) -> Done:
     root_fd = beneath.open_root(request.root)
     try:
         directory_fd = beneath.open_directory(root_fd, parts[:-1])

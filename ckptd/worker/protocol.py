@@ -12,8 +12,7 @@ that does; a request that hangs in the kernel falls silent. A worker exits at th
 Frames of this socket pair may have FRAME_BYTES_MAX of this file, not that of clients: a damage map
 takes 19 bytes a MiB, so a checkpoint of 1 TB needs 19 MB. Both ends encode with msgspec.
 
-Every path is absolute text; the worker resolves it without following symlinks below `root`.
-Structs only, no behaviour; imported by both sides.
+Every path is absolute text; the worker resolves it without following symlinks below `root`. Structs only, for both sides.
 """
 
 from typing import Any
@@ -82,16 +81,17 @@ class Publish(Request, frozen=True, tag="publish"):
 
     target    absolute directory that must not exist yet (parents are made, 0755 & ~umask)
     manifest  everything manifest.json says except "files"; holds "checkpoint": the id
-    sha256   what each file must have, by path, where that is known already (a repair); {}: it is not
-    A target that exists with the same checkpoint id is adopted (a repeated publish is one
-    publish); with another id the answer is the error "exists". "source_changed": the arena holds
-    other bytes than `sha256` says; nothing has the final name.
+    sha256    what each file must have, by path, where that is known already (a repair); {}: it is not
+    owner     whose files they are: made as that user (worker/owner.py), so that the kernel says what it may
+    A target that exists with the same checkpoint id is adopted (a repeated publish is one publish); with another id
+    the error is "exists". "source_changed": the arena holds other bytes than `sha256` says; nothing has the final name.
     """
 
     target: str
     files: list[FileImage]
     manifest: dict[str, Any]
     sha256: dict[str, str] = {}
+    owner: int | None = None
 
 
 class Published(msgspec.Struct, frozen=True):
@@ -288,11 +288,12 @@ class Hints(msgspec.Struct, frozen=True):
 
 class Link(Request, frozen=True, tag="link"):
     """Replace the symlink `name` (absolute) atomically by one that points to `target` (relative
-    text). target "" removes the link. Refused when `name` exists and is no symlink.
+    text). target "" removes the link. Refused when `name` exists and is no symlink. `owner` as in Publish.
     """
 
     name: str
     target: str
+    owner: int | None = None
 
 
 class Trash(Request, frozen=True, tag="trash"):
@@ -324,13 +325,14 @@ class Restore(Request, frozen=True, tag="restore"):
 
 class Amend(Request, frozen=True, tag="amend"):
     """Make late.json in the directory `path` say this of `checkpoint`: all its metrics, numbers as on the wire, and
-    the veto of its save, if no person has lifted it.
+    the veto of its save, if no person has lifted it. `owner` as in Publish.
     """
 
     path: str
     checkpoint: str
     metrics: dict[str, float | str]
     veto: str | None = None
+    owner: int | None = None
 
 
 class Strip(Request, frozen=True, tag="strip"):

@@ -16,6 +16,7 @@ from ckptd.worker.fsync import FsyncFailed, fsync_directory, fsync_file
 from ckptd.worker.image import Image
 from ckptd.worker.imagewriter import ImageWriter, Written
 from ckptd.worker.members import identity, members
+from ckptd.worker.owner import acting_as
 from ckptd.worker.protocol import FileRecord, Publish, Published
 from ckptd_client.wire import FrameError, check_keys
 
@@ -46,6 +47,7 @@ def run(request: Publish, context: Context) -> Published:
     NoSpace     before anything was written, or with nothing left behind
     FsyncFailed the disk lost bytes twice
     SourceChanged  the arena holds other bytes than those asked for; nothing is left behind
+    Denied      its owner may not write there
     """
     if context.fd is None:
         raise BadRequest("a publish needs an arena")
@@ -56,19 +58,20 @@ def run(request: Publish, context: Context) -> Published:
     if not parts:
         raise BadPath("the target is the root itself")
     root_fd = rootmark.make_root(request, context)
-    try:
-        parent_fd = durable.make_dir_chain(root_fd, parts[:-1])
-    finally:
-        os.close(root_fd)
-    try:
-        place = _Place(parent_fd, parts[-1], checkpoint)
-        if found := _adopted(request, place):
-            return found
-        image = Image(context.fd, request.files)
-        context.after(image.close)
-        return _publish(request, context, place, image)
-    finally:
-        os.close(parent_fd)
+    with acting_as(request.owner, request.target):
+        try:
+            parent_fd = durable.make_dir_chain(root_fd, parts[:-1])
+        finally:
+            os.close(root_fd)
+        try:
+            place = _Place(parent_fd, parts[-1], checkpoint)
+            if found := _adopted(request, place):
+                return found
+            image = Image(context.fd, request.files)
+            context.after(image.close)
+            return _publish(request, context, place, image)
+        finally:
+            os.close(parent_fd)
 
 
 def _publish(request: Publish, context: Context, place: _Place, image: Image) -> Published:

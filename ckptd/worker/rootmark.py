@@ -27,6 +27,7 @@ from ckptd.errors import BadPath, NotFound, RootDegraded
 from ckptd.model import is_id, new_id
 from ckptd.worker import beneath, durable
 from ckptd.worker.context import Context
+from ckptd.worker.owner import acting_as
 from ckptd.worker.protocol import Publish, Request, RootMark, Scan
 
 NAME = ".ckptd-root"
@@ -75,8 +76,12 @@ def checked(request: Request, context: Context) -> Iterator[None]:
 
 
 def make_root(request: Publish, context: Context) -> int:
-    """Open the root that is published to: made where it is missing, and marked, durably, where it is not."""
-    fd = durable.make_root(request.root)
+    """Open the root that is published to: made where it is missing, and marked, durably, where it is not.
+
+    Whoever the root belongs to, its mark is the daemon's.
+    """
+    with acting_as(request.owner, request.root):
+        fd = durable.make_root(request.root)
     if request.mark is None or context.root is not None:
         return fd
     try:

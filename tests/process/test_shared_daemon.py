@@ -17,8 +17,9 @@ from tests.support.strangers import SOMEBODY, need_root
 
 PATIENCE_S = 60.0
 LONG = "delay:60"
+PRIVATE = ("sh", "-c", 'umask 077 && exec "$0" "$@"')  # as its unit has it
 _TRAIN = """
-import importlib, json, os, pkgutil, sys
+import encodings.ascii, importlib, json, os, pkgutil, sys
 import ckptd_client
 for found in pkgutil.walk_packages(ckptd_client.__path__, "ckptd_client."):
     if "integrations" not in found.name:
@@ -29,14 +30,18 @@ os.setgroups([]); os.setgid(uid); os.setuid(uid)
 run = ckptd_client.Experiment("run", project="shared", dir=sys.argv[2])
 handles = []
 for line in sys.stdin:
-    said = json.loads(line)
+    said, found = json.loads(line), {}
     if said["op"] == "save":
         handles.append(run.save({"x": [said["step"]] * 1000}, step=said["step"]))
     elif said["op"] == "wait":
         handles[-1].wait(said["level"], 60)
     elif said["op"] == "flush":
         assert run.flush(60)
-    print(json.dumps({"level": handles[-1].level, "spooled": handles[-1].spooled}), flush=True)
+    elif said["op"] == "load":
+        found["loaded"] = run.load("latest")["x"][0]
+    if handles:
+        found.update(level=handles[-1].level, spooled=handles[-1].spooled)
+    print(json.dumps(found), flush=True)
 run.close()
 """
 
@@ -46,6 +51,8 @@ class Shared(Node):
 
     def configure(self, more: str | None = None) -> None:
         super().configure(more)
+        self.plan.touch()
+        self.plan.chmod(0o666)  # fail points are met as whoever is acted as
         file = self.dir / "toml"
         file.write_text(f'mode = "system"\n{file.read_text()}\n[[roots]]\npath = "{self.runs}"\nkind = "managed"\n')
 
@@ -162,3 +169,37 @@ def test_what_a_stopping_daemon_spills_for_another_user_stays_that_users(shared:
     shared.start()
     verified(shared, 2)
     assert not shared.said("spool.refused")
+
+
+def test_what_the_daemon_writes_for_another_user_is_that_users_who_loads_it_from_the_disk(shared: Shared, home: Path):
+    """Root's own files, 0600 under the unit's umask, nobody could load who saved them."""
+    shared.stop()
+    shared.prefix = PRIVATE
+    shared.start()
+    with Stranger(shared, home) as trainer:
+        trainer.do("save", step=1)
+        trainer.do("wait", level="verified")
+    path = Path(verified(shared, 1)["path"])
+    eventually(lambda: os.path.lexists(path.parent / "latest"), "the link", PATIENCE_S)
+    made = [below for below in shared.runs.rglob("*") if not below.name.startswith(".ckptd-")]
+    assert {below.lstat().st_uid for below in made} == {SOMEBODY}
+    assert {below.stat().st_mode & 0o077 for below in made} == {0}
+    shared.stop()  # and the copies in memory with it
+    shared.start()
+    with Stranger(shared, home) as trainer:
+        assert trainer.do("load")["loaded"] == 1
+
+
+def test_where_its_user_may_not_write_a_save_waits_and_a_person_is_told(shared: Shared, home: Path):
+    """The daemon is root, and still goes nowhere that the user could not go."""
+    os.chown(shared.runs, 0, 0)
+    shared.runs.chmod(0o755)
+    with Stranger(shared, home) as trainer:
+        trainer.do("save", step=1)
+        trainer.do("wait", level="staged")
+        [said, *_] = eventually(lambda: shared.said("stage.failed"), "the refusal", PATIENCE_S)
+        assert said["code"] == "denied"
+        assert said["message"].startswith(f"uid {SOMEBODY} may not make or change {shared.runs}/shared/run/step_")
+        assert os.listdir(shared.runs) in ([], [".ckptd-root"])
+        os.chown(shared.runs, SOMEBODY, SOMEBODY)
+        trainer.do("wait", level="verified")
