@@ -10,7 +10,6 @@ from ckptd.catalog import checkpoints
 from ckptd.errors import CkptdError
 from ckptd.jobs import Job
 from ckptd.model import State
-from ckptd.pipeline import owner
 from ckptd.pipeline.tools import Ended, Outcome, Tools
 from ckptd.worker.protocol import Amend
 from ckptd_client.wire import number
@@ -26,15 +25,8 @@ async def run(job: Job, tools: Tools) -> Outcome:
     row = await tools.catalog.read(lambda conn: checkpoints.get(conn, job.checkpoint_id))
     if row.state in {State.LIVE, State.CORRUPT}:
         metrics = {name: number(value) for name, value in row.metrics.items()}
-        said = Amend(
-            root=row.root,
-            path=row.path,
-            checkpoint=row.id,
-            metrics=metrics,
-            veto=row.veto,
-            owner=await owner.of_checkpoint(tools, row.id),
-        )
         try:
+            said = Amend(root=row.root, path=row.path, checkpoint=row.id, metrics=metrics, veto=row.veto)
             await tools.workers.call(said)
         except CkptdError as error:
             if error.code not in _NOWHERE:

@@ -160,7 +160,14 @@ async def _undo(tools: Tools, of: Checkpoint, trash: str) -> None:
             return
         try:
             await tools.workers.call(
-                Restore(root=of.root, path=of.path, identity=_plain(recorded), trash=trash, checkpoint=of.id)
+                Restore(
+                    root=of.root,
+                    path=of.path,
+                    identity=_plain(recorded),
+                    trash=trash,
+                    checkpoint=of.id,
+                    owner=await owner.of_checkpoint(tools, of.id),
+                )
             )
         except CkptdError as error:
             if error.code not in _GONE | {"exists", "source_changed"}:  # it never moved, or its name is another's now

@@ -20,7 +20,7 @@ from ckptd.catalog.tx import Tx
 from ckptd.errors import CkptdError, Missing, NotFound
 from ckptd.jobs import NewJob
 from ckptd.model import Checkpoint, Identity, Level, State
-from ckptd.pipeline import strip
+from ckptd.pipeline import owner, strip
 from ckptd.pipeline.deed import to_its_end
 from ckptd.pipeline.tools import Tools
 from ckptd.pipeline.winners import refresh_best
@@ -171,6 +171,7 @@ async def _bring_back(tools: Tools, checkpoint: Checkpoint, record: Record) -> C
                 identity=_recorded(found),
                 trash=checkpoint.id,
                 checkpoint=checkpoint.id,
+                owner=await owner.of_checkpoint(tools, checkpoint.id),
             )
         )
         failpoint.hit("restore.moved")

@@ -14,7 +14,6 @@ from ckptd.worker import beneath, durable
 from ckptd.worker.context import Context
 from ckptd.worker.formats.ckptd_dir import LATE, LATE_BYTES_MAX, named_in
 from ckptd.worker.fsync import FailedEarlier, fsync_directory
-from ckptd.worker.owner import acting_as
 from ckptd.worker.protocol import Amend, Done
 
 
@@ -28,11 +27,6 @@ def run(request: Amend, _context: Context) -> Done:
     text = msgspec.json.encode(said if request.veto is None else {**said, "veto": request.veto}) + b"\n"
     if len(text) > LATE_BYTES_MAX:
         raise BadRequest(f"{LATE} would have {len(text)} bytes, {LATE_BYTES_MAX} at most")
-    with acting_as(request.owner, request.path):
-        return _write(request, text)
-
-
-def _write(request: Amend, text: bytes) -> Done:
     parts = beneath.parts_below(request.root, request.path)
     root_fd = beneath.open_root(request.root)
     try:

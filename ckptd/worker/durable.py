@@ -16,6 +16,7 @@ from ckptd import failpoint
 from ckptd.errors import BadPath, DiskFault, Exists, NotFound, SourceChanged
 from ckptd.worker import beneath, kernel
 from ckptd.worker.fsync import fsync_directory, fsync_file
+from ckptd.worker.owner import go_with
 
 TEMPORARY = ".ckptd-tmp-"
 MANIFEST = "manifest.json"
@@ -246,6 +247,7 @@ def _beside(directory_fd: int, name: str, text: bytes) -> Iterator[tuple[int, st
         os.unlink(temporary, dir_fd=directory_fd)
     fd = beneath.open_beneath(directory_fd, (temporary,), os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode=0o666)
     try:
+        go_with(directory_fd, fd)
         rest = memoryview(text)
         while rest:
             rest = rest[os.write(fd, rest) :]

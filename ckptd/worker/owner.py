@@ -8,7 +8,7 @@ that are started meanwhile inherit it. With root's uid go the capabilities that 
 import os
 import pwd
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 
 from ckptd.errors import Denied
@@ -49,6 +49,17 @@ def acting_as(uid: int | None, path: str) -> Iterator[None]:
         ) from error
     finally:
         _become(*mine)
+
+
+def go_with(directory_fd: int, fd: int) -> None:
+    """Give a file that root has just made to whom its directory belongs to: a small one of ours in a user's checkpoint.
+
+    Whose it is is no promise: what a file system, or a container, does not let root give away stays root's.
+    """
+    there = os.fstat(directory_fd)
+    if os.geteuid() == 0 != there.st_uid:
+        with suppress(OSError):
+            os.fchown(fd, there.st_uid, there.st_gid)
 
 
 @lru_cache(_KNOWN_MAX)

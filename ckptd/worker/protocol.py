@@ -32,11 +32,13 @@ class RootMark(msgspec.Struct, frozen=True):
 class Request(msgspec.Struct, frozen=True, kw_only=True, tag_field="verb", forbid_unknown_fields=True):
     """Base of all verbs. `root` is the storage root that the worker must not leave.
 
-    mark  what the root must be (worker/rootmark.py), or the error is "root_degraded"; None: nobody asks
+    mark   what the root must be (worker/rootmark.py), or the error is "root_degraded"; None: nobody asks
+    owner  what is made under the root is made as this user (worker/owner.py); None: as the worker itself
     """
 
     root: str
     mark: RootMark | None = None
+    owner: int | None = None
 
 
 class FileImage(msgspec.Struct, frozen=True):
@@ -82,7 +84,6 @@ class Publish(Request, frozen=True, tag="publish"):
     target    absolute directory that must not exist yet (parents are made, 0755 & ~umask)
     manifest  everything manifest.json says except "files"; holds "checkpoint": the id
     sha256    what each file must have, by path, where that is known already (a repair); {}: it is not
-    owner     whose files they are: made as that user (worker/owner.py), so that the kernel says what it may
     A target that exists with the same checkpoint id is adopted (a repeated publish is one publish); with another id
     the error is "exists". "source_changed": the arena holds other bytes than `sha256` says; nothing has the final name.
     """
@@ -91,7 +92,6 @@ class Publish(Request, frozen=True, tag="publish"):
     files: list[FileImage]
     manifest: dict[str, Any]
     sha256: dict[str, str] = {}
-    owner: int | None = None
 
 
 class Published(msgspec.Struct, frozen=True):
@@ -288,12 +288,11 @@ class Hints(msgspec.Struct, frozen=True):
 
 class Link(Request, frozen=True, tag="link"):
     """Replace the symlink `name` (absolute) atomically by one that points to `target` (relative
-    text). target "" removes the link. Refused when `name` exists and is no symlink. `owner` as in Publish.
+    text). target "" removes the link. Refused when `name` exists and is no symlink.
     """
 
     name: str
     target: str
-    owner: int | None = None
 
 
 class Trash(Request, frozen=True, tag="trash"):
@@ -325,14 +324,13 @@ class Restore(Request, frozen=True, tag="restore"):
 
 class Amend(Request, frozen=True, tag="amend"):
     """Make late.json in the directory `path` say this of `checkpoint`: all its metrics, numbers as on the wire, and
-    the veto of its save, if no person has lifted it. `owner` as in Publish.
+    the veto of its save, if no person has lifted it.
     """
 
     path: str
     checkpoint: str
     metrics: dict[str, float | str]
     veto: str | None = None
-    owner: int | None = None
 
 
 class Strip(Request, frozen=True, tag="strip"):

@@ -12,6 +12,7 @@ from ckptd.worker.context import Context
 from ckptd.worker.formats.ckptd_dir import named_in
 from ckptd.worker.fsync import fsync_directory
 from ckptd.worker.members import members
+from ckptd.worker.owner import acting_as
 from ckptd.worker.protocol import Done, Purge, Restore, Trash
 from ckptd.worker.trashlist import NAMES_MAX, TrashList, TrashListed
 
@@ -81,7 +82,8 @@ def _restore(request: Restore) -> Done:
                 fsync_directory(there_fd)
                 fsync_directory(bin_fd)
             return Done(0)
-        parent_fd = durable.make_dir_chain(root_fd, parts[:-1])
+        with acting_as(request.owner, request.path):
+            parent_fd = durable.make_dir_chain(root_fd, parts[:-1])
         try:
             durable.move((bin_fd, request.trash), (parent_fd, parts[-1]), (binned.st_dev, binned.st_ino))
         finally:

@@ -13,10 +13,10 @@ import msgspec
 import pytest
 
 from ckptd.errors import Denied
-from ckptd.worker import amend, kernel, link, publish
+from ckptd.worker import amend, kernel, link, publish, strip, trash
 from ckptd.worker.context import Context
 from ckptd.worker.owner import acting_as
-from ckptd.worker.protocol import Amend, FileImage, Link, Published
+from ckptd.worker.protocol import Amend, FileImage, Link, Published, Restore, Strip, Trash
 from tests.support.arena import publish_request, sealed
 from tests.support.strangers import SOMEBODY, need_root
 
@@ -96,28 +96,50 @@ def test_where_its_owner_may_not_write_nothing_is_made(place, arena, missing):
     assert os.listdir(place) == []
 
 
-def test_links_and_what_is_known_late_belong_to_the_owner_too(theirs, arena):
+def test_a_link_belongs_to_the_owner_too_and_is_not_made_where_that_one_may_not(place, theirs):
+    for directory, whose in ((theirs, SOMEBODY), (place, 0)):
+        asked = Link(root=str(directory), name=str(directory / "latest"), target="x", owner=SOMEBODY)
+        if whose == SOMEBODY:
+            assert link.run(asked, Context()).count == 1
+            assert (directory / "latest").lstat().st_uid == SOMEBODY
+        else:
+            with pytest.raises(Denied, match=f"uid {SOMEBODY} may not make or change {directory}/latest"):
+                link.run(asked, Context())
+            assert os.listdir(place) == ["theirs"]
+
+
+def test_what_is_written_beside_a_manifest_later_belongs_to_whom_the_checkpoint_belongs_to(theirs, arena):
+    """Also where that user has taken the right to write there away from himself: it is ours to say."""
     done = published(theirs, arena)
-    beside = Path(done.path).parent / "latest"
-    assert link.run(Link(root=str(theirs), name=str(beside), target="x", owner=SOMEBODY), Context()).count == 1
+    Path(done.path).chmod(0o500)
     checkpoint = msgspec.json.decode((Path(done.path) / "manifest.json").read_bytes())["checkpoint"]
-    said = Amend(root=str(theirs), path=done.path, checkpoint=checkpoint, metrics={"loss": 0.5}, owner=SOMEBODY)
+    names = {"root": str(theirs), "path": done.path, "checkpoint": checkpoint}
+    assert amend.run(Amend(**names, metrics={"loss": 0.5}), Context()).count == 1
+    taken = {"model.safetensors": len(FILES["model.safetensors"])}
+    strip.strip(Strip(**names, files=taken, trash="away", at="2026-01-01T00:00:00+00:00"), Context())
+    assert {"late.json", "stripped.json"} < set(os.listdir(done.path))
+    assert owners(Path(done.path)) == {(SOMEBODY, SOMEBODY)}
+
+
+def test_what_can_not_be_given_away_is_written_all_the_same(theirs, arena, monkeypatch):
+    done = published(theirs, arena)
+    checkpoint = msgspec.json.decode((Path(done.path) / "manifest.json").read_bytes())["checkpoint"]
+    said = Amend(root=str(theirs), path=done.path, checkpoint=checkpoint, metrics={"loss": 0.5})
+
+    def denied(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "fchown", denied)
     assert amend.run(said, Context()).count == 1
-    assert beside.is_symlink()
-    assert (Path(done.path) / "late.json").is_file()
-    assert owners(theirs) == {(SOMEBODY, SOMEBODY)}
 
 
-def test_neither_a_link_nor_late_words_are_written_where_the_owner_may_not(place, arena):
-    done = published(place, arena, owner=None)
-    checkpoint = msgspec.json.decode((Path(done.path) / "manifest.json").read_bytes())["checkpoint"]
-    for run, request in (
-        (link.run, Link(root=str(place), name=f"{done.path}/latest", target="x", owner=SOMEBODY)),
-        (amend.run, Amend(root=str(place), path=done.path, checkpoint=checkpoint, metrics={}, owner=SOMEBODY)),
-    ):
-        with pytest.raises(Denied, match=f"uid {SOMEBODY} may not make or change {done.path}"):
-            run(request, Context())
-    assert sorted(os.listdir(done.path)) == ["deep", "manifest.json", "model.safetensors"]
+def test_directories_that_went_away_come_back_from_the_trash_as_their_owners(theirs, arena):
+    done = published(theirs, arena)
+    names = {"root": str(theirs), "path": done.path, "identity": done.identity, "trash": "away"}
+    trash.trash(Trash(**names), Context())
+    shutil.rmtree(theirs / "p")
+    trash.restore(Restore(**names, owner=SOMEBODY), Context())
+    assert owners(theirs / "p") == {(SOMEBODY, SOMEBODY)}
 
 
 def test_other_threads_are_themselves_meanwhile_and_those_that_are_started_are_the_other(theirs):
