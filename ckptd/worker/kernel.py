@@ -89,18 +89,25 @@ def idle_io() -> bool:
     return bool(_syscall(_IOPRIO_SET, _IOPRIO_WHO_PROCESS, 0, _IOPRIO_IDLE) == 0)
 
 
-def touch_files_as(uid: int, gid: int, groups: Sequence[int]) -> None:
-    """Have file systems take this thread, and what it starts, for this user. OSError: part of it may be so.
+def touch_files_as(uid: int, gid: int) -> None:
+    """Have file systems take this thread, and what it starts, for this user. OSError EPERM: it may not be.
 
-    The system call and not setgroups(3), which the C library carries to every thread of the process. The two others
-    answer with what was there before, and with no error: asked again for an id that nobody has, they tell.
+    To what the process itself is it can always come back. The calls answer with what was there before, and with no
+    error: asked again for an id that nobody has, they tell.
     """
-    listed = (ctypes.c_uint32 * len(groups))(*groups)
-    _checked(_syscall(_SETGROUPS, ctypes.c_size_t(len(groups)), listed))
     for change, wanted in ((_libc.setfsgid, gid), (_libc.setfsuid, uid)):
         change(ctypes.c_uint32(wanted))
         if change(ctypes.c_uint32(_NO_ID)) & _NO_ID != wanted:
             raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+
+def take_groups(groups: Sequence[int]) -> None:
+    """Set this thread's groups. OSError: they are as before.
+
+    The system call and not setgroups(3), which the C library carries to every thread of the process.
+    """
+    listed = (ctypes.c_uint32 * len(groups))(*groups)
+    _checked(_syscall(_SETGROUPS, ctypes.c_size_t(len(groups)), listed))
 
 
 def filesystem_magic(fd: int) -> int:

@@ -29,12 +29,13 @@ def acting_as(uid: int | None, path: str) -> Iterator[None]:
     if uid is None or uid == own or own != 0:
         yield
         return
-    mine = own, os.getegid(), os.getgroups()
+    mine, my_groups = (own, os.getegid()), os.getgroups()
     gid, groups = _groups(uid)
     try:
-        kernel.touch_files_as(uid, gid, groups)
+        kernel.touch_files_as(uid, gid)
+        kernel.take_groups(groups)
     except OSError as error:
-        _become(*mine)
+        _be_again(*mine, None)  # that of groups failed or was not made
         raise Denied(
             f"a worker may not act as uid {uid}: {error.strerror}",
             hint="a shared daemon needs the capabilities CAP_SETUID and CAP_SETGID",
@@ -48,7 +49,7 @@ def acting_as(uid: int | None, path: str) -> Iterator[None]:
             path=path,
         ) from error
     finally:
-        _become(*mine)
+        _be_again(*mine, my_groups)
 
 
 def go_with(directory_fd: int, fd: int) -> None:
@@ -72,8 +73,10 @@ def _groups(uid: int) -> tuple[int, tuple[int, ...]]:
     return known.pw_gid, tuple(os.getgrouplist(known.pw_name, known.pw_gid))
 
 
-def _become(uid: int, gid: int, groups: Sequence[int]) -> None:
+def _be_again(uid: int, gid: int, groups: Sequence[int] | None) -> None:
     try:
-        kernel.touch_files_as(uid, gid, groups)
+        kernel.touch_files_as(uid, gid)
+        if groups is not None:
+            kernel.take_groups(groups)
     except OSError:
         os._exit(os.EX_OSERR)  # a thread that stayed somebody else would serve everybody as that one

@@ -3,7 +3,6 @@
 import ctypes
 import os
 import shutil
-import stat
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from ckptd.worker.protocol import Amend, FileImage, Link, Published, Restore, St
 from tests.support.arena import publish_request, sealed
 from tests.support.strangers import SOMEBODY, need_root
 
-CAP_SETUID = 7
+CAP_SETGID, CAP_SETUID = 6, 7
 FILES = {"model.safetensors": b"m" * 70_000, "deep/er/state.json": b"{}"}
 
 
@@ -191,30 +190,25 @@ def test_who_is_in_no_database_has_nobodys_group_and_no_other(place):
     assert (facts.st_uid, facts.st_gid) == (4_000_000_000, 65534)
 
 
-def test_a_worker_that_may_be_nobody_else_does_nothing_as_itself(place, monkeypatch):
-    def denied(uid: int, gid: int, groups: object) -> None:
-        if uid:
-            raise PermissionError(1, "Operation not permitted")
-
-    monkeypatch.setattr(kernel, "touch_files_as", denied)
-    with pytest.raises(Denied, match="may not act as uid") as refused, acting_as(SOMEBODY, "x"):
-        (place / "file").touch()
-    assert "CAP_SETUID" in refused.value.hint
-    assert os.listdir(place) == []
-
-
-def test_a_kernel_that_changes_nothing_is_noticed(place):
-    """setfsuid(2) says nothing when it may not: here without CAP_SETUID, as in many containers."""
+@pytest.mark.parametrize("capability", [CAP_SETUID, CAP_SETGID])
+def test_a_worker_that_may_be_nobody_else_does_nothing_as_itself_and_stays_itself(place, capability):
+    """As in many containers. setfsuid(2) says nothing when it may not."""
     child = os.fork()
     if child == 0:
-        _without(CAP_SETUID)
+        groups = os.getgroups()
+        _without(capability)
         try:
-            kernel.touch_files_as(SOMEBODY, SOMEBODY, ())
-        except PermissionError:
-            os._exit(7)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-    assert place.is_dir()
+            with acting_as(SOMEBODY, "x"):
+                (place / "theirs").touch()
+        except Denied as denied:
+            (place / "mine").write_text(f"{denied.message} {denied.hint}")
+        os._exit(0 if os.getgroups() == groups else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert os.listdir(place) == ["mine"]
+    assert owners(place / "mine") == {(0, 0)}
+    said = (place / "mine").read_text()
+    assert said.startswith(f"a worker may not act as uid {SOMEBODY}")
+    assert "CAP_SETUID and CAP_SETGID" in said
 
 
 def _without(capability: int) -> None:
@@ -226,18 +220,19 @@ def _without(capability: int) -> None:
     assert libc.capset(header, sets) == 0
 
 
-def test_a_thread_that_can_not_become_itself_again_ends_the_worker(place, monkeypatch):
+@pytest.mark.parametrize("call", ["touch_files_as", "take_groups"])
+def test_a_thread_that_can_not_become_itself_again_ends_the_worker(place, monkeypatch, call):
     child = os.fork()
     if child == 0:
         with acting_as(SOMEBODY, "x"):
-            monkeypatch.setattr(kernel, "touch_files_as", _fails)
+            monkeypatch.setattr(kernel, call, _fails)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == os.EX_OSERR
-    assert stat.S_ISDIR(place.stat().st_mode)
+    assert place.is_dir()
 
 
-def _fails(uid: int, gid: int, groups: object) -> None:
-    raise MemoryError if uid else OSError(12, "Cannot allocate memory")
+def _fails(*_: object) -> None:
+    raise OSError(12, "Cannot allocate memory")
 
 
 def test_a_users_own_daemon_acts_as_nobody_else(theirs, arena, monkeypatch):
