@@ -129,6 +129,8 @@ class Commits:
         code = str(error.get("code")) if isinstance(error, dict) else ""
         if code == "unreachable":
             with self._changed:
+                if commit.handle.id in self._open:  # whatever the next hello comes to: a tick sees to it as well
+                    self._unsent[commit.handle.id] = 0.0
                 self._changed.notify_all()
             return
         if reply.get("ok") is True:

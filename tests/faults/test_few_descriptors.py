@@ -100,6 +100,15 @@ def work(node: Node, trainers: list[Trainer], chance: random.Random, place: Path
     return []
 
 
+def tell_of(node: Node, checkpoints: list[str]) -> None:
+    """Print what is known of these: a failure here comes once in hundreds of runs."""
+    lines = node.log.read_text(errors="replace").splitlines()
+    print("\n".join(line for line in lines if any(one in line for one in checkpoints)))
+    print(sorted(path.name for path in node.spool.rglob("*")))
+    for checkpoint in checkpoints:
+        print(node.ask_once("show", selector=checkpoint), node.ask_once("status").get("jobs"))
+
+
 @pytest.mark.parametrize(
     ("seed", "lasts_s"),
     [(1, SHORT_S), *(pytest.param(seed, LONG_S, marks=pytest.mark.faults) for seed in (2, 3))],
@@ -134,8 +143,9 @@ def test_descriptors_that_run_out_at_any_moment_end_nothing_and_lose_nothing(
         assert [node.daemon_pid, *node.workers()] == pids
         assert not [line for name in ("request.bug", "stage.bug", "peer.bug") for line in node.said(name)]
         print(f"{squeeze.times} squeezes, {len(acknowledged)} hand-offs acknowledged, all verified")
-    except BaseException:
+    except BaseException as error:
         print(node.tail(), node.said("daemon.broke"), node.said("worker.lost"))
+        tell_of(node, [one for one in acknowledged if one in str(error)])
         raise
     finally:
         end(node)

@@ -55,6 +55,25 @@ def test_what_is_given_back_and_could_not_be_queued_is_told_while_the_connection
     assert daemon.connections == 1
 
 
+def test_a_commit_without_an_answer_is_sent_again_although_something_fails_at_the_next_hello(
+    daemon: FakeDaemon, run: ckptd.Experiment, monkeypatch: pytest.MonkeyPatch
+):
+    """It was sent once more only if all that a hello sets off before it went well."""
+    assert run.prepare(state(1), wait_s=30)
+    daemon.silent_on.add("commit")
+    handle = run.save(state(3), step=3)
+    daemon.wait_for("commit")
+
+    def fails() -> None:
+        raise ValueError("a bug of ours")
+
+    monkeypatch.setattr(run._session._stream, "up", fails)
+    daemon.stop()
+    daemon.silent_on.clear()
+    daemon.start()
+    assert value_in(daemon.wait_staged(handle.id)) == 3.0
+
+
 def test_requests_of_other_kinds_do_not_keep_a_commit_back(
     daemon: FakeDaemon, run: ckptd.Experiment, monkeypatch: pytest.MonkeyPatch
 ):
