@@ -31,7 +31,7 @@ from ckptd_client.wire import FrameError, check_keys, from_number
 
 log = structlog.get_logger()
 
-POLL_S = 4.0  # each look wakes three threads, and a node at rest may have ten wake-ups a second
+POLL_S = 4.0  # each look costs three wake-ups, and a node at rest may have ten a second
 ENTRIES_MAX = 1000
 
 

@@ -152,12 +152,13 @@ async def _purge_of(tools: Tools, heap: Heap, at_most: int) -> int:
         page = await tools.catalog.write(
             lambda tx, after=after, wanted=wanted: strips.purge(tx, heap, grace, after, wanted)  # type: ignore[misc]
         )
-        if not page:
-            break
-        failpoint.hit("strip.purging")
+        if page:
+            failpoint.hit("strip.purging")
+            after = page[-1][0]
         for _, checkpoint_id in page:
             purged += await _unlink(tools, checkpoint_id)
-        after = page[-1][0]
+        if len(page) < wanted:  # the last: no commit to learn that there is no other
+            break
     return purged
 
 

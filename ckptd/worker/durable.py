@@ -215,6 +215,7 @@ def replace_file(directory_fd: int, name: str, text: bytes) -> None:
     what a dead one left under the other name is removed first.
     """
     with _beside(directory_fd, name, text) as (fd, temporary):
+        go_with(directory_fd, fd)
         failpoint.hit("amend.written")
         fsync_file(fd, "amend.fsynced")
         os.rename(temporary, name, src_dir_fd=directory_fd, dst_dir_fd=directory_fd)
@@ -247,7 +248,6 @@ def _beside(directory_fd: int, name: str, text: bytes) -> Iterator[tuple[int, st
         os.unlink(temporary, dir_fd=directory_fd)
     fd = beneath.open_beneath(directory_fd, (temporary,), os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode=0o666)
     try:
-        go_with(directory_fd, fd)
         rest = memoryview(text)
         while rest:
             rest = rest[os.write(fd, rest) :]

@@ -190,7 +190,7 @@ def test_what_the_daemon_writes_for_another_user_is_that_users_who_loads_it_from
         assert trainer.do("load")["loaded"] == 1
 
 
-def test_where_its_user_may_not_write_a_save_waits_and_a_person_is_told(shared: Shared, home: Path):
+def test_where_its_user_may_not_write_a_save_waits_and_the_log_names_it(shared: Shared, home: Path):
     """The daemon is root, and still goes nowhere that the user could not go."""
     os.chown(shared.runs, 0, 0)
     shared.runs.chmod(0o755)

@@ -12,10 +12,10 @@ import msgspec
 import pytest
 
 from ckptd.errors import Denied
-from ckptd.worker import amend, kernel, link, publish, strip, trash
+from ckptd.worker import amend, kernel, link, publish, rootmark, strip, trash
 from ckptd.worker.context import Context
 from ckptd.worker.owner import acting_as
-from ckptd.worker.protocol import Amend, FileImage, Link, Published, Restore, Strip, Trash
+from ckptd.worker.protocol import Amend, FileImage, Link, Published, Restore, RootMark, Strip, Trash
 from tests.support.arena import publish_request, sealed
 from tests.support.strangers import SOMEBODY, need_root
 
@@ -80,6 +80,14 @@ def test_a_publish_that_is_asked_for_again_finds_what_it_made(theirs, arena):
     assert publish.run(request, Context(fd=fd)).adopted
 
 
+def test_the_mark_of_a_users_root_is_the_daemons(theirs, arena):
+    fd, images = arena
+    request = msgspec.structs.replace(publish_request(theirs, images), owner=SOMEBODY, mark=RootMark())
+    publish.run(request, Context(fd=fd))
+    assert (theirs / rootmark.NAME).stat().st_uid == 0
+    assert owners(theirs / "p") == {(SOMEBODY, SOMEBODY)}
+
+
 def test_a_root_that_is_missing_is_made_as_its_owner_where_that_one_may(place, arena):
     place.chmod(0o1777)
     published(place / "new" / "root", arena)
@@ -96,15 +104,13 @@ def test_where_its_owner_may_not_write_nothing_is_made(place, arena, missing):
 
 
 def test_a_link_belongs_to_the_owner_too_and_is_not_made_where_that_one_may_not(place, theirs):
-    for directory, whose in ((theirs, SOMEBODY), (place, 0)):
-        asked = Link(root=str(directory), name=str(directory / "latest"), target="x", owner=SOMEBODY)
-        if whose == SOMEBODY:
-            assert link.run(asked, Context()).count == 1
-            assert (directory / "latest").lstat().st_uid == SOMEBODY
-        else:
-            with pytest.raises(Denied, match=f"uid {SOMEBODY} may not make or change {directory}/latest"):
-                link.run(asked, Context())
-            assert os.listdir(place) == ["theirs"]
+    asked = Link(root=str(theirs), name=str(theirs / "latest"), target="x", owner=SOMEBODY)
+    assert link.run(asked, Context()).count == 1
+    assert (theirs / "latest").lstat().st_uid == SOMEBODY
+    asked = Link(root=str(place), name=str(place / "latest"), target="x", owner=SOMEBODY)
+    with pytest.raises(Denied, match=f"uid {SOMEBODY} may not make or change {place}/latest"):
+        link.run(asked, Context())
+    assert os.listdir(place) == ["theirs"]
 
 
 def test_what_is_written_beside_a_manifest_later_belongs_to_whom_the_checkpoint_belongs_to(theirs, arena):
