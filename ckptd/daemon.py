@@ -145,7 +145,7 @@ async def run(loaded: origins.Loaded, passed: list[tuple[str, int]], options: ar
                     front.start_soon(_tend, parts)
                     front.start_soon(parts.troubles.pulse.run)
                     notifier.ready()
-                    notifier.status(parts.troubles.line())
+                    notifier.status(parts.troubles.public_line())
                     log.info("daemon.ready", pid=os.getpid(), version=__version__, socket=str(settings.socket))
                     await parts.stop.wait()
                     _say_goodbye(parts, drain)

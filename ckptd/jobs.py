@@ -22,17 +22,19 @@ import anyio
 
 from ckptd import config
 from ckptd.catalog import Catalog, queue
-from ckptd.catalog.queue import Job, NewJob
+from ckptd.catalog.queue import Failing, Job, NewJob
 from ckptd.catalog.tx import Tx
 from ckptd.clock import Clock
 from ckptd.errors import Bug, CkptdError, TimedOut
 from ckptd.model import JOB_TRANSITIONS, JobState, new_id
 
-__all__ = ["Job", "Jobs", "NewJob"]
+__all__ = ["Failing", "Job", "Jobs", "NewJob"]
 
 DONE_KEPT = 1000  # finished jobs that stay for `ckpt status`; the event log has the rest
 TRIM_EVERY = 256
 SLOTS_KEPT = 2  # of jobs.running_max, for what a training's memory waits for
+FAILING_TRIES = 3  # so often one after another: not what passes by itself within seconds
+FAILING_MAX = 200  # of them are told of
 JITTER = 0.5  # a pause is shortened by up to this share, so that jobs that failed together come back apart
 CRASHED = {"code": "worker_lost", "message": "the daemon ended while this job ran"}
 
@@ -194,9 +196,17 @@ class Jobs:
         tx.after(lambda: self._let_go(job.id))
 
     async def postpone(self, tx: Tx, job: Job, after_s: float, payload: dict[str, Any] | None = None) -> Job:
-        """RUNNING -> QUEUED, due again in `after_s` (jobs.backoff_s_max at most); not an attempt. TimedOut."""
+        """RUNNING -> QUEUED, due again in `after_s` (jobs.backoff_s_max at most); not an attempt. TimedOut.
+
+        Nothing failed now: what failed before is no longer what it waits for.
+        """
         values = {} if payload is None else {"payload": payload}
-        return await self._requeue(tx, job, after_s, **values)
+        return await self._requeue(tx, job, after_s, error=None, **values)
+
+    async def put_off(self, tx: Tx, job: Job, error: CkptdError) -> Job:
+        """RUNNING -> QUEUED after the longest pause: tried for as long as what is in its way may pass. TimedOut."""
+        longest_s = self._settings.backoff_s_max
+        return await self._requeue(tx, job, longest_s, attempts=job.attempts + 1, error=error.to_wire())
 
     async def retry(self, tx: Tx, job: Job, error: CkptdError) -> Job:
         """RUNNING -> QUEUED after a pause that doubles each time, or PARKED after jobs.retries_max.
@@ -260,6 +270,11 @@ class Jobs:
         if edition is None or edition != self._counted[0]:
             self._counted = edition, await self._catalog.read(queue.counts)
         return dict(self._counted[1])
+
+    async def failing(self, uid: int | None = None) -> Sequence[Failing]:
+        """Return jobs that gave up and those that go on failing, oldest first, FAILING_MAX at most; None: everybody's."""
+        tries = max(1, min(FAILING_TRIES, self._settings.retries_max))
+        return await self._catalog.read(lambda conn: queue.failing(conn, tries, uid=uid, limit=FAILING_MAX))
 
     async def unfinished(self, limit: int = 500) -> Sequence[Job]:
         """Return queued, running and parked jobs, oldest first."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, and_, delete, exists, false, func, insert, select, update
+from sqlalchemy import ColumnElement, Row, and_, delete, exists, false, func, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ckptd.catalog import schema
@@ -58,6 +58,14 @@ class Job:
     payload: dict[str, Any]
     error: dict[str, Any] | None
     fresh: Any = None  # what a stage hands to the next one in memory only
+
+
+@dataclass(frozen=True, slots=True)
+class Failing:
+    """A job that gave up, or whose tries fail one after another, and the user whose checkpoint it is about."""
+
+    job: Job
+    uid: int | None
 
 
 def lane_key(lane: str) -> str:
@@ -172,6 +180,21 @@ async def unfinished(conn: AsyncConnection, limit: int) -> Sequence[Job]:
     """Return queued, running and parked jobs, oldest first."""
     wanted = select(schema.job).where(_job.state.in_(UNFINISHED)).order_by(_job.no).limit(limit)
     return [_from_row(row) for row in await conn.execute(wanted)]
+
+
+async def failing(conn: AsyncConnection, tries: int, *, uid: int | None, limit: int) -> Sequence[Failing]:
+    """Return parked jobs, and unfinished ones that failed `tries` times and did nothing well since; oldest first.
+
+    uid  of this user's checkpoints; None: of everybody's
+    """
+    of = schema.checkpoint.c
+    ill = or_(_job.state == JobState.PARKED, _job.attempts >= tries)
+    wanted = select(schema.job, of.uid).outerjoin(schema.checkpoint, of.id == _job.checkpoint_id)
+    wanted = wanted.where(_job.state.in_(UNFINISHED), ill)
+    if uid is not None:
+        wanted = wanted.where(of.uid == uid)
+    found = [Failing(_from_row(row), row.uid) for row in await conn.execute(wanted.order_by(_job.no).limit(limit))]
+    return [one for one in found if one.job.error is not None or one.job.state is JobState.PARKED]
 
 
 async def counts(conn: AsyncConnection) -> dict[JobState, int]:

@@ -24,7 +24,7 @@ from ckptd.intake.leftovers import leftovers
 from ckptd.intake.listener import Peer
 from ckptd.intake.status import Plant, Status
 from ckptd.intake.training import Answer
-from ckptd.intake.trouble import Troubles
+from ckptd.intake.trouble import Troubles, failing_jobs
 from ckptd.model import JobState, RootKind, State
 
 log = structlog.get_logger()
@@ -33,7 +33,6 @@ _WAL_RESET_FIXED = (3, 51, 3)  # https://sqlite.org/wal.html, "WAL-reset bug"; h
 _FREE_SHARE_WARN, _FREE_SHARE_FAIL = 0.10, 0.02
 _INOTIFY = Path("/proc/sys/fs/inotify/max_user_watches")
 _WATCHES_LOW = 65536
-PARKED_NAMED = 3
 ROOTS_CHECKED_MAX = 200
 MEMORY_SHARE_WARN = 0.8
 SPOOLED_S_MAX = 300.0  # a save that waits longer than this does not wait for its turn
@@ -69,7 +68,7 @@ class Doctor:
         said = {check["name"] for check in checks}
         looked = [
             await self._asked("catalog", self._catalog),
-            await self._asked("jobs", self._jobs),
+            await self._asked("jobs", lambda: self._jobs(peer.uid)),
             await self._asked("checkpoints", lambda: self._checkpoints(peer.uid)),
             await anyio.to_thread.run_sync(_spool, os.path.join(self._front.state_dir, "spool")),
             await anyio.to_thread.run_sync(_inotify),
@@ -103,16 +102,10 @@ class Doctor:
         size = f"{size_bytes / 2**20:.0f} MiB beside the catalog"
         return _check("reserve", "ok", f"{size}, for writing down what goes when the disk is full")
 
-    async def _jobs(self) -> dict[str, Any]:
+    async def _jobs(self, uid: int) -> dict[str, Any]:
+        for trouble in failing_jobs(await self._front.jobs.failing(visible_to(uid))):
+            return _check(trouble.what, "warn", trouble.why, trouble.do)
         counts = await self._front.jobs.counts()
-        parked = counts.get(JobState.PARKED, 0)
-        if parked:
-            held = [job for job in await self._front.jobs.unfinished() if job.state is JobState.PARKED]
-            first = "; ".join(
-                f"{job.checkpoint_id[:12]} in {job.stage}: {_why(job.error)}" for job in held[:PARKED_NAMED]
-            )
-            hint = "tried again now and then while its bytes are held; `ckpt log` says more; `ckpt rm --give-up ID` gives one up"
-            return _check("jobs", "warn", f"{parked} parked ({first})", hint)
         return _check(
             "jobs", "ok", f"{counts.get(JobState.QUEUED, 0)} queued, {counts.get(JobState.RUNNING, 0)} running"
         )
@@ -176,10 +169,6 @@ def _named(what: str, found: list[str]) -> str:
     """Tell of what nothing is wrong with, but which nothing will ever remove."""
     others = " and others" if len(found) > 1 else ""
     return f"; {what}: {len(found)}, {found[0]}{others}" if found else ""
-
-
-def _why(error: dict[str, Any] | None) -> str:
-    return str((error or {}).get("message", "no reason is recorded"))
 
 
 def _sqlite() -> dict[str, Any]:

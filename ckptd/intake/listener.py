@@ -200,6 +200,8 @@ class Listener:
         self._handle = handle
         self._gone = gone
         self.peers: set[Peer] = set()
+        # One for all: what recv() makes anew for each message splits the heap, which then grows for hours.
+        self._received = memoryview(bytearray(_RECV_BYTES))
         self._per_uid: Counter[int] = Counter()
         self._held: dict[int, Held] = {}
 
@@ -311,7 +313,7 @@ class Listener:
             while True:
                 await anyio.wait_readable(peer.sock)
                 try:
-                    return peer.sock.recv(_RECV_BYTES)
+                    return bytes(self._received[: peer.sock.recv_into(self._received)])
                 except BlockingIOError:
                     continue
                 except OSError:

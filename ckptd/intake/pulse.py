@@ -6,7 +6,7 @@ starts another, which has the same arenas. An error is no standstill. A catalog 
 disk refuses the next daemon as well; trainers are better served by this one.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -16,7 +16,7 @@ import structlog
 from ckptd.catalog import Catalog
 from ckptd.clock import Clock
 from ckptd.errors import CkptdError
-from ckptd.jobs import Jobs
+from ckptd.jobs import Failing, Jobs
 from ckptd.model import JobState
 from ckptd.notify import Notifier
 
@@ -43,6 +43,7 @@ class Pulse:
     """Beats for ever. What the last beats found can be asked at any time, without waiting.
 
     jobs     counts by state, as of the last beat
+    failing  those of them that gave up or go on failing, likewise
     lag_s    the longest the loop was late lately; lagged_at when
     took_s   how long the catalog took to write and to read nothing
     jump_s   by how much the wall clock was set lately; jumped_at when, by the clock that it had then
@@ -57,6 +58,7 @@ class Pulse:
         self._asked_s: float | None = None
         self._lagged_s = self._jumped_s = float("-inf")
         self.jobs: Mapping[JobState, int] = {}
+        self.failing: Sequence[Failing] = ()
         self.lag_s = self.took_s = self.jump_s = 0.0
         self.lagged_at: datetime | None = None
         self.jumped_at: datetime | None = None
@@ -87,6 +89,7 @@ class Pulse:
         try:
             await self._organs.catalog.touch()
             self.jobs = await self._organs.jobs.counts()
+            self.failing = await self._organs.jobs.failing() if any(self.jobs.values()) else ()
         except CkptdError as error:
             # It answers. What is wrong, status and doctor say; a restart would not mend it.
             log.error("catalog.refuses", cause=error.code, **error.to_wire())  # noqa: TRY400

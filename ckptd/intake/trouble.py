@@ -6,7 +6,7 @@ is over is forgotten; a lag or a jump of the clock is told of for pulse.REMEMBER
 
 import shlex
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -16,10 +16,11 @@ from ckptd import log as logging
 from ckptd.errors import NoSpace
 from ckptd.events import Bus
 from ckptd.intake.arenas import ArenaPool
-from ckptd.intake.follow import sees_all
+from ckptd.intake.follow import sees_all, visible_to
 from ckptd.intake.pulse import ANSWER_S, Organs, Pulse
 from ckptd.intake.reconcile import Reconciler
 from ckptd.intake.spooled import Spool
+from ckptd.jobs import Failing, Job
 from ckptd.model import JobState
 from ckptd.notify import Notifier
 from ckptd.pipeline.tools import OnHold, Tools
@@ -27,7 +28,9 @@ from ckptd.pipeline.tools import OnHold, Tools
 RESTARTS_LATELY, LATELY_S = 3, 600.0
 LINE_CHARS_MAX = 400
 NAMED_MAX = 3  # troubles in the one line
+FAILING_NAMED = 3  # jobs of those that fail
 HELD_NAMED_MAX = 8  # experiments of one user whose plan the brake holds; the others are counted
+NOBODY = -1  # the uid of nobody at all
 DENIED_S = 60.0  # how long a save without memory is told of
 
 # Check names of `ckpt doctor`, each with what it looks at. A name with " *" is followed by what it is about.
@@ -44,7 +47,7 @@ CHECKS = {
     "clock": "whether the wall clock jumped",
     "fd store": "whether saves in memory outlive the daemon's process",
     "arenas": "the memory that saves go to",
-    "jobs": "what is queued, and what gave up",
+    "jobs": "what is queued, what goes on failing, and what gave up",
     "checkpoints": "what is damaged, missing or failed",
     "retention *": "whether the rules would drop so much of an experiment that a person must decide",
     "spool": "saves that no daemon took",
@@ -116,24 +119,29 @@ class Troubles:
         self.alerts: Callable[[], Iterable[Trouble]] = list  # set by whoever composes the daemon
         tools = signs.tools
         organs = Organs(tools.catalog, tools.jobs, tools.clock, signs.notifier)
-        self.pulse = Pulse(organs, lambda: tools.settings().watchdog_lag_s, self.line)
+        self.pulse = Pulse(organs, lambda: tools.settings().watchdog_lag_s, self.public_line)
 
     def now(self) -> list[Trouble]:
         """Name everything that is not as it should be, the grave ones first."""
+        return self._found(None)
+
+    def _found(self, uid: int | None) -> list[Trouble]:
         found = [
             *self._of_the_catalog(),
             *self._of_the_process(),
             *self._of_memory(),
             *self._of_disks(),
-            *self._of_work(),
+            *failing_jobs([one for one in self.pulse.failing if uid in {None, one.uid}]),
+            *self._of_the_spool(),
             *self._of_retention(),
             *self.alerts(),
         ]
         return sorted(found, key=lambda trouble: not trouble.grave)
 
     def known_to(self, uid: int) -> list[Trouble]:
-        """Name those that a user may know of: paths of other users' roots are not among them."""
-        return [t for t in self.now() if t.owner is None or sees_all(uid) or sees_all(t.owner) or t.owner == uid]
+        """Name those that a user may know of: of other users, no root's path is among them, and no job's error."""
+        found = self._found(visible_to(uid))
+        return [t for t in found if t.owner is None or sees_all(uid) or sees_all(t.owner) or t.owner == uid]
 
     def line(self, troubles: list[Trouble] | None = None) -> str:
         """Say in one line how the daemon is, for a probe and for `systemctl status`."""
@@ -146,6 +154,17 @@ class Troubles:
         named = "; ".join(f"{trouble.what}: {trouble.why}" for trouble in troubles[:NAMED_MAX])
         more = f"; and {len(troubles) - NAMED_MAX} more" if len(troubles) > NAMED_MAX else ""
         return f"{word}: {named}{more}; {busy}"[:LINE_CHARS_MAX]
+
+    def public_line(self) -> str:
+        """Say it to everybody on the node, who may all read the service manager's line: no name that a user chose."""
+        if self._signs.tools.settings().mode != "system":
+            return self.line()
+        shown = self.known_to(NOBODY)
+        users = [trouble for trouble in self.now() if trouble not in shown]
+        if users:
+            grave = any(trouble.grave for trouble in users)
+            shown.append(Trouble("users", f"{len(users)} of their own", "`ckpt doctor` as root names them", grave))
+        return self.line(shown)
 
     def _of_the_catalog(self) -> Iterator[Trouble]:
         catalog, pulse = self._signs.tools.catalog, self.pulse
@@ -247,11 +266,7 @@ class Troubles:
             do = "look at its mount, its permissions and whether the service may write there (ReadWritePaths)"
             yield Trouble(f"root {path}", why, do, grave=True, owner=self._signs.reconciler.owner(path))
 
-    def _of_work(self) -> Iterator[Trouble]:
-        parked = self.pulse.jobs.get(JobState.PARKED, 0)
-        if parked:
-            do = "tried again now and then while its bytes are held; `ckpt log` says more; `ckpt rm --give-up ID` gives one up"
-            yield Trouble("jobs", f"{parked} parked", do)
+    def _of_the_spool(self) -> Iterator[Trouble]:
         refused = self._signs.spool.refused
         if refused:
             path, why = next(iter(refused.items()))
@@ -277,3 +292,21 @@ class Troubles:
                 why = "their plans are held as well: each would drop too much at once for nobody to have asked for it"
                 more = f"retention {len(held) - HELD_NAMED_MAX} more"
                 yield Trouble(more, why, "`ckpt retention plan` names them, then `ckpt retention apply`", owner=uid)
+
+
+def failing_jobs(found: Sequence[Failing]) -> Iterator[Trouble]:
+    """Name in one trouble the jobs that gave up and those that go on failing; none when there are none."""
+    if not found:
+        return
+    parked = sum(one.job.state is JobState.PARKED for one in found)
+    again = len(found) - parked
+    counts = [f"{parked} parked"] * bool(parked) + [f"{again} failing again and again"] * bool(again)
+    named = "; ".join(_told(one.job) for one in found[:FAILING_NAMED])
+    hint = next((str(one.job.error["hint"]) for one in found if one.job.error and one.job.error.get("hint")), "")
+    do = "put right what is named: they are tried again by themselves; `ckpt log` says more; `ckpt rm --give-up ID` gives one up"
+    yield Trouble("jobs", f"{', '.join(counts)} ({named})", f"{hint}; {do}" if hint else do)
+
+
+def _told(job: Job) -> str:
+    why = (job.error or {}).get("message", "no reason is recorded")
+    return f"{job.checkpoint_id[:12]} in {job.stage}: {why}"

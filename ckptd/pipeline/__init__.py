@@ -204,7 +204,7 @@ class Pipeline:
         settings = self._tools.settings().jobs
         row = (await checkpoints.get_many(tx.conn, [job.checkpoint_id])).get(job.checkpoint_id)
         if passing and job.attempts >= settings.retries_max:
-            await self._tools.jobs.postpone(tx, job, settings.backoff_s_max)
+            await self._tools.jobs.put_off(tx, job, error)
             return False
         pending = row is not None and row.state is State.PENDING
         promised = pending and row is not None and row.origin is Origin.MEMORY

@@ -30,23 +30,37 @@ def peak_rss_kb(pid: int) -> int:
     return int(status.partition("VmHWM:")[2].split()[0])
 
 
-def allocator_of(pid: int) -> list[str]:
-    """What its environment says of Python's allocator."""
+def allocators_of(pid: int) -> list[str]:
+    """What its environment says of Python's allocator and of malloc."""
     words = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
-    return [word for word in words if word.startswith("PYTHONMALLOC=")]
+    return sorted(word for word in words if word.startswith(("PYTHONMALLOC=", "GLIBC_TUNABLES=")))
 
 
-@pytest.mark.parametrize(("given", "found"), [("", "malloc"), ("pymalloc", "pymalloc")])
+UNCACHED = "GLIBC_TUNABLES=glibc.malloc.tcache_count=0"
+MALLOC = "PYTHONMALLOC=malloc"
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        (["-u", "PYTHONMALLOC", "-u", "GLIBC_TUNABLES"], [UNCACHED, MALLOC]),
+        (["-u", "GLIBC_TUNABLES", "PYTHONMALLOC=pymalloc"], [UNCACHED, "PYTHONMALLOC=pymalloc"]),
+        (
+            ["-u", "PYTHONMALLOC", "GLIBC_TUNABLES=glibc.malloc.check=1"],
+            ["GLIBC_TUNABLES=glibc.malloc.check=1", MALLOC],
+        ),
+    ],
+)
 def test_what_the_daemon_needs_no_more_goes_back_by_the_page_unless_somebody_chose_otherwise(
-    node: Node, given: str, found: str
+    node: Node, given: list[str], found: list[str]
 ):
     """Its workers, which are small and start quickly, have Python's own allocator."""
-    node.prefix = ("env", f"PYTHONMALLOC={given}") if given else ("env", "-u", "PYTHONMALLOC")
+    node.prefix = ("env", *given)
     node.start()
     node.ask("root.add", path=str(node.dir))
     eventually(node.workers, "a worker")
-    assert allocator_of(node.daemon_pid) == [f"PYTHONMALLOC={found}"]
-    assert [allocator_of(pid) for pid in node.workers()] == [[]] * len(node.workers())
+    assert allocators_of(node.daemon_pid) == found
+    assert [allocators_of(pid) for pid in node.workers()] == [found[:1]] * len(node.workers())
 
 
 @pytest.mark.timeout(400)

@@ -190,7 +190,7 @@ def test_what_the_daemon_writes_for_another_user_is_that_users_who_loads_it_from
         assert trainer.do("load")["loaded"] == 1
 
 
-def test_where_its_user_may_not_write_a_save_waits_and_the_log_names_it(shared: Shared, home: Path):
+def test_where_its_user_may_not_write_a_save_waits_and_doctor_and_the_log_name_it(shared: Shared, home: Path):
     """The daemon is root, and still goes nowhere that the user could not go."""
     os.chown(shared.runs, 0, 0)
     shared.runs.chmod(0o755)
@@ -199,7 +199,13 @@ def test_where_its_user_may_not_write_a_save_waits_and_the_log_names_it(shared: 
         trainer.do("wait", level="staged")
         [said, *_] = eventually(lambda: shared.said("stage.failed"), "the refusal", PATIENCE_S)
         assert said["code"] == "denied"
-        assert said["message"].startswith(f"uid {SOMEBODY} may not make or change {shared.runs}/shared/run/step_")
+        refusal = f"uid {SOMEBODY} may not make or change {shared.runs}/shared/run/step_"
+        assert said["message"].startswith(refusal)
+
+        def named() -> bool:
+            return any(c["name"] == "jobs" and refusal in c["detail"] for c in shared.ask("doctor")["checks"])
+
+        eventually(named, "doctor to name it", PATIENCE_S)
         assert os.listdir(shared.runs) in ([], [".ckptd-root"])
         os.chown(shared.runs, SOMEBODY, SOMEBODY)
         trainer.do("wait", level="verified")

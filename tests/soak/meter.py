@@ -39,7 +39,6 @@ class Sample:
     threads: int
     in_use_bytes: int = 0  # of the daemon, as malloc says; 0 where it does not
     sqlite_bytes: int = 0  # of them, SQLite's; likewise
-    objects: int = 0  # of the daemon, that Python's collector knows
     anon_by_role: dict[str, int] = field(default_factory=dict)
     descriptors_by_role: dict[str, int] = field(default_factory=dict)
 

@@ -13,7 +13,6 @@ SLOPE_MAX = 1.0  # percent per hour
 DESCRIPTORS_MORE = 2
 POINTS_MIN = 4
 COURSE = 6
-MIB = (2**20, " MiB")
 SHOWN_MAX = 50  # violations; the file has them all
 
 
@@ -62,9 +61,8 @@ def render(outcome: Outcome) -> str:
         ("violations", str(len(outcome.violations))),
         ("memory slope (anonymous, at rest)", grown + judged),
         *(("", each) for each in _course(outcome)),
-        ("of it in use by the daemon", _in_use(outcome, "in_use_bytes", MIB)),
-        ("of that SQLite's", _in_use(outcome, "sqlite_bytes", MIB)),
-        ("the daemon's objects", _in_use(outcome, "objects", (1, ""))),
+        ("of it in use by the daemon", _in_use(outcome, "in_use_bytes")),
+        ("of that SQLite's", _in_use(outcome, "sqlite_bytes")),
         ("descriptors", _pair(outcome, "descriptors")),
         *(("", _pair(outcome, "descriptors_by_role")) for _ in range(leaked(outcome) > 0)),
         ("threads", _pair(outcome, "threads")),
@@ -81,14 +79,14 @@ def _pair(outcome: Outcome, name: str) -> str:
     return f"{getattr(outcome.base, name)} at the base, {getattr(outcome.end, name)} at the end"
 
 
-def _in_use(outcome: Outcome, name: str, unit: tuple[int, str]) -> str:
+def _in_use(outcome: Outcome, name: str) -> str:
     """Tell a leak from gaps in memory that nothing fits into, and from caches that fill: these figures say which it is."""
     points = [(one.at_s, float(getattr(one, name))) for one in outcome.at_rest if one.at_s >= outcome.steady_from_s]
     if len(points) < POINTS_MIN or not all(size for _, size in points):
         return "not measured"
     per_hour, low, high = percent_per_hour(points)
-    middle = statistics.median(size for _, size in points) / unit[0]
-    return f"{per_hour:+.2f} %/h of {middle:,.1f}{unit[1]} (95 %: {low:+.2f} to {high:+.2f})"
+    middle = statistics.median(size for _, size in points) / 2**20
+    return f"{per_hour:+.2f} %/h of {middle:,.1f} MiB (95 %: {low:+.2f} to {high:+.2f})"
 
 
 def _course(outcome: Outcome) -> list[str]:

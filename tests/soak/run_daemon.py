@@ -1,8 +1,8 @@
 """The real daemon with a wall clock that a file sets: SOAK_CLOCK names it, it holds seconds to add.
 
 Freed memory goes back to the kernel sooner than once a minute, so that a rest of seconds shows what is in use. What
-malloc says of it then lies beside the clock's file, with SQLite's share and the number of objects: what a process
-holds may grow by gaps that nothing fits into, what it uses by caches that fill.
+malloc says of it then lies beside the clock's file, with SQLite's share: what a process holds may grow by gaps that
+nothing fits into, what it uses by caches that fill.
 
     python -P run_daemon.py [what `python -m ckptd.daemon` takes]
 
@@ -12,7 +12,6 @@ clock somebody sets.
 
 import _sqlite3
 import ctypes
-import gc
 import json
 import os
 import runpy
@@ -72,7 +71,6 @@ def telling(path: Path) -> None:
         said = {
             "in_use_bytes": found.uordblks + found.hblkhd,
             "sqlite_bytes": sqlite_bytes(),
-            "objects": len(gc.get_objects()),
         }
         beside = path.with_name(path.name + ".new")
         beside.write_text(json.dumps(said), encoding="ascii")

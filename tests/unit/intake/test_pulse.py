@@ -30,6 +30,8 @@ class Body:
         self.lines: list[str] = []
         self.clock = StillClock()
         self.touches = 0
+        self.jobs = {JobState.PARKED: 2}
+        self.asked = 0
 
     async def touch(self) -> None:
         self.touches += 1
@@ -40,7 +42,11 @@ class Body:
             raise self.error
 
     async def counts(self) -> dict[JobState, int]:
-        return {JobState.PARKED: 2}
+        return dict(self.jobs)
+
+    async def failing(self) -> list[str]:
+        self.asked += 1
+        return ["of two"]
 
     def watchdog(self) -> None:
         self.beats += 1
@@ -69,7 +75,16 @@ async def test_a_beat_is_told_with_the_state_in_one_line() -> None:
     await beating(made, lambda: body.beats >= 2)
     assert body.lines[0] == "all is well"
     assert made.jobs == {JobState.PARKED: 2}
+    assert list(made.failing) == ["of two"]
     assert (made.silent_s, made.lag_s, made.jump_s) == (0.0, 0.0, 0.0)
+
+
+async def test_a_node_without_jobs_is_not_asked_which_of_them_fail() -> None:
+    body = Body()
+    body.jobs = {JobState.PARKED: 0}
+    made = of(body)
+    await beating(made, lambda: body.beats >= 2)
+    assert (body.asked, list(made.failing)) == (0, [])
 
 
 async def test_a_writer_that_never_answers_is_never_praised() -> None:

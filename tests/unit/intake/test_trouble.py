@@ -17,6 +17,7 @@ from ckptd.catalog.writer import Trouble as CommitTrouble
 from ckptd.errors import CatalogFault, NoSpace, RootDegraded
 from ckptd.intake import trouble as troubles
 from ckptd.intake.trouble import CHECKS, Signs, Troubles, Vitals
+from ckptd.jobs import Failing
 from ckptd.model import JobState
 from ckptd.pipeline.tools import OnHold
 from ckptd.retention import Braked
@@ -50,7 +51,8 @@ class World:
         self.bus = SimpleNamespace(missed=0)
         self.vitals = Vitals(socket="/s", started_s=0.0)
         arenas = SimpleNamespace(bytes_max=1 << 30)
-        settings: Any = SimpleNamespace(watchdog_lag_s=5.0, state_dir="/state", arenas=arenas)
+        settings: Any = SimpleNamespace(watchdog_lag_s=5.0, state_dir="/state", arenas=arenas, mode="user")
+        self.settings = settings
         reconciler: Any = SimpleNamespace(
             unseen=lambda: self.unseen, problems=lambda: self.problems, owner=lambda path: OTHER
         )
@@ -155,8 +157,17 @@ def _root_unmounted(w: World) -> None:
     w.refused["/runs"] = RootDegraded("/runs has no mark", hint="is its disk mounted?")
 
 
+def failing(uid: int, state: JobState, **error: str) -> Any:
+    return Failing(SimpleNamespace(checkpoint_id="c0ffee" * 5, stage="publish", state=state, error=error), uid)  # type: ignore[arg-type]
+
+
 def _parked(w: World) -> None:
-    w.pulse.jobs = {JobState.PARKED: 1}
+    w.pulse.failing = [failing(OTHER, JobState.PARKED, message="worker lost")]
+
+
+def _fails_again(w: World) -> None:
+    denied = {"message": f"uid {OTHER} may not make /runs/p", "hint": "give it the right to"}
+    w.pulse.failing = [failing(OTHER, JobState.QUEUED, **denied)]
 
 
 def _spool_refused(w: World) -> None:
@@ -202,7 +213,8 @@ STATES: list[tuple[Callable[[World], None], str, bool, str]] = [
     (_unwatched, "watching /runs", False, "max_user_watches"),
     (_root_gone, "root /runs", True, "ReadWritePaths"),
     (_root_unmounted, "root /runs", True, "is its disk mounted?"),
-    (_parked, "jobs", False, "tried again"),
+    (_parked, "jobs", False, "--give-up"),
+    (_fails_again, "jobs", False, "give it the right to; put right"),
     (_spool_refused, "spool", False, "look at them"),
     (
         _plan_held,
@@ -261,10 +273,38 @@ def test_a_user_hears_nothing_of_other_users_roots() -> None:
     world = World()
     _root_gone(world)
     _unwatched(world)
-    _parked(world)
-    assert [t.what for t in world.troubles.known_to(OTHER + 1)] == ["jobs"]
+    _events_lost(world)
+    assert [t.what for t in world.troubles.known_to(OTHER + 1)] == ["events"]
     assert "/runs" not in world.troubles.line(world.troubles.known_to(OTHER + 1))
     assert len(world.troubles.known_to(OTHER)) == len(world.troubles.known_to(0)) == 3
+
+
+def test_a_user_hears_of_the_own_failing_jobs_alone_and_root_of_everybodys() -> None:
+    """I9: an error names paths."""
+    world = World()
+    _fails_again(world)
+    world.pulse.failing = [*world.pulse.failing, failing(OTHER + 1, JobState.PARKED, message="worker lost")]
+    (mine,), (others,), (all_of_them,) = (world.troubles.known_to(uid) for uid in (OTHER, OTHER + 1, 0))
+    assert mine.why == f"1 failing again and again ({'c0ffee' * 2} in publish: uid {OTHER} may not make /runs/p)"
+    assert others.why == f"1 parked ({'c0ffee' * 2} in publish: worker lost)"
+    assert all_of_them.why.startswith("1 parked, 1 failing again and again (")
+    assert world.troubles.known_to(OTHER + 2) == []
+
+
+def test_the_service_managers_line_names_nothing_of_users_on_a_node_of_many() -> None:
+    """I9: `systemctl status` shows it to everybody."""
+    world = World()
+    _fails_again(world)
+    _root_gone(world)
+    _events_lost(world)
+    assert "/runs" in world.troubles.public_line()
+    world.settings.mode = "system"
+    line = world.troubles.public_line()
+    assert line.startswith("degraded: events: ")
+    assert "; users: 2 of their own; " in line
+    assert "/runs" not in line
+    world.problems.clear()
+    assert world.troubles.public_line().startswith("serving, with warnings: ")
 
 
 def test_a_user_hears_of_the_own_held_plans_and_of_many_only_how_many() -> None:

@@ -13,6 +13,7 @@ from ckptd.errors import (
     BadPath,
     Bug,
     Corrupt,
+    Denied,
     DiskFault,
     Exists,
     Missing,
@@ -49,6 +50,31 @@ async def test_what_a_disk_does_never_ends_an_acknowledged_save(short_dir, monke
     async with daemon(short_dir, jobs={"retries_max": 2, "backoff_s_max": 0.1}) as node, node.connect() as line:
         checkpoint = await (await Training(line, str(node.runs)).open()).save(1)
         assert (await line.ask("wait", checkpoint=checkpoint, level="verified", timeout_s=30))["state"] == "live"
+
+
+async def test_doctor_and_status_name_a_save_that_goes_on_failing_until_it_is_written(short_dir, monkeypatch):
+    """It is never parked: "jobs ok, 1 queued" was all that anybody was told."""
+    denied = Denied("uid 7 may not make /runs/x", hint="let uid 7 write to /runs")
+    left = failing(monkeypatch, "publish", *[NoSpace("full")] * 2, *[denied] * 10_000)
+    async with daemon(short_dir, jobs={"retries_max": 2, "backoff_s_max": 0.1}) as node, node.connect() as line:
+        checkpoint = await (await Training(line, str(node.runs)).open()).save(1)
+
+        async def named() -> bool:
+            (found,) = [check for check in (await line.ask("doctor"))["checks"] if check["name"] == "jobs"]
+            return (found["status"], found["detail"]) == (
+                "warn",
+                f"1 failing again and again ({checkpoint[:12]} in publish: uid 7 may not make /runs/x)",
+            ) and found["hint"].startswith("let uid 7 write to /runs; ")
+
+        await eventually(named)
+
+        await node.parts.troubles.pulse._beat()
+        degraded = (await line.ask("status"))["daemon"]["degraded"]
+        assert [trouble["what"] for trouble in degraded if "may not make /runs/x" in trouble["why"]] == ["jobs"]
+        left.clear()
+        await line.ask("wait", checkpoint=checkpoint, level="verified", timeout_s=30)
+        (found,) = [check for check in (await line.ask("doctor"))["checks"] if check["name"] == "jobs"]
+        assert found["status"] == "ok"
 
 
 OUTSIDE = [
