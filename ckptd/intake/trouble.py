@@ -20,7 +20,7 @@ from ckptd.intake.follow import sees_all, visible_to
 from ckptd.intake.pulse import ANSWER_S, Organs, Pulse
 from ckptd.intake.reconcile import Reconciler
 from ckptd.intake.spooled import Spool
-from ckptd.jobs import Failing, Job
+from ckptd.jobs import FAILING_MAX, Failing, Job
 from ckptd.model import JobState
 from ckptd.notify import Notifier
 from ckptd.pipeline.tools import OnHold, Tools
@@ -300,11 +300,12 @@ def failing_jobs(found: Sequence[Failing]) -> Iterator[Trouble]:
         return
     parked = sum(one.job.state is JobState.PARKED for one in found)
     again = len(found) - parked
+    most = "at least " * (len(found) >= FAILING_MAX)
     counts = [f"{parked} parked"] * bool(parked) + [f"{again} failing again and again"] * bool(again)
     named = "; ".join(_told(one.job) for one in found[:FAILING_NAMED])
     hint = next((str(one.job.error["hint"]) for one in found if one.job.error and one.job.error.get("hint")), "")
     do = "put right what is named: they are tried again by themselves; `ckpt log` says more; `ckpt rm --give-up ID` gives one up"
-    yield Trouble("jobs", f"{', '.join(counts)} ({named})", f"{hint}; {do}" if hint else do)
+    yield Trouble("jobs", f"{most}{', '.join(counts)} ({named})", f"{hint}; {do}" if hint else do)
 
 
 def _told(job: Job) -> str:

@@ -11,6 +11,7 @@ grows by more than one percent per hour.
 
 import argparse
 import random
+import signal
 import sys
 import time
 from pathlib import Path
@@ -41,6 +42,7 @@ def main() -> int:
         calm=options.calm,
         lives_on=not options.calm and seconds >= report.JUDGED_S,
     )
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # its node and its mount end with it
     with Soak(plan, lambda line: print(line, flush=True)) as soak:
         outcome = soak.run()
         if outcome.violations:

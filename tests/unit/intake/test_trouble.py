@@ -17,7 +17,7 @@ from ckptd.catalog.writer import Trouble as CommitTrouble
 from ckptd.errors import CatalogFault, NoSpace, RootDegraded
 from ckptd.intake import trouble as troubles
 from ckptd.intake.trouble import CHECKS, Signs, Troubles, Vitals
-from ckptd.jobs import Failing
+from ckptd.jobs import FAILING_MAX, Failing
 from ckptd.model import JobState
 from ckptd.pipeline.tools import OnHold
 from ckptd.retention import Braked
@@ -289,6 +289,9 @@ def test_a_user_hears_of_the_own_failing_jobs_alone_and_root_of_everybodys() -> 
     assert others.why == f"1 parked ({'c0ffee' * 2} in publish: worker lost)"
     assert all_of_them.why.startswith("1 parked, 1 failing again and again (")
     assert world.troubles.known_to(OTHER + 2) == []
+    world.pulse.failing = [failing(OTHER, JobState.PARKED, message="worker lost")] * FAILING_MAX
+    (many,) = world.troubles.known_to(OTHER)
+    assert many.why.startswith(f"at least {FAILING_MAX} parked (")
 
 
 def test_the_service_managers_line_names_nothing_of_users_on_a_node_of_many() -> None:
