@@ -334,7 +334,7 @@ class Experiment:
         """Wait until everything handed over so far is with a daemon or in the spool.
 
         False when time ran out, when metrics wait for a daemon that is away, and when something was refused, or taken
-        by neither, since the last flush.
+        by neither, since the last flush: a save, or metrics that came faster than they could leave.
         Blocks for at most `timeout_s`, or for one write to the spool where no thread can be started for it.
         """
         if self._disabled:

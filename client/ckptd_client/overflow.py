@@ -44,18 +44,26 @@ class Overflow:
         self._used_s = 0.0
         self._state = places.state_dir()
         self.directory = ""  # the spool that a daemon said it reads; else the user's own
+        self._is_shared = False  # it reads no other
 
     def where(self) -> str:
         """Return the spool's directory, made and checked. OSError, PlaceError when it can't be used."""
-        if self.directory and os.access(self.directory, os.W_OK | os.X_OK):
+        if self._is_usable():
             return self.directory
         return places.spool_dir(places.ensure_state_dir(self._state))
 
     def found(self, directory: str, *, is_shared: bool) -> None:
         """A daemon says which spool it reads. A shared one does not read the user's own: what lies there is brought over."""
-        self.directory = directory
+        self.directory, self._is_shared = directory, is_shared
         if is_shared and directory:
             self._background.submit(self._gather)
+
+    def unread(self) -> Optional[str]:
+        """Return the spool that saves go to when it is one that the daemon does not look into; None: it does."""
+        return places.spool_dir(self._state) if self._is_shared and not self._is_usable() else None
+
+    def _is_usable(self) -> bool:
+        return bool(self.directory) and os.access(self.directory, os.W_OK | os.X_OK)
 
     def _gather(self) -> None:
         own, count = places.spool_dir(self._state), 0

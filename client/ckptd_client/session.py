@@ -70,7 +70,7 @@ class Session:
         self._facts_done = False
         self._begun_s = time.monotonic()
         self._ended = False
-        self._lost_count = 0  # as of the last flush
+        self._lost_count = self._dropped_count = 0  # as of the last flush: images, metric points
         self._beat_at_s = self._down_s = 0.0
         self.refused: Optional[CkptdClientError] = None
         self._mapper = Background("ckptd-arenas")
@@ -167,7 +167,9 @@ class Session:
         )
         drained = self._spooler.drain(deadline_s - time.monotonic())
         lost, self._lost_count = self.overflow.lost_count - self._lost_count, self.overflow.lost_count
-        return drained and safe and told and not lost
+        dropped = self.metrics.dropped_count - self._dropped_count
+        self._dropped_count += dropped
+        return drained and safe and told and not lost and not dropped
 
     def end(self, status: str, error: Optional[str], timeout_s: float) -> None:
         """Flush, say how training ended, give arenas back. The connection stays for handles that still climb."""
@@ -175,8 +177,8 @@ class Session:
         try:
             try:
                 if not self.flush(timeout_s):
-                    message = "not everything was brought to safety within %g s; %d metric points wait for a daemon"
-                    self.say("flush", message, timeout_s, len(self.metrics))
+                    message = "not everything was brought to safety within %g s; %d metric points wait, %d were dropped"
+                    self.say("flush", message, timeout_s, len(self.metrics), self.metrics.dropped_count)
             except Exception:  # noqa: BLE001 - what follows is owed to the daemon and to the other runs all the same
                 _log.exception("ckptd: not everything was brought to safety")
             self._say_ended(status, error, deadline_s - time.monotonic())
@@ -242,6 +244,7 @@ class Session:
         if self.unsay("down"):
             _log.warning("ckptd: a daemon answers again (%s)", hello.get("server"))
         self.overflow.found(str(hello.get("spool_dir") or ""), is_shared=self.connection.is_shared)
+        self._warn_of_spool()
         self._opening = False
         self._stream.up()
         self._beat_at_s = time.monotonic() + BEAT_S
@@ -250,6 +253,18 @@ class Session:
         self.leases.up()
         self.offers.up()
         self._watch()
+
+    def _warn_of_spool(self) -> None:
+        unread = self.overflow.unread()
+        if unread is None:
+            self.unsay("spool unread")
+            return
+        message = (
+            "what this daemon can't take goes to %s, where it does not look: %s. It is brought over when that can be "
+            "written to; in a container, mount the daemon's spool"
+        )
+        theirs = self.overflow.directory
+        self.say("spool unread", message, unread, f"{theirs} can't be written to" if theirs else "it names no spool")
 
     def _on_down(self, reason: str) -> None:
         with self._changed:

@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
+import pytest
+
 import ckptd_client as ckptd
+from ckptd_client import metrics
 from tests.support.fake_daemon import FakeDaemon
 from tests.support.node import eventually
 from tests.support.saving import state
@@ -71,3 +74,21 @@ def test_metrics_that_wait_for_a_daemon_are_not_safe_until_one_has_them(daemon: 
     eventually(lambda: run.stats()["connected"], "the connection to stand again")
     assert run.flush(30)
     assert run.stats()["metrics_waiting"] == 0
+
+
+def test_metrics_that_were_refused_or_dropped_are_not_safe_and_are_told_once(
+    daemon: FakeDaemon, run: ckptd.Experiment, caplog: pytest.LogCaptureFixture
+):
+    """They are nowhere; flush() said True of them."""
+    assert run.flush(30)
+    daemon.refuse["metrics"] = "bad_request"
+    run.log({"loss": 1.0}, step=1)
+    assert not run.flush(30)
+    daemon.refuse.clear()
+    run.log({"loss": 2.0}, step=2)
+    assert run.flush(30)
+    run.log(dict.fromkeys((f"m{number}" for number in range(metrics.BUFFER_POINTS_MAX + 1)), 1.0), step=3)
+    assert run.stats()["metrics_dropped"] == 2
+    run.close(timeout_s=60)
+    (said,) = [record.getMessage() for record in caplog.records if "brought to safety" in record.getMessage()]
+    assert said.endswith("2 were dropped")

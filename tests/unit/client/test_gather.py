@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from ckptd_client import spool
+import ckptd_client as ckptd
+from ckptd_client import channel, spool
 from ckptd_client.gather import gather
+from tests.support.fake_daemon import FakeDaemon
+from tests.support.node import eventually
+from tests.support.saving import state
 
 MUCH = 1 << 40
 ONE, TWO = "a" * 32, "b" * 32
@@ -106,3 +110,29 @@ def test_nothing_is_taken_away_before_the_new_names_are_durable(own, into, monke
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
         gather(str(own), str(into), MUCH)
     assert {f"{ONE}.arena", f"{TWO}.offer"} <= names(own)
+
+
+def test_a_spool_that_a_shared_daemon_does_not_look_into_is_told_of(
+    home: Path, daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """As in a container that has the daemon's socket and not its spool: saves lay where nobody looked, and nobody knew."""
+    theirs = home / "theirs"
+    daemon.spool_dir = str(theirs)
+    made = channel.Channel.__init__
+    monkeypatch.setattr(channel.Channel, "__init__", lambda self, sock, **_: made(self, sock, is_shared=True))
+    run = ckptd.Experiment("net", dir=home / "r")
+
+    def told() -> list[str]:
+        return [each.getMessage() for each in caplog.records if "does not look" in each.getMessage()]
+
+    eventually(told, "the warning")
+    assert f"goes to {home / 'state' / 'spool'}" in told()[0]
+    assert f"{theirs} can't be written to" in told()[0]
+    daemon.stop()
+    run.save(state(1), step=1)
+    assert run.flush(30)
+    theirs.mkdir()
+    daemon.start()
+    eventually(lambda: list(theirs.glob("*.arena")), "the save to be brought over")
+    assert len(told()) == 1
+    run.close(timeout_s=5)
