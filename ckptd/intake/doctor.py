@@ -146,8 +146,10 @@ class Doctor:
                 f"{used.filesystem}, {share:.0%} free, direct I/O {'yes' if used.direct_io else 'no'}, "
                 f"leases {'yes' if used.leases else 'no'}"
             )
-            detail += _named("copies of checkpoints, left alone", self._reconciler.copies(root["path"]))
-            detail += _named("in .ckptd-trash, known to nobody", await self._leftovers(root["path"]))
+            copies = self._reconciler.copies(root["path"])
+            detail += _named("copies of checkpoints, left alone", copies.count, copies.first)
+            left = await self._leftovers(root["path"])
+            detail += _named("in .ckptd-trash, known to nobody", len(left), left)
             status = "fail" if share < _FREE_SHARE_FAIL else "warn" if share < _FREE_SHARE_WARN else "ok"
             checks[name] = _check(name, status, detail, "" if status == "ok" else _ROOM_HINT)
 
@@ -165,10 +167,10 @@ class Doctor:
             return []
 
 
-def _named(what: str, found: list[str]) -> str:
+def _named(what: str, count: int, first: list[str]) -> str:
     """Tell of what nothing is wrong with, but which nothing will ever remove."""
-    others = " and others" if len(found) > 1 else ""
-    return f"; {what}: {len(found)}, {found[0]}{others}" if found else ""
+    others = " and others" if count > 1 else ""
+    return f"; {what}: {count}, {first[0]}{others}" if count else ""
 
 
 def _sqlite() -> dict[str, Any]:

@@ -6,6 +6,7 @@ and on a timer whatever the hints said. Scans run in the root's I/O worker; a hu
 its own root only.
 """
 
+import heapq
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,9 +34,17 @@ RESTS = 300  # lengths of a scan between two scans of a root whose events are al
 REST_S_MAX = 2.0  # between two scans of a root, so that hints cost at most half of a worker's time
 DIRECTORIES_MAX = 256  # more hinted directories than this: one scan of the whole root is cheaper
 BATCH_MAX = 250
-COPIES_NAMED_MAX = 3  # in a line of the log
+COPIES_NAMED_MAX = 3  # of a tree that somebody copied as a whole; the others are counted
 SAME_MAX = 16  # doublings
 OPEN_S = 10.0  # how long a run that opens waits until what lies in its directory is known
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Directories that name a checkpoint which lies elsewhere: how many, and the first COPIES_NAMED_MAX."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -51,7 +60,7 @@ class _Watched:
     took_s: float = 0.0  # the last scan of all of it
     looked: bool = False  # at all of it, since this daemon started
     same: int = 0  # so many scans of all of it, one after the other, found what the catalog knew
-    copies: list[str] = field(default_factory=list)  # directories that name a checkpoint which lies elsewhere
+    copies: Copies = field(default_factory=Copies)
 
 
 @dataclass
@@ -128,10 +137,10 @@ class Reconciler:
         """Name the roots that can't be scanned now, and why."""
         return [(w.root.path, w.problem) for w in self._roots.values() if w.problem]
 
-    def copies(self, path: str) -> list[str]:
-        """Name the directories under a root that are copies of checkpoints: they are left alone."""
+    def copies(self, path: str) -> Copies:
+        """Tell of the directories under a root that are copies of checkpoints: they are left alone."""
         watched = self._roots.get(path)
-        return watched.copies if watched is not None else []
+        return watched.copies if watched is not None else Copies()
 
     async def run(self) -> None:
         """Look after every root until cancelled."""
@@ -258,10 +267,11 @@ class Reconciler:
     def _note_copies(self, root: Root, result: Reconciled, unseen: set[int]) -> None:
         """Remember what is left alone. Where the row itself was not met, it was moved there, and is followed."""
         watched = self._roots.get(root.path)
-        copies = sorted(path for path, row in result.copies.items() if row not in unseen)
+        paths = [path for path, row in result.copies.items() if row not in unseen]
+        copies = Copies(len(paths), heapq.nsmallest(COPIES_NAMED_MAX, paths))
         if watched is not None and watched.copies != copies:
             watched.copies = copies
-            log.info("reconcile.copies", root=root.path, count=len(copies), first=copies[:COPIES_NAMED_MAX])
+            log.info("reconcile.copies", root=root.path, count=copies.count, first=copies.first)
 
     async def look_before_open(self, root: Root, directory: str) -> None:
         """Take in what lies in the directory of a run that opens, where this daemon has not looked yet.

@@ -8,6 +8,7 @@ import pytest
 from sqlalchemy import select
 
 from ckptd.catalog import checkpoints, roots, schema
+from ckptd.intake.reconcile import Copies
 from ckptd.model import State
 from ckptd.pipeline import retain, trash
 from tests.support.in_process import Training, daemon, eventually
@@ -80,7 +81,7 @@ async def test_a_directory_that_was_renamed_is_followed_and_is_no_copy(short_dir
         [one], base = await saved(node, line, 1)
         os.rename(base / "step_0000000001", base / "keep_1")
         assert (await scan(node)).missing == 1
-        assert node.parts.reconciler.copies(str(node.runs)) == []
+        assert node.parts.reconciler.copies(str(node.runs)) == Copies()
         await scan(node)
         assert await lies(node, one) == (State.LIVE, str(base / "keep_1"))
         assert (await line.ask("wait", checkpoint=one, level="verified", timeout_s=30))["state"] == "live"
@@ -108,13 +109,13 @@ async def test_of_two_copies_without_an_original_one_is_taken_for_good(short_dir
     async with daemon(short_dir, **AT_WILL) as node, node.connect() as line:
         [one], base = await saved(node, line, 1)
         os.rename(base / "step_0000000001", base / "b")
-        shutil.copytree(base / "b", base / "a")
-        shutil.copytree(base / "b", base / "c")
+        for name in "acde":
+            shutil.copytree(base / "b", base / name)
         await scan(node)
         for _ in range(3):
             await scan(node)
             assert await lies(node, one) == (State.LIVE, str(base / "a"))
-        assert node.parts.reconciler.copies(str(node.runs)) == [str(base / "b"), str(base / "c")]
+        assert node.parts.reconciler.copies(str(node.runs)) == Copies(4, [str(base / name) for name in "bcd"])
 
 
 async def test_a_copy_is_not_taken_while_something_unreadable_lies_where_the_checkpoint_was(short_dir):
