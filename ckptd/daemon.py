@@ -364,7 +364,7 @@ def main(argv: list[str] | None = None) -> int:
         return BadConfig.exit_code
     faulthandler.enable()  # the service manager's SIGABRT leaves every thread's stack in the log
     heap.bound()
-    heap.freeze()
+    heap.settle()
     passed = passed_fds()
     try:
         loaded = _load(options)

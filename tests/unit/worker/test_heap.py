@@ -1,15 +1,18 @@
-"""Freed memory goes back to the kernel; what was imported is looked at no more."""
+"""Freed memory goes back to the kernel; what was imported costs no more later than at the start."""
 
 import gc
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from ckptd.supervisor.unit import ENVIRON as MEMORY
 from ckptd.worker import heap
 
 MIB = 1 << 20
+ENVIRON = os.environ | MEMORY
 IS_GLIBC = pytest.mark.skipif(heap.TRIM is None, reason="the C library gives nothing back when asked")
 THREADS = """
 import ctypes, sys, threading
@@ -36,6 +39,21 @@ for thread in threads:
 said = libc.fopen(sys.argv[2].encode(), b"w")
 libc.malloc_info(0, said)
 libc.fclose(said)
+"""
+STRINGS = """
+import re, sys
+from pathlib import Path
+from ckptd import daemon
+from ckptd.worker import heap
+def held():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+assert heap.bound()
+if sys.argv[1] == "settled":
+    heap.settle()
+before = held()
+for number in range(500_000):
+    sys.intern(f"of a path {number}")
+print(held() - before)
 """
 
 
@@ -99,3 +117,15 @@ def test_a_daemon_that_serves_has_its_modules_out_of_the_collectors_way(tmp_path
     frozen, left = map(int, said.stdout.split())
     assert frozen > 50_000
     assert left < frozen / 10
+
+
+@IS_GLIBC
+def test_strings_that_come_and_go_cost_a_settled_daemon_nothing() -> None:
+    """Unsettled, Python's table of interned strings is made anew, and larger, by and by."""
+
+    def grown_kib(how: str) -> int:
+        command = [sys.executable, "-c", STRINGS, how]
+        return int(subprocess.run(command, capture_output=True, check=True, timeout=60, env=ENVIRON).stdout)
+
+    assert grown_kib("unsettled") > 512
+    assert grown_kib("settled") < 256
