@@ -32,7 +32,10 @@ _ROLLBACK = b"\x01"
 # whatever a reader has in it is void with the next commit, but stays until that reader is asked again: of several that
 # are seldom asked that is memory for nothing, and more with each day that the catalog grows.
 WRITER_CACHE_KIB, READER_CACHE_KIB = 2048, 256
-READER_STATEMENTS_MAX = 64  # compiled ones that a reader keeps, of 2 to 30 KiB each; sqlite3 would keep 128
+# Compiled statements that a connection keeps, of 2 to 30 KiB in some hundred pieces each. A writer keeps all that the
+# daemon has. A reader keeps those of the last moments, and compiles others anew, in 20 to 100 us. Room for most of them
+# would be worse than either: some were pushed out in each second, and their pieces left gaps that nothing fitted into.
+WRITER_STATEMENTS_MAX, READER_STATEMENTS_MAX = 256, 16
 ALLOW_NETWORK = "network"  # in the URL's query: "allow" accepts a network file system
 
 
@@ -50,7 +53,9 @@ def url_of(path: Path) -> URL:
 
 def writing_engine(url: URL, settings: config.Catalog) -> AsyncEngine:
     """Return an engine with exactly one connection, which writes."""
-    engine = create_async_engine(url, module=Driver(), poolclass=StaticPool)
+    engine = create_async_engine(
+        url, module=Driver(), poolclass=StaticPool, connect_args={"cached_statements": WRITER_STATEMENTS_MAX}
+    )
     pragmas = (
         "PRAGMA journal_mode=WAL",
         "PRAGMA synchronous=FULL",

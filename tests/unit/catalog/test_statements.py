@@ -12,6 +12,7 @@ from typing import Any
 import anyio
 import pytest
 from sqlalchemy import event, select, text
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from ckptd import config
 from ckptd.catalog import Catalog, roots, schema, sqlite
@@ -105,12 +106,14 @@ async def test_reads_go_round_all_readers(catalog: Catalog, tmp_path: Path, read
     await engine.dispose()
 
 
-async def test_a_reader_keeps_no_more_compiled_statements_than_its_limit(
-    catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("kind", "limit"), [("reading", "READER_STATEMENTS_MAX"), ("writing", "WRITER_STATEMENTS_MAX")])
+async def test_a_connection_keeps_no_more_compiled_statements_than_its_limit(
+    catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, limit: str
 ) -> None:
     """What the driver was asked to keep, and that it does: a text that was pushed out is parsed again."""
-    monkeypatch.setattr(sqlite, "READER_STATEMENTS_MAX", 8)
-    engine = sqlite.reading_engine(sqlite.url_of(tmp_path / "catalog.sqlite"), config.Catalog(readers=1))
+    monkeypatch.setattr(sqlite, limit, 8)
+    made = getattr(sqlite, f"{kind}_engine")
+    engine: AsyncEngine = made(sqlite.url_of(tmp_path / "catalog.sqlite"), config.Catalog(readers=1))
     parsed: list[str] = []
 
     def allow(action: int, *of: str | None) -> int:
