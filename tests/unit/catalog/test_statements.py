@@ -106,7 +106,9 @@ async def test_reads_go_round_all_readers(catalog: Catalog, tmp_path: Path, read
     await engine.dispose()
 
 
-@pytest.mark.parametrize(("kind", "limit"), [("reading", "READER_STATEMENTS_MAX"), ("writing", "WRITER_STATEMENTS_MAX")])
+@pytest.mark.parametrize(
+    ("kind", "limit"), [("reading", "READER_STATEMENTS_MAX"), ("writing", "WRITER_STATEMENTS_MAX")]
+)
 async def test_a_connection_keeps_no_more_compiled_statements_than_its_limit(
     catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, limit: str
 ) -> None:
