@@ -7,7 +7,7 @@ PYTHON_FOUND := $(shell command -v $(PYTHON) || command -v python3)
 # Where this is set a daemon's two hundred modules are compiled at each of its thousands of starts in the tests.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test check quick bench bench-load bench-answers soak test-faults setup docs clean
+.PHONY: demo test check types style quick bench bench-load bench-answers soak test-faults setup docs clean
 
 $(STAMP): pyproject.toml client/pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON_FOUND) -m venv $(VENV)
@@ -20,10 +20,15 @@ setup: $(STAMP)
 demo: $(STAMP)  ## train, crash, resume: the whole story in two minutes
 	$(BIN)/python demo/run.py
 
-check: $(STAMP)  ## lint, types, layers
+check: $(STAMP)  ## lint, types, layers: mypy on one core, the others on another
+	$(MAKE) --no-print-directory -j 2 -O types style
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+style: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 	$(BIN)/flake8 ckptd client demo
 	$(BIN)/lint-imports --no-cache
 

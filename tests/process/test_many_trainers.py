@@ -104,8 +104,8 @@ def train(node: Node, nursery: Nursery, saves: int, patience_s: float) -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.xdist_group("alone-many")
 def test_thirty_two_trainers_lose_double_and_misorder_nothing(node: Node, plain_nursery: Nursery) -> None:
-    """M017, with a tenth of its saves: what fits into every commit's minutes."""
-    train(node, plain_nursery, saves=10, patience_s=400.0)
+    """M017, with a twentieth of its saves: what fits into every commit's minutes."""
+    train(node, plain_nursery, saves=5, patience_s=400.0)
 
 
 @pytest.mark.faults
@@ -120,7 +120,7 @@ def test_thirty_two_trainers_and_a_hundred_saves_each(node: Node, plain_nursery:
 def test_many_trainers_and_a_daemon_that_dies_under_them(node: Node, plain_nursery: Nursery) -> None:
     """M017 and F1 together: three daemons die by SIGKILL while 32 trainers save; every save is there once, in order."""
     node.start()
-    saves = 6
+    saves = 4
     over = threading.Event()
     killed: list[int] = []
 
