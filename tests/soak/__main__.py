@@ -6,7 +6,7 @@ The second form breaks nothing and saves as fast as it can: 100,000 saves by one
 descriptors stay what they were.
 
 Exit status 1 at a violation, at a descriptor too many, and, for runs of twenty minutes or more, when memory
-grows by more than one percent per hour.
+grows by more than one percent per hour. Why it does, `python -m tests.soak.heap PID` may tell of a daemon that runs.
 """
 
 import argparse
