@@ -186,14 +186,17 @@ def _add(found: Found, data: bytes, heap: tuple[list[bool], int], names: Names) 
             for page in range(chunk.at // PAGE_BYTES, min((end - 1) // PAGE_BYTES + 1, len(used))):
                 used[page] += min(end, (page + 1) * PAGE_BYTES) - max(chunk.at, page * PAGE_BYTES)
                 inside[page].append(chunk)
+    counted: set[int] = set()  # a chunk may lie in two pages
     for page in (page for page, is_there in enumerate(resident) if is_there):
         found.resident_bytes += PAGE_BYTES
         found.pages[used[page] * SHARES // PAGE_BYTES] += 1
         if used[page] < MOSTLY_FREE:
             for chunk in inside[page]:
                 holder = found.holders.setdefault(names.of(data, chunk), Holder())
-                holder.count += 1
-                holder.size_bytes += chunk.size_bytes
+                if chunk.at not in counted:
+                    counted.add(chunk.at)
+                    holder.count += 1
+                    holder.size_bytes += chunk.size_bytes
                 holder.gap_bytes += (PAGE_BYTES - used[page]) / len(inside[page])
 
 
