@@ -5,6 +5,7 @@ import os
 import random
 import resource
 import socket
+import sqlite3
 import struct
 import threading
 import time
@@ -104,10 +105,13 @@ def tell_of(node: Node, checkpoints: list[str]) -> None:
     """Print what is known of these: a failure here comes once in hundreds of runs."""
     lines = node.log.read_text(errors="replace").splitlines()
     print("\n".join(line for line in lines if any(one in line for one in checkpoints)))
+    print("\n".join(line for line in lines if '"level":"warning"' in line or '"level":"error"' in line))
     print(sorted(path.name for path in node.spool.rglob("*")))
     with contextlib.suppress(NotAnswering):  # what went wrong is told all the same
         for checkpoint in checkpoints:
             print(node.ask_once("show", selector=checkpoint), node.ask_once("status").get("jobs"))
+    with contextlib.closing(sqlite3.connect(node.state / "catalog.sqlite")) as catalog:
+        print(catalog.execute("SELECT * FROM job WHERE state <> 'done'").fetchall())
 
 
 @pytest.mark.parametrize(

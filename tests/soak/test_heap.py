@@ -40,8 +40,8 @@ def test_small_things_between_large_ones_that_are_gone_are_named_with_the_pages_
         process.stdin.close()
     assert process.returncode == 0
     pins = found.holders["Pin"]
-    assert COUNT * 0.9 < pins.count <= COUNT
-    assert pins.gap_bytes > COUNT * heap.PAGE_BYTES / 2
+    assert COUNT / 2 < pins.count <= COUNT, "the others lie in pages that are more than half in use"
+    assert pins.gap_bytes > pins.count * heap.PAGE_BYTES / 2
     largest = heap.render(found, 1).splitlines()[-1]
     assert f"{pins.count} of Pin" in largest
     assert found.used_bytes < found.resident_bytes
