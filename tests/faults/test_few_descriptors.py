@@ -3,10 +3,12 @@
 import contextlib
 import os
 import random
+import re
 import resource
 import socket
 import sqlite3
 import struct
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -110,6 +112,15 @@ def tell_of(node: Node, checkpoints: list[str]) -> None:
     with contextlib.suppress(NotAnswering):  # what went wrong is told all the same
         for checkpoint in checkpoints:
             print(node.ask_once("show", selector=checkpoint), node.ask_once("status").get("jobs"))
+    family = {node.daemon_pid, *node.workers()}
+    threads = subprocess.run(
+        ["ps", "-eLo", "pid,ppid,tid,stat,wchan:32,args"], capture_output=True, text=True, check=True
+    )
+    print(
+        "\n".join(
+            line for line in threads.stdout.splitlines() if family & {int(n) for n in re.findall(r"\d+", line)[:2]}
+        )
+    )
     with contextlib.closing(sqlite3.connect(node.state / "catalog.sqlite")) as catalog:
         print(catalog.execute("SELECT * FROM job WHERE state <> 'done'").fetchall())
 
