@@ -33,8 +33,9 @@ _ROLLBACK = b"\x01"
 # are seldom asked that is memory for nothing, and more with each day that the catalog grows.
 WRITER_CACHE_KIB, READER_CACHE_KIB = 2048, 256
 # Compiled statements that a connection keeps, of 2 to 30 KiB in some hundred pieces each. A writer keeps all that the
-# daemon has. A reader keeps those of the last moments, and compiles others anew, in 20 to 100 us. Room for most of them
-# would be worse than either: some were pushed out in each second, and their pieces left gaps that nothing fitted into.
+# daemon has. A reader keeps those of the last moments, and compiles others anew, in some tens of microseconds each.
+# Room for most of them would be worse than either: some were pushed out in each second, and their pieces left gaps that
+# nothing fitted into.
 WRITER_STATEMENTS_MAX, READER_STATEMENTS_MAX = 256, 16
 ALLOW_NETWORK = "network"  # in the URL's query: "allow" accepts a network file system
 

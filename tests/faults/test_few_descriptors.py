@@ -103,6 +103,14 @@ def work(node: Node, trainers: list[Trainer], chance: random.Random, place: Path
     return []
 
 
+def threads_of(pids: set[int]) -> list[str]:
+    """What each thread of these processes and of their children waits for in the kernel, a line each."""
+    told = subprocess.run(
+        ["ps", "-eLo", "pid,ppid,tid,stat,wchan:32,args"], capture_output=True, text=True, check=False
+    )
+    return [line for line in told.stdout.splitlines() if pids & {int(n) for n in re.findall(r"\d+", line)[:2]}]
+
+
 def tell_of(node: Node, checkpoints: list[str]) -> None:
     """Print what is known of these: a failure here comes once in hundreds of runs."""
     lines = node.log.read_text(errors="replace").splitlines()
@@ -112,17 +120,10 @@ def tell_of(node: Node, checkpoints: list[str]) -> None:
     with contextlib.suppress(NotAnswering):  # what went wrong is told all the same
         for checkpoint in checkpoints:
             print(node.ask_once("show", selector=checkpoint), node.ask_once("status").get("jobs"))
-    family = {node.daemon_pid, *node.workers()}
-    threads = subprocess.run(
-        ["ps", "-eLo", "pid,ppid,tid,stat,wchan:32,args"], capture_output=True, text=True, check=True
-    )
-    print(
-        "\n".join(
-            line for line in threads.stdout.splitlines() if family & {int(n) for n in re.findall(r"\d+", line)[:2]}
-        )
-    )
-    with contextlib.closing(sqlite3.connect(node.state / "catalog.sqlite")) as catalog:
-        print(catalog.execute("SELECT * FROM job WHERE state <> 'done'").fetchall())
+    with contextlib.suppress(NotAnswering, OSError, sqlite3.Error):
+        print("\n".join(threads_of({node.daemon_pid, *node.workers()})))
+        with contextlib.closing(sqlite3.connect(node.state / "catalog.sqlite")) as catalog:
+            print(catalog.execute("SELECT * FROM job WHERE state <> 'done'").fetchall())
 
 
 @pytest.mark.parametrize(

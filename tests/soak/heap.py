@@ -220,4 +220,7 @@ if __name__ == "__main__":
     parser.add_argument("pid", type=int)
     parser.add_argument("--top", type=int, default=20)
     asked = parser.parse_args()
-    sys.stdout.write(render(look(asked.pid), asked.top) + "\n")
+    try:
+        sys.stdout.write(render(look(asked.pid), asked.top) + "\n")
+    except OSError as error:
+        parser.error(f"process {asked.pid} can't be read, which needs root: {error}")
