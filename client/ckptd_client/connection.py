@@ -13,6 +13,7 @@ absent one.
 
 import logging
 import os
+import random
 import select
 import threading
 import time
@@ -38,6 +39,8 @@ JOIN_S = 1.0
 TICK_AGAIN_S = 1.0  # when a tick failed
 
 OnReply = Callable[[Message, List[int]], None]
+
+_DICE = random.SystemRandom()  # not the generator whose state a training run keeps in its checkpoints
 
 _log = logging.getLogger("ckptd")
 
@@ -209,7 +212,7 @@ class Connection:
                 self._tried = True
                 self._changed.notify_all()
             # Ranks that lost their daemon together must not come back together.
-            self._closing.wait(pause_s * (0.5 + os.urandom(1)[0] / 255))
+            self._closing.wait(pause_s * _DICE.uniform(0.5, 1.5))
             pause_s = min(pause_s * 2, BACKOFF_S_MAX)
         with self._changed:
             self._tried = True
