@@ -247,7 +247,10 @@ class Child:
             while self._outbox:
                 letter = self._outbox[0]
                 if not await self._send(memoryview(letter.frame), letter.fd):
-                    return  # the reader sees the same end
+                    # The reader sees the same end; after an error that ended nothing (no memory, too many
+                    # descriptors on their way) half a frame may be sent, so it is made one.
+                    self.hang_up()
+                    return
                 self._outbox.popleft()
                 if letter.fd is not None:
                     os.close(letter.fd)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import invariants, rot, tally
+from tests.support import invariants, rot, tally, victims
 from tests.support.node import eventually
 from tests.support.onlooker import Onlooker, end, make
 from tests.support.trainer import Nursery
@@ -55,15 +55,7 @@ def clean_up(node: Onlooker) -> None:
     eventually(lambda: node.run("cleanup", "clean", "--younger-than", "0s", "--confirm").code == 0, "a clean-up to end")
 
 
-DEATHS = [
-    (point, action)
-    for point in POINTS[:-1]
-    for action in ("kill", "kill-parent")
-    if point not in IN_DAEMON or action == "kill"
-]
-
-
-@pytest.mark.parametrize(("point", "action"), DEATHS)
+@pytest.mark.parametrize(("point", "action"), victims.by_turns(POINTS[:-1], IN_DAEMON))
 def test_a_clean_up_killed_at_any_step_ends_with_the_damaged_bytes_in_the_trash(
     damaged: tuple[Onlooker, str, Path], point: str, action: str
 ) -> None:

@@ -13,7 +13,7 @@ from contextlib import suppress
 
 import pytest
 
-from tests.support import payload
+from tests.support import payload, victims
 from tests.support.battlefield import PROJECT, Battlefield, Saved
 from tests.support.node import eventually
 from tests.support.signals import standing_still
@@ -122,8 +122,7 @@ def test_a_daemon_killed_before_it_has_lent_memory_costs_nothing(field: Battlefi
     field.assert_memory_returned()
 
 
-@pytest.mark.parametrize("action", ["kill", "kill-parent"])
-@pytest.mark.parametrize("point", WORKER)
+@pytest.mark.parametrize(("point", "action"), victims.by_turns(WORKER))
 def test_a_worker_or_its_daemon_killed_at_any_step_of_the_disk_loses_nothing(
     field: Battlefield, point: str, action: str
 ) -> None:
@@ -188,8 +187,7 @@ def test_the_end_of_a_retired_checkpoint_killed_at_any_step_is_still_its_end(fie
     trainer.quit()
 
 
-@pytest.mark.parametrize("point", MARK)
-@pytest.mark.parametrize("action", ["kill", "kill-parent"])
+@pytest.mark.parametrize(("point", "action"), victims.by_turns(MARK))
 def test_a_root_whose_mark_is_written_goes_on_whoever_dies_of_it(field: Battlefield, point: str, action: str) -> None:
     """F1, F14. A new mark says in whose place it stands: the daemon that never heard of it takes it for its own."""
     trainer, name = field.ready_trainer("marked")
@@ -212,8 +210,7 @@ def test_a_root_whose_mark_is_written_goes_on_whoever_dies_of_it(field: Battlefi
     trainer.quit()
 
 
-@pytest.mark.parametrize("point", AMEND)
-@pytest.mark.parametrize("action", ["kill", "kill-parent"])
+@pytest.mark.parametrize(("point", "action"), victims.by_turns(AMEND))
 def test_a_metric_said_late_reaches_the_disk_whoever_dies_on_its_way(
     field: Battlefield, point: str, action: str
 ) -> None:
@@ -252,9 +249,9 @@ def test_a_trainer_killed_before_its_commit_leaves_nothing(field: Battlefield, m
 def test_a_trainer_killed_after_its_commit_has_saved(field: Battlefield, moment: str, others: str) -> None:
     """F2. "with the daemon": it dies first, so that no message was ever heard and the next one finds the arena."""
     trainer, name = field.ready_trainer("said")
-    victims = [field.node.daemon_pid] if others != "alone" else []
-    saved = field.save_and_die(trainer, name, moment, victims=victims)
-    field.kills["daemon"] += len(victims)
+    killed = [field.node.daemon_pid] if others != "alone" else []
+    saved = field.save_and_die(trainer, name, moment, victims=killed)
+    field.kills["daemon"] += len(killed)
     field.assert_arrived(name, saved)
     field.assert_memory_returned()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import invariants, payload, rot, tally
+from tests.support import invariants, payload, rot, tally, victims
 from tests.support.node import eventually
 from tests.support.onlooker import Onlooker, end, make
 from tests.support.trainer import Nursery
@@ -58,15 +58,7 @@ def damaged(node: Onlooker, nursery: Nursery, request: pytest.FixtureRequest) ->
     print(node.tail())
 
 
-DEATHS = [
-    (point, action)
-    for point in POINTS
-    for action in ("kill", "kill-parent")
-    if point not in IN_DAEMON or action == "kill"
-]
-
-
-@pytest.mark.parametrize(("point", "action"), DEATHS)
+@pytest.mark.parametrize(("point", "action"), victims.by_turns(POINTS, IN_DAEMON))
 def test_a_repair_killed_at_any_step_goes_on_from_the_memory_that_outlives_it(
     damaged: tuple[Onlooker, str, Path], point: str, action: str
 ) -> None:

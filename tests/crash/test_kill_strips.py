@@ -7,7 +7,7 @@ from contextlib import suppress
 
 import pytest
 
-from tests.support import invariants, payload, tally
+from tests.support import invariants, payload, tally, victims
 from tests.support.node import NotAnswering, eventually
 from tests.support.onlooker import Onlooker, end, make
 from tests.support.trainer import Nursery
@@ -84,16 +84,7 @@ def names(node: Onlooker, name: str) -> set[str]:
     return set(os.listdir(node.runs / "strip" / name / "step_0000000001"))
 
 
-# The parent of a worker is the daemon; the daemon's own is the supervisor, which is another test's matter.
-DEATHS = [
-    (point, action)
-    for point in STRIP
-    for action in ("kill", "kill-parent")
-    if point not in IN_DAEMON or action == "kill"
-]
-
-
-@pytest.mark.parametrize(("point", "action"), DEATHS)
+@pytest.mark.parametrize(("point", "action"), victims.by_turns(STRIP, IN_DAEMON))
 def test_a_strip_killed_at_any_step_is_carried_out_by_whoever_comes_next(
     two: tuple[Onlooker, str, str], nursery: Nursery, point: str, action: str
 ) -> None:

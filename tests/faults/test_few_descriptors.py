@@ -115,7 +115,9 @@ def tell_of(node: Node, checkpoints: list[str]) -> None:
     """Print what is known of these: a failure here comes once in hundreds of runs."""
     lines = node.log.read_text(errors="replace").splitlines()
     print("\n".join(line for line in lines if any(one in line for one in checkpoints)))
-    print("\n".join(line for line in lines if '"level":"warning"' in line or '"level":"error"' in line))
+    # What is no event at all is a traceback of some thread.
+    alarming = ('"level":"warning"', '"level":"error"')
+    print("\n".join(line for line in lines if not line.startswith("{") or any(one in line for one in alarming)))
     print(sorted(path.name for path in node.spool.rglob("*")))
     with contextlib.suppress(NotAnswering):  # what went wrong is told all the same
         for checkpoint in checkpoints:

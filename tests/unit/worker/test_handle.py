@@ -1,6 +1,7 @@
 """The daemon's handle on its workers, against a stand-in child that hangs and crashes on order."""
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -273,6 +274,22 @@ async def test_an_arena_travels_with_the_one_request_that_names_it(tmp_path):
         assert [open_fds(f"memfd:{text}") for text in ("one", "two")] == [1, 1]
         for fd in arenas:
             os.close(fd)
+
+
+async def test_a_socket_that_refuses_to_send_ends_its_worker_and_nobody_waits_for_it(tmp_path, monkeypatch):
+    """The frame may be half sent; who waited for its answer had to wait until the worker was taken for hung."""
+
+    def refuses(*_):
+        raise OSError(errno.ETOOMANYREFS, os.strerror(errno.ETOOMANYREFS))
+
+    async with running(tmp_path) as node:
+        before = int((await node.workers.call(Usage(root="/a"))).filesystem)
+        with monkeypatch.context() as patched, open(os.devnull, "rb") as arena:
+            patched.setattr(child.socket, "send_fds", refuses)
+            with anyio.fail_after(40), pytest.raises(errors.WorkerLost):
+                await node.workers.call(Usage(root="/arena"), arena_fd=arena.fileno())
+        await eventually(lambda: not is_alive(before))
+        assert int((await node.workers.call(Usage(root="/a"))).filesystem) != before
 
 
 async def test_the_worker_inherits_nothing_that_was_meant_for_the_daemon(tmp_path, monkeypatch):
