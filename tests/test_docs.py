@@ -23,6 +23,8 @@ from ckptd_client import control
 from docs import generate
 from tests.support import pages, tree
 
+pytestmark = pytest.mark.xdist_group("sources")  # one process reads and parses them
+
 WIRE, CONTROL = "docs/reference/wire.md", "docs/reference/wire-control.md"
 TOP = {path.split("/")[0] for path in tree.files() if "/" in path}
 SUFFIXES = (".py", ".md", ".service", ".socket")
@@ -96,10 +98,8 @@ def test_the_tree_in_the_docstring_of_errors_is_the_tree_of_classes():
 def test_the_table_of_the_control_page_is_where_the_code_reads_and_writes():
     """A client frozen in an image for years writes these bytes: the table is what it was built from."""
     said = control.__doc__ or ""
-    fields = [
-        (int(at), kind)
-        for at, kind in re.findall(r"(?:^|  )\s*(?:byte)?\s*(\d+)\s+(8s|16s|32s|u32|u64)\b", said, re.MULTILINE)
-    ]
+    found = re.findall(r"(?:^|  )\s*(?:byte)?\s*(\d+)\s+(8s|16s|32s|u32|u64)\b", said, re.MULTILINE)
+    fields = [(int(at), kind) for at, kind in found]
     sizes = {"8s": "8s", "16s": "16s", "32s": "32s", "u32": "I", "u64": "Q"}
     built: list[tuple[int, str]] = []
     for record, start in ((control._HEAD, 0), (control._DESCRIPTOR, control._DESCRIPTOR_AT)):

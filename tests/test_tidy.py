@@ -22,6 +22,8 @@ import ckptd_client
 from ckptd_client import finder
 from tests.support import tree
 
+pytestmark = pytest.mark.xdist_group("sources")  # one process reads and parses them
+
 FILE_LINES, FUNCTION_LINES, PARAMETERS, FILE_BYTES = 400, 60, 5, 256 << 10
 
 # What may be larger, and why. An entry that is no longer needed fails its test.

@@ -7,6 +7,8 @@ import pytest
 
 from tests.support import tree
 
+pytestmark = pytest.mark.xdist_group("sources")  # one process reads and parses them
+
 PAGE = "docs/reliability.md"
 FAULTS = [f"F{number}" for number in range(1, 31)]
 NOT_BUILT = {"F21"}  # object stores: its row says so

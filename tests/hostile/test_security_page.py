@@ -10,6 +10,8 @@ from ckptd.config import Settings
 from ckptd.errors import BY_CODE
 from tests.support import tree
 
+pytestmark = pytest.mark.xdist_group("sources")  # one process reads and parses them
+
 PAGE = "docs/security.md"
 UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "s": 1, "": 1}
 LATER = {"S20", "S24"}
