@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ WATCHES_MAX = 256  # watches run until cancelled: each has a thread of its own
 
 @dataclass(frozen=True, slots=True)
 class Verb:
-    """Where a verb lives (it is imported when it is first asked for), and the lane it runs in.
+    """Where a verb lives, and the lane it runs in.
 
     long  the lane it is asked again in when it turns out to take long
     """
@@ -72,6 +73,32 @@ VERBS: dict[type[protocol.Request], Verb] = {
     fetching.FetchDrop: Verb("fetched", "drop"),
     fetching.FetchedList: Verb("fetched", "listed"),
 }
+
+
+# Asked for where something is watched. Its library brings a reader of pickles along, which other workers need not have.
+LATER = frozenset({"watch"})
+
+
+def preload() -> None:
+    """Import every verb but those in LATER, before anything is asked for.
+
+    Later there may be no descriptor left to open a module with, or another version may lie in the place of this one.
+    """
+    for verb in VERBS.values():
+        if verb.module not in LATER:
+            load(verb)
+
+
+def load(verb: Verb) -> Callable[[Any, Context], Any]:
+    """Return the function behind a verb. Busy when it can't be imported now."""
+    try:
+        found: Callable[[Any, Context], Any] = getattr(
+            importlib.import_module(f"ckptd.worker.{verb.module}"), verb.function
+        )
+    except (ImportError, OSError) as error:
+        # A library without a descriptor to be opened with is an ImportError, and says so in words alone.
+        raise Busy(f"{verb.module} can't be loaded now: {error}", retry_after_s=RETRY_S) from error
+    return found
 
 
 def make_lanes(threads: int) -> dict[str, Lane]:
@@ -204,9 +231,7 @@ class Loop:
         try:
             if not isinstance(request, protocol.Watch):
                 context.alive()  # cancelled while it waited
-            run: Callable[[Any, Context], Any] = getattr(
-                importlib.import_module(f"ckptd.worker.{verb.module}"), verb.function
-            )
+            run = load(verb)
             with rootmark.checked(request, context):
                 reply = run(request, context)
         except TakesLong:
@@ -228,8 +253,6 @@ class Loop:
             context.close()
 
     def _bug(self, request: protocol.Request, error: Exception) -> Bug:
-        import traceback  # noqa: PLC0415  never needed, if we are good
-
         trace = "".join(traceback.format_exception(error))
         _log("worker.internal", verb=type(request).__name__, traceback=_text(trace))
         return Bug(f"{type(error).__name__}: {error}")
@@ -295,6 +318,15 @@ def _die(reason: str) -> NoReturn:
     os._exit(os.EX_PROTOCOL)
 
 
+def _thread_ended(told: threading.ExceptHookArgs) -> NoReturn:
+    """End the process: with its thread a request ended that nobody would answer before the worker is taken for hung."""
+    trace = "".join(traceback.format_exception(told.exc_type, told.exc_value, told.exc_traceback))
+    try:
+        _log("worker.internal", traceback=_text(trace))
+    finally:
+        os._exit(os.EX_SOFTWARE)
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="ckptd.worker")
     parser.add_argument("--fd", type=int, default=3)
@@ -333,7 +365,9 @@ def main() -> NoReturn:
     # SIGTERM reach the whole group while the daemon drains: it ends us by the socket, when done.
     for number in (signal.SIGIO, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    threading.excepthook = _thread_ended
     heap.bound()
+    preload()
     _yield_to_training(arguments.nice)
     if arguments.idle_io:
         kernel.idle_io()

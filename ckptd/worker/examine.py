@@ -24,6 +24,7 @@ from ckptd.worker.protocol import Inspected
 FREE_MAX = 4  # children kept for the next question; each ends by itself when idle
 STUCK_MAX = 4  # killed, but the kernel still waits for their disk
 SILENCE_S = 60.0  # without an answer or a beat: the disk hangs. Below workers.request_s (120 s by default)
+START_AGAIN_S = 1.0
 _SLICE_S = 0.25
 _REAP_S = 1.0
 _BURIAL_S = 30.0  # for a child whose stdout has ended; with the silence before, still below workers.request_s
@@ -62,6 +63,7 @@ class _Child:
         self._stdin, self._stdout, self._stderr = self._process.stdin, self._process.stdout, self._process.stderr
         self._poll = select.poll()
         self._poll.register(self._stdout, select.POLLIN)
+        self.began = False  # it has come so far that it reads questions
 
     def ask(self, question: Question, context: Context) -> Answer:
         """Return the answer. _EndedError, TimedOut, or Cancelled: the child is of no more use then."""
@@ -77,6 +79,7 @@ class _Child:
                 if not part:
                     raise _EndedError
                 buffer += part
+                self.began = True
                 heard_s = time.monotonic()
                 while (cut := buffer.find(b"\n")) >= 0:
                     answer = msgspec.json.decode(memoryview(buffer)[:cut], type=Answer)
@@ -137,7 +140,7 @@ class Parsers:
         """Return the answer to one question, from a child of its own while it lasts.
 
         TimedOut  nothing was read for SILENCE_S: the disk hangs
-        Busy      STUCK_MAX children hang already
+        Busy      STUCK_MAX children hang already, or none can be started now
         Bug       the parser failed in a way that no file should make it fail
         """
         child = self._take()
@@ -162,6 +165,9 @@ class Parsers:
             status, words = child.last_words(question, context)
         finally:
             self._drop(child)
+        if not child.began:  # no memory, no descriptor: nothing of the file was read yet
+            why = words.strip().rpartition("\n")[2] or f"exit status {status}"
+            raise Busy(f"no parser can be started now: {why}", retry_after_s=START_AGAIN_S)
         if status > 0:
             raise Bug(f"the parser failed on {question.path!r}", traceback=words) from None
         return _verdict(-status, self._limits) if status < 0 else None

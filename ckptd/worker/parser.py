@@ -67,7 +67,8 @@ class _Child:
     _beat_s: float = field(default_factory=time.monotonic)
 
     def serve(self, questions: BinaryIO) -> None:
-        """Answer until there is a reason to end."""
+        """Answer until there is a reason to end. The first beat says that whatever ends it from here on is its file."""
+        self._say(Answer(beat=True))
         for _ in range(QUESTIONS_MAX):
             if self.spent or not select.select([questions], [], [], IDLE_S)[0]:
                 return
@@ -156,6 +157,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_NOFILE, (_OPEN_FILES_MAX, _OPEN_FILES_MAX))
+    formats.load_readers()
     with open(0, "rb", buffering=0, closefd=False) as questions:
         _Child(bytes_max, cpu_s, sys.stdout.buffer).serve(questions)
 

@@ -1,6 +1,7 @@
 """Read back from the disk, not from memory, and compare: which file, which MiB, which tensor."""
 
 import errno
+import fcntl
 import os
 import stat
 import time
@@ -212,8 +213,6 @@ class _Source:
 
     def _leave_direct(self) -> None:
         """O_DIRECT opened but does not read (some FUSE and network file systems)."""
-        import fcntl  # noqa: PLC0415  rarely needed
-
         flags = fcntl.fcntl(self.fd, fcntl.F_GETFL)
         fcntl.fcntl(self.fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
         self.direct = False

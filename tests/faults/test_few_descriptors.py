@@ -11,6 +11,7 @@ import struct
 import subprocess
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,10 +19,13 @@ import pytest
 
 from ckptd.intake.meter import rss_bytes
 from ckptd.model import new_id
+from ckptd.worker.protocol import Request, Settle, Watch
 from ckptd_client import control
 from tests.support.node import Node, NotAnswering
 from tests.support.onlooker import end, make
+from tests.support.strace import Injection
 from tests.support.trainer import Nursery, Trainer
+from tests.support.worker_process import WorkerProcess
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 PROJECT = "few"
@@ -33,6 +37,7 @@ look_s = "1s"
 free_bytes_min = "1M"
 """
 CROWD_MAX = 40
+LIBRARY = re.compile(r"^\d+ +openat\(.*\.so[\d.]*\", .*= \d")
 BODY = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
 SMALL = struct.pack("<Q", len(BODY)) + BODY + struct.pack("<f", 1.0)
 
@@ -168,6 +173,67 @@ def test_descriptors_that_run_out_at_any_moment_end_nothing_and_lose_nothing(
         raise
     finally:
         end(node)
+
+
+def first_words(worker: WorkerProcess, number: int) -> tuple[bool, str]:
+    """Whether a request is on its way or done well, and the code of its error."""
+    frame = worker.frame()
+    while frame["id"] != number or ("part" not in frame and "ok" not in frame):
+        frame = worker.frame()
+    return frame.get("ok", True), frame.get("error", {}).get("code", "")
+
+
+@contextlib.contextmanager
+def fresh_worker() -> Iterator[WorkerProcess]:
+    """A worker that listens and was asked for nothing yet."""
+    with WorkerProcess() as worker:
+        worker.send_raw(b'{"id":99,"verb":"none"}\n')
+        assert not worker.reply(99)["ok"]
+        yield worker
+
+
+def opens(request: Request) -> list[str]:
+    """What is opened for the first of such a request, by the worker and by its parser."""
+    nothing = "fsync:error=EIO:when=1"
+    with fresh_worker() as worker, Injection(worker.process.pid, nothing, traced="openat") as traced:
+        assert first_words(worker, worker.send(request)) == (True, "")
+    return traced.calls
+
+
+def libraries(calls: list[str]) -> set[int]:
+    """At which of its opens a thread comes to a library: the first and the last two of each thread."""
+    seen: Counter[str] = Counter()
+    found: dict[str, list[int]] = {}
+    for call in calls:
+        thread = call.split()[0]
+        seen[thread] += 1
+        if LIBRARY.match(call):
+            found.setdefault(thread, []).append(seen[thread])
+    return {nth for each in found.values() for nth in (*each[:2], *each[-2:])}
+
+
+@pytest.mark.parametrize("step", [0, pytest.param(4, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("verb", ["settle", "watch"])
+def test_a_worker_that_can_open_nothing_from_any_moment_on_answers_and_blames_no_file(
+    tmp_path: Path, verb: str, step: int
+) -> None:
+    """F15. A library that can't be opened is an ImportError and no OSError: a thread ended of it, and its request was
+    answered by nobody before the worker was taken for hung. A parser that could not start made its file a broken one.
+    """
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(SMALL)
+    settle = Settle(root=str(tmp_path), path=str(path), quiet_s=0.0, told=True)
+    request = settle if verb == "settle" else Watch(root=str(tmp_path))
+    calls = opens(request)
+    firsts = set(range(1, len(calls), step)) if step else {1, 2, 3, *libraries(calls)}
+    assert len(firsts) > 5
+    for nth in sorted(firsts):
+        with fresh_worker() as worker:
+            with Injection(worker.process.pid, f"openat:error=EMFILE:when={nth}+") as injected:
+                well, code = first_words(worker, worker.send(request))
+            assert (well, code) in {(True, ""), (False, "busy")}, (nth, code)
+            assert injected.shots or well, nth
+            assert first_words(worker, worker.send(request)) == (True, ""), nth
 
 
 def test_the_daemons_own_memory_is_known_with_no_descriptor_left() -> None:

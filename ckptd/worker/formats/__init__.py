@@ -96,6 +96,12 @@ def tells(name: str) -> bool:
     return detect_file(name) is not None or name in _TELLING or name.endswith(_TELLING_ENDINGS)
 
 
+def load_readers() -> None:
+    """Load every reader: for the parser's process, before it is asked. Later there may be no descriptor to open one with."""
+    for name in {"opaque", "safetensors", "torch_legacy", "torch_zip", *_FOLDER_READERS.values()}:
+        import_module(f"ckptd.worker.formats.{name}")
+
+
 def read_file(source: "Source", name: str, ask: "Ask") -> "Inspected":
     """Look into a file, at `name`'s promise and at the bytes. InvalidFormat when they break the format's rules."""
     from ckptd.worker.formats import opaque, safetensors, torch_legacy, torch_zip  # noqa: PLC0415 - see the module

@@ -10,7 +10,7 @@ import zipfile
 
 import pytest
 
-from ckptd.errors import BadPath, Bug, TimedOut
+from ckptd.errors import BadPath, Bug, Busy, TimedOut
 from ckptd.worker import examine, inspect
 from ckptd.worker.context import Cancelled, Context, Limits
 from ckptd.worker.parser import Question
@@ -85,6 +85,20 @@ def other_parser(monkeypatch, code):
         return [sys.executable, "-c", f"from ckptd.worker import parser; {code}", *original(limits)[-2:]]
 
     monkeypatch.setattr(examine, "command", command)
+
+
+@pytest.mark.parametrize(
+    "end", ["raise ImportError('libz.so.1: Too many open files')", "import os; os.kill(os.getpid(), 9)"]
+)
+def test_a_child_that_can_not_start_says_nothing_of_its_file(tmp_path, small, monkeypatch, end):
+    """Out of memory or descriptors: the machine is to blame, and a good file is asked about again."""
+    path = tmp_path / "m.safetensors"
+    save_file({"w": torch.ones(2)}, path)
+    with monkeypatch.context() as patch:
+        other_parser(patch, end)
+        with pytest.raises(Busy, match="no parser can be started now"):
+            ask(small, path)
+    assert ask(small, path).found.complete is True
 
 
 def test_a_child_that_went_idle_is_replaced_without_a_word(tmp_path, small, monkeypatch):
@@ -282,7 +296,7 @@ def test_checksums_beat_while_they_are_read(tmp_path, small, monkeypatch):
     context = Context(send=sent.append, limits=Limits(alive_every_s=0.0))
     answer = small.ask(Question(str(tmp_path), str(path), crc=True), context)
     assert answer.found.complete is True
-    assert sent == [{"alive": True}] * 6
+    assert sent == [{"alive": True}] * 7  # its start, the stream, each MiB
 
 
 def test_an_answer_without_end_is_not_buffered(tmp_path, small, monkeypatch):
