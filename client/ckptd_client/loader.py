@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Dict, List, NamedTuple, Optional, Sequenc
 
 from ckptd_client import restore
 from ckptd_client.errors import CorruptCheckpoint, MissingPart, NotFound, Refused, TimedOut, Unavailable
-from ckptd_client.find import Found, list_checkpoints
+from ckptd_client.find import Found, list_checkpoints, read_manifest
 from ckptd_client.finder import close_all
 from ckptd_client.reads import Read
 from ckptd_client.session import OPEN_S
@@ -24,6 +24,7 @@ ATTACH_S = 10.0
 # What a daemon refuses for good: a hook forbids the load, or no rule says what "best" would be. The disk is not asked.
 FOR_GOOD = ("vetoed", "unknown_rule")
 ERROR_CHARS_MAX = 2000  # of an error that the daemon is told of
+TRIES_MAX = 8  # to read from the disk what others may take away meanwhile
 OTHERS_MAX = 64  # checkpoints that are tried in the place of a damaged one
 NOTHING: Message = {}  # the daemon's word that no checkpoint is the best by this rule
 _ID = re.compile("[0-9a-f]{32}")
@@ -74,10 +75,7 @@ class Loader:
 
     def _load(self, reply: Optional[Message], wanted: Wanted) -> Any:
         if reply is None:
-            found = self._on_disk(wanted.selector)
-            if found is None:
-                return None
-            return self._read(found.path, found.files, found.checkpoint, wanted)
+            return self._load_from_disk(wanted)
         checkpoint = str(reply.get("checkpoint"))
         self._session.resumed_from = checkpoint
         try:
@@ -91,6 +89,23 @@ class Loader:
         finally:
             if not reply.get("mapped"):
                 self._session.reads.end(Read(str(reply["read"]), checkpoint))
+
+    def _load_from_disk(self, wanted: Wanted) -> Any:
+        """Load what the manifests name. No daemon keeps it meanwhile.
+
+        One that was too busy to answer, or is back, may retire or replace it while it is read: what is no longer there
+        is looked for anew, and only what stays where it was found is damaged.
+        """
+        for left in range(TRIES_MAX - 1, -1, -1):
+            found = self._on_disk(wanted.selector)
+            if found is None:
+                return None
+            try:
+                return self._read(found.path, found.files, found.checkpoint, wanted, kept=False)
+            except _MovedError as moved:
+                if not left:
+                    raise moved.error from None
+        return None
 
     def path(self, selector: str) -> Optional[str]:
         """Return where a checkpoint lies, None when there is none."""
@@ -184,12 +199,17 @@ class Loader:
         spec = self._session.spec
         return os.path.join(spec.directory, spec.project, spec.name)
 
-    def _read(self, path: str, files: Any, checkpoint: str, wanted: Wanted) -> Any:
+    def _read(self, path: str, files: Any, checkpoint: str, wanted: Wanted, *, kept: bool = True) -> Any:
+        """Read one checkpoint, or another one in its place. _MovedError: nobody keeps it, and it went away."""
         session = self._session
         session.resumed_from = checkpoint
         try:
             return self._read_one(path, files, wanted)
-        except CorruptCheckpoint as error:
+        except (CorruptCheckpoint, MissingPart, OSError) as error:
+            if not kept and not _lies_there(path, checkpoint):
+                raise _MovedError(error) from error
+            if not isinstance(error, CorruptCheckpoint):
+                raise
             problem = {"code": "corrupt", "message": error.detail, "file": error.file}
             session.tell("report", checkpoint=checkpoint, problem=problem)
             if not wanted.fallback:
@@ -208,6 +228,19 @@ class Loader:
 
     def _read_one(self, path: str, files: Any, wanted: Wanted) -> Any:
         return restore.read_checkpoint(path, files, verify=wanted.verify, into=wanted.into, keys=wanted.keys)
+
+
+class _MovedError(Exception):
+    """What was found on the disk was taken away, or another put in its place, while it was read."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def _lies_there(path: str, checkpoint: str) -> bool:
+    found = read_manifest(path)
+    return found is not None and found.checkpoint == checkpoint
 
 
 def _others(damaged: str) -> List[Found]:

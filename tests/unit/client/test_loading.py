@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import ckptd_client as ckptd
-from ckptd_client import hot
+from ckptd_client import hot, loader, restore
 from tests.support.fake_daemon import FakeDaemon, descriptor_of, files_of, write_published
 
 
@@ -164,6 +164,75 @@ def test_without_a_daemon_the_manifests_answer(run: ckptd.Experiment, daemon: Fa
     assert lone.path("step:1") == str(home / "runs/vision/net/step_0000000001")
     with pytest.raises(ckptd.Unavailable):
         lone.load("best:loss")
+    lone.close()
+
+
+@pytest.mark.parametrize("what", ["the directory", "a file"])
+def test_what_is_retired_while_it_is_read_without_a_daemon_is_looked_for_anew(
+    run: ckptd.Experiment, daemon: FakeDaemon, home: Path, monkeypatch: pytest.MonkeyPatch, what: str
+):
+    """Nobody holds it then: a daemon that was too busy to answer goes on, and so does its retention."""
+    directories = [saved(run, daemon, home, value)[1] for value in (1, 2)]
+    daemon.stop()
+    lone = ckptd.Experiment("net", project="vision", dir=home / "runs")
+    real, aside = restore.read_checkpoint, home / "aside"
+
+    def retired_meanwhile(path: str, *given: object, **more: object) -> object:
+        if path == str(directories[1]) and directories[1].exists():
+            os.rename(path, aside)
+            if what == "a file":  # unlinked one after another where it lay
+                os.rename(aside, path)
+                os.unlink(directories[1] / "model.safetensors")
+                os.unlink(directories[1] / "manifest.json")
+        return real(path, *given, **more)
+
+    monkeypatch.setattr(restore, "read_checkpoint", retired_meanwhile)
+    assert same(lone.load(), state(1))
+    with pytest.raises(ckptd.NotFound):
+        lone.load(2)
+    lone.close()
+
+
+def test_what_another_save_replaces_while_it_is_read_without_a_daemon_is_that_save(
+    run: ckptd.Experiment, daemon: FakeDaemon, home: Path, monkeypatch: pytest.MonkeyPatch
+):
+    _, directory, _ = saved(run, daemon, home, 1)
+    other = write_published(home / "other", daemon.wait_staged(run.save({**state(7)}, step=1).id))
+    daemon.stop()
+    lone = ckptd.Experiment("net", project="vision", dir=home / "runs")
+    real = restore.read_checkpoint
+
+    def replaced_meanwhile(path: str, *given: object, **more: object) -> object:
+        if other.exists():
+            os.rename(directory, home / "aside")
+            os.rename(other, directory)
+        return real(path, *given, **more)
+
+    monkeypatch.setattr(restore, "read_checkpoint", replaced_meanwhile)
+    assert same(lone.load(1), state(7))
+    assert lone.load(1, keys=["epoch"]) == {"epoch": 7}
+    with pytest.raises(ckptd.MissingPart, match="nothing"):
+        lone.load(1, keys=["nothing"])
+    lone.close()
+
+
+def test_what_is_gone_each_time_it_is_read_is_an_error_in_the_end(
+    run: ckptd.Experiment, daemon: FakeDaemon, home: Path, monkeypatch: pytest.MonkeyPatch
+):
+    saved(run, daemon, home, 1)
+    daemon.stop()
+    lone = ckptd.Experiment("net", project="vision", dir=home / "runs")
+    real, tries = restore.find_checkpoint, []
+
+    def found_and_gone(*given: object) -> object:
+        tries.append(given)
+        found = real(*given)
+        return found._replace(path=str(home / "nowhere"))
+
+    monkeypatch.setattr(restore, "find_checkpoint", found_and_gone)
+    with pytest.raises(ckptd.MissingPart, match="is not there"):
+        lone.load(1)
+    assert len(tries) == loader.TRIES_MAX
     lone.close()
 
 
