@@ -1,8 +1,9 @@
 """The daemon's HTTP door: its own socket, closed to others, and a TCP port only with a token.
 
 What serves (starlette, uvicorn, prometheus_client) is imported when the first connection waits, in a
-thread: a daemon that nobody scrapes neither loads nor keeps it. Nothing here is needed by a save: an
-error of this door is logged and ends the door, never the daemon.
+thread: a daemon that nobody scrapes neither loads nor keeps it. What can't be loaded now (no descriptor is
+left) is tried again. Nothing here is needed by a save: an error of this door is logged and ends the door,
+never the daemon.
 """
 
 import contextlib
@@ -26,6 +27,7 @@ log = structlog.get_logger()
 
 CLOSE_S = 2  # an answer on its way when the daemon ends may take so long
 KEEP_ALIVE_S = 30
+AGAIN_S = 5.0  # after what serves could not be loaded
 _SERVES = ("uvicorn", "uvicorn.protocols.http.h11_impl", "ckptd.web.site", "ckptd.web.exposition")
 
 
@@ -78,16 +80,21 @@ class Web:
             for door in self._doors:
                 group.start_soon(self._serve, door)
 
+    async def _loaded(self, door: Door) -> "uvicorn.Server":
+        """Return what serves at a door once somebody waits there and it could be loaded."""
+        while True:
+            await anyio.wait_readable(door.sock)
+            try:
+                async with self._loading:
+                    for module in _SERVES:
+                        await anyio.to_thread.run_sync(importlib.import_module, module)
+                return self._server(door)
+            except Exception:
+                log.exception("web.not_served", again_s=AGAIN_S)
+            await anyio.sleep(AGAIN_S)
+
     async def _serve(self, door: Door) -> None:
-        await anyio.wait_readable(door.sock)
-        try:
-            async with self._loading:
-                for module in _SERVES:
-                    await anyio.to_thread.run_sync(importlib.import_module, module)
-            server = self._server(door)
-        except Exception:
-            log.exception("web.not_served")
-            return
+        server = await self._loaded(door)
         async with anyio.create_task_group() as group:
             group.start_soon(_ask_to_end, server)
             # Shielded: it has to come to its own end; cancelled in the middle it leaves tasks behind.

@@ -1,5 +1,6 @@
 """The HTTP door: read back by Prometheus's own parser, closed to whoever has no token, silent until asked (M088)."""
 
+import importlib
 import socket
 import stat
 import sys
@@ -8,6 +9,7 @@ import anyio
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from ckptd import web
 from ckptd.config import Settings, Web
 from ckptd.intake.premises import web_doors
 from tests.support.in_process import Training, daemon, eventually, settings_of
@@ -137,3 +139,20 @@ async def test_nothing_that_serves_is_loaded_before_somebody_asks(short_dir):
     )
     done = await anyio.run_process([sys.executable, "-c", code], check=False)
     assert done.returncode == 0
+
+
+async def test_what_could_not_be_loaded_at_first_serves_later(short_dir, monkeypatch):
+    """Out of descriptors when it was first asked, the door stayed shut for as long as the daemon lived."""
+    real, failed = importlib.import_module, []
+
+    def fails_at_first(name, *more):
+        if name == "uvicorn" and len(failed) < 2:
+            failed.append(name)
+            raise ImportError("libssl.so.3: cannot open shared object file: Too many open files")
+        return real(name, *more)
+
+    monkeypatch.setattr(web.importlib, "import_module", fails_at_first)
+    monkeypatch.setattr(web, "AGAIN_S", 0.05)
+    async with daemon(short_dir) as node:
+        assert (await get(node.directory / "s.web", "/metrics"))[0] == 200
+    assert len(failed) == 2
