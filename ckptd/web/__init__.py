@@ -89,8 +89,8 @@ class Web:
                     for module in _SERVES:
                         await anyio.to_thread.run_sync(importlib.import_module, module)
                 return self._server(door)
-            except Exception:
-                log.exception("web.not_served", again_s=AGAIN_S)
+            except Exception as error:
+                log.exception("web.not_served", cause=type(error).__name__, again_s=AGAIN_S)
             await anyio.sleep(AGAIN_S)
 
     async def _serve(self, door: Door) -> None:

@@ -96,16 +96,17 @@ class Loader:
         One that was too busy to answer, or is back, may retire or replace it while it is read: what is no longer there
         is looked for anew, and only what stays where it was found is damaged.
         """
-        for left in range(TRIES_MAX - 1, -1, -1):
+        tries = 0
+        while True:
             found = self._on_disk(wanted.selector)
             if found is None:
                 return None
             try:
                 return self._read(found.path, found.files, found.checkpoint, wanted, kept=False)
             except _MovedError as moved:
-                if not left:
+                tries += 1
+                if tries == TRIES_MAX:
                     raise moved.error from None
-        return None
 
     def path(self, selector: str) -> Optional[str]:
         """Return where a checkpoint lies, None when there is none."""
