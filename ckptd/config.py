@@ -83,7 +83,7 @@ class Watching(Section):
     reconcile_s: PositiveSpan = Field(60.0, description="Interval of the scan that finds what events missed.")
     reconcile_max_s: PositiveSpan = Field(
         600.0,
-        description="The longest it may become: in a large tree of which all events are seen it is 300 times as long as its "
+        description="The longest it may become: in a large tree of which all events are seen it is 600 times as long as its "
         "scan took, and under a managed root it doubles with each scan that finds nothing new.",
     )
     reconcile_remote_s: PositiveSpan = Field(

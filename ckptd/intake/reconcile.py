@@ -30,7 +30,7 @@ from ckptd.worker.protocol import Hints, RootMark, Scan, Scanned, Sweep, Watch
 log = structlog.get_logger()
 
 RETRY_S, RETRY_S_MAX = 1.0, 60.0
-RESTS = 300  # lengths of a scan between two scans of a root whose events are all seen: a third of a per cent of a core
+RESTS = 600  # lengths of a scan between two scans of a root whose events are all seen: a sixth of a per cent of a core
 REST_S_MAX = 2.0  # between two scans of a root, so that hints cost at most half of a worker's time
 DIRECTORIES_MAX = 256  # more hinted directories than this: one scan of the whole root is cheaper
 BATCH_MAX = 250

@@ -131,6 +131,7 @@ class Loop:
         self._running: dict[int, Context] = {}
         self._table = threading.Lock()
         self._lanes = make_lanes(threads)
+        self._free = heap.Seldom()
 
     def run(self) -> NoReturn:
         """Serve until the socket ends, then end the process at once."""
@@ -251,6 +252,7 @@ class Loop:
             outcome()
         finally:
             context.close()
+        self._free.give_back()  # behind an answer: a worker at rest wakes up for nothing
 
     def _bug(self, request: protocol.Request, error: Exception) -> Bug:
         trace = "".join(traceback.format_exception(error))

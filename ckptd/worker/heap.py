@@ -7,6 +7,8 @@ the process lives: so it would hold the most that it ever needed, in each thread
 import ctypes
 import gc
 import sys
+import threading
+import time
 
 HEAPS_MAX = 2  # not eight for each core: threads here wait for disks and databases, not for malloc
 # A block of this size is a mapping of its own. glibc would raise that to 32 MiB by and by.
@@ -14,6 +16,7 @@ MAPPED_FROM_BYTES = 128 << 10
 # More than Python's table of interned strings takes in before it is made anew: two thirds of 2 ** 16 slots, where what
 # the daemon imports leaves it.
 INTERNED = 1 << 16
+SELDOM_S = 60.0
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # malloc.h of glibc
 
 _libc = ctypes.CDLL(None)
@@ -38,6 +41,24 @@ def give_back() -> bool:
     """
     gc.collect()
     return TRIM is not None and bool(TRIM(ctypes.c_size_t(0)))
+
+
+class Seldom:
+    """Gives back at the first call, and at most each SELDOM_S after it. For those without a timer; any thread may call."""
+
+    def __init__(self) -> None:
+        """Nothing was given back yet."""
+        self._next_s = 0.0
+        self._turn = threading.Lock()
+
+    def give_back(self) -> bool:
+        """Give back when it is time for it; say whether it was anything. Blocks one caller alone, some milliseconds."""
+        now_s = time.monotonic()
+        with self._turn:
+            if now_s < self._next_s:
+                return False
+            self._next_s = now_s + SELDOM_S
+        return give_back()
 
 
 def settle() -> None:

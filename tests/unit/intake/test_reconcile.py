@@ -242,7 +242,7 @@ async def test_more_files_than_one_request_has_marks_for_are_looked_up(short_dir
 
 @pytest.mark.parametrize(
     ("seen", "took_s", "interval_s"),
-    [(True, 0.1, 60.0), (True, 1.0, 300.0), (True, 30.0, 600.0), (False, 30.0, 60.0)],
+    [(True, 0.1, 60.0), (True, 0.5, 300.0), (True, 30.0, 600.0), (False, 30.0, 60.0)],
 )
 async def test_a_large_tree_rests_longer_only_while_its_events_are_all_seen(short_dir, seen, took_s, interval_s):
     """Promise 5: `reconcile_max_s` bounds it in every case."""

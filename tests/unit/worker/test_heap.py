@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -91,6 +92,14 @@ def test_what_hangs_in_a_cycle_goes_back_too() -> None:
         assert held_bytes() < most - 40 * MIB
     finally:
         gc.enable()
+
+
+def test_a_worker_gives_back_at_the_first_call_and_then_once_in_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    times_s = iter((100.0, 101.0, 100.0 + heap.SELDOM_S - 0.1, 100.0 + heap.SELDOM_S, 101.0 + heap.SELDOM_S))
+    monkeypatch.setattr(heap, "time", SimpleNamespace(monotonic=lambda: next(times_s)))
+    monkeypatch.setattr(heap, "give_back", lambda: True)
+    seldom = heap.Seldom()
+    assert [seldom.give_back() for _ in range(5)] == [True, False, False, True, False]
 
 
 @IS_GLIBC

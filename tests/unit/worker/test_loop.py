@@ -16,7 +16,7 @@ import msgspec
 import pytest
 
 from ckptd.errors import Busy, Missing
-from ckptd.worker import settle, usage
+from ckptd.worker import heap, settle, usage
 from ckptd.worker.__main__ import VERBS, Loop, Verb
 from ckptd.worker.context import Context, Limits
 from ckptd.worker.lane import Lane
@@ -233,6 +233,18 @@ def loop() -> Iterator[tuple[Loop, WorkerProcess]]:
     yield Loop(theirs, Limits(), threads=2), heard
     ours.close()
     theirs.close()
+
+
+def test_what_a_request_left_is_given_back_to_the_kernel_behind_its_answer(
+    loop: tuple[Loop, WorkerProcess], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, answered = Event(), Event()
+    monkeypatch.setattr(heap, "give_back", lambda: bool(answered.wait(40)) and given.set())
+    serving, heard = loop
+    serving._start(7, Usage(root=str(tmp_path)), None)
+    assert heard.reply(7)["ok"]
+    answered.set()
+    assert given.wait(40)
 
 
 def test_a_bug_in_a_verb_is_an_internal_error_with_its_traceback_in_the_log(
