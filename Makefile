@@ -39,7 +39,7 @@ quick: $(STAMP)  ## the fast loop
 	$(BIN)/python -m pytest -n 2 -q -m "not slow and not faults" tests/unit tests/search
 
 test-faults: $(STAMP)  ## the long form of the crash suites
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m faults
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "faults or teeth"
 
 bench: $(STAMP)  ## ckptd beside its peers; writes docs/benchmarks.md
 	$(BIN)/python -m tests.bench --out docs/benchmarks.md

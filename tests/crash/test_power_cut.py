@@ -68,6 +68,7 @@ def test_a_protocol_cut_off_before_any_operation_keeps_its_promise(
     assert not ground.violations, "\n".join(ground.violations)
 
 
+@pytest.mark.teeth
 @pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda p: p.name)
 @pytest.mark.parametrize("kind", BARE_KINDS)
 def test_a_missing_fsync_that_a_real_disk_can_show_is_shown(

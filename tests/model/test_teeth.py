@@ -21,6 +21,8 @@ from tests.model.recorder import Recorder
 from tests.model.scenario import Scenario, failed_logs, logs, place, plain_log
 from tests.support import tally, tree
 
+pytestmark = pytest.mark.teeth
+
 # fsyncs whose absence loses no checkpoint and no promise: why each is called.
 NO_PROMISE = {
     "ckptd/catalog/ballast.py": "frees the blocks of the reserve at once; the reserve's bytes are nobody's",
