@@ -52,7 +52,7 @@ class Seldom:
         self._turn = threading.Lock()
 
     def give_back(self) -> bool:
-        """Give back when it is time for it; say whether it was anything. Blocks one caller alone, some milliseconds."""
+        """Give back when it is time for it; say whether it was anything. Blocks as heap.give_back does."""
         now_s = time.monotonic()
         with self._turn:
             if now_s < self._next_s:
