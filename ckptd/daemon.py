@@ -19,7 +19,6 @@ import faulthandler
 import os
 import signal
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,7 +37,7 @@ from ckptd.clock import Clock, SystemClock, tick
 from ckptd.config import Settings
 from ckptd.errors import BadConfig, CkptdError
 from ckptd.events import Bus, Event
-from ckptd.intake import premises, recover
+from ckptd.intake import lastwords, premises, recover
 from ckptd.intake.admit import Admission
 from ckptd.intake.alarm import announce
 from ckptd.intake.arenas import ArenaPool, Use
@@ -144,6 +143,7 @@ async def run(loaded: origins.Loaded, passed: list[tuple[str, int]], options: ar
                     front.start_soon(_reap, parts)
                     front.start_soon(_tend, parts)
                     front.start_soon(parts.troubles.pulse.run)
+                    await anyio.to_thread.run_sync(lastwords.clear, listening.getsockname())
                     notifier.ready()
                     notifier.status(parts.troubles.public_line())
                     log.info("daemon.ready", pid=os.getpid(), version=__version__, socket=str(settings.socket))
@@ -366,33 +366,28 @@ def main(argv: list[str] | None = None) -> int:
     heap.bound()
     heap.settle()
     passed = passed_fds()
+    door = premises.address(passed)
     try:
-        loaded = _load(options)
-        lock = premises.lock(loaded.settings.state_dir)
+        with lastwords.left(door):
+            loaded = _load(options)
+            lock = premises.lock(loaded.settings.state_dir)
     except CkptdError as error:
         sys.stderr.write(f"ckptd: {error.message}\n" + (f"  {error.hint}\n" if error.hint else ""))
         return error.exit_code
     sink = logging.start(loaded.settings.log, SystemClock())
     try:
-        anyio.run(run, loaded, passed, options)
+        with lastwords.left(door):
+            anyio.run(run, loaded, passed, options)
     except CkptdError as error:
         log.error("daemon.ended", **error.to_wire())  # noqa: TRY400 - it is for a person, who needs no traceback
         return error.exit_code
     except BaseExceptionGroup as errors:
         log.exception("daemon.broke")
-        return next((e.exit_code for e in _flat(errors) if isinstance(e, CkptdError)), 1)
+        return lastwords.cause(errors).exit_code
     finally:
         os.close(lock)
         sink.close()
     return 0
-
-
-def _flat(errors: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
-    for error in errors.exceptions:
-        if isinstance(error, BaseExceptionGroup):
-            yield from _flat(error)
-        else:
-            yield error
 
 
 if __name__ == "__main__":

@@ -82,14 +82,21 @@ def explain(error: Exception, where: Path | str) -> CkptdError | None:
     if code == sqlite3.SQLITE_FULL:
         return NoSpace(f"no space for the catalog {where}", path=str(where))
     if code in _DAMAGED:
-        return CatalogFault(f"the catalog {where} is damaged: {error}", hint=rebuild_advice(where), path=str(where))
+        return CatalogFault(
+            f"the catalog {where} is damaged: {_said(error)}", hint=rebuild_advice(where), path=str(where)
+        )
     if code in _UNUSABLE:
         return CatalogFault(
-            f"the catalog {where} can't be read or written: {error}",
+            f"the catalog {where} can't be read or written: {_said(error)}",
             hint="check the permissions of its directory, and the kernel's log for disk errors",
             path=str(where),
         )
     return None
+
+
+def _said(error: Exception) -> str:
+    """Return the database's own words: SQLAlchemy's hold the statement, its parameters and a link."""
+    return str(error.orig if isinstance(error, DBAPIError) and error.orig is not None else error)
 
 
 def _unreached(error: OSError, where: Path | str) -> CkptdError:

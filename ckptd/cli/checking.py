@@ -3,6 +3,7 @@
 import os
 import stat
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import click
@@ -51,9 +52,16 @@ def check_lines(check: Check, screen: render.Screen) -> list[str]:
 
 
 def _checks() -> Iterator[Check]:
-    """Yield our own checks, then the daemon's."""
-    for name, look in _OWN.items():
-        yield _looked(name, look)
+    """Yield our own checks, then the daemon's. It is asked first: where its state lies only it can say for sure."""
+    theirs, state = _asked()
+    yield _looked("configuration", _configuration)
+    yield _looked("state directory", partial(_state, state=state))
+    yield _looked("socket", _socket)
+    yield from theirs
+
+
+def _asked() -> tuple[list[Check], str]:
+    """Return what is to be said of the daemon, its own checks among it, and its state directory or what would be it."""
     clock = SystemClock()
     started = clock.monotonic_s()
     try:
@@ -62,11 +70,13 @@ def _checks() -> Iterator[Check]:
             hello = daemon.hello or {}
             version = str(hello.get("server", "")).rpartition("/")[2]
             took_ms = (clock.monotonic_s() - started) * 1000
-            yield _check("daemon", f"answers at {daemon.place} in {took_ms:.0f} ms, version {version}")
-            yield _versions(version)
-            yield from found["checks"]
+            answers = _check("daemon", f"answers at {daemon.place} in {took_ms:.0f} ms, version {version}")
+            checks = [answers, _versions(version), *found["checks"]]
+            # Another user's, as all users' daemon has, is not ours to look into.
+            is_ours = hello.get("uid") == os.getuid() and isinstance(hello.get("state_dir"), str)
+            return checks, hello["state_dir"] if is_ours else rules.state_dir()
     except CkptdError as error:
-        yield _check("daemon", error.message, status="fail", hint=error.hint)
+        return [_check("daemon", error.message, status="fail", hint=error.hint)], rules.state_dir()
 
 
 def _versions(version: str) -> Check:
@@ -116,9 +126,8 @@ def _socket(name: str) -> Check:
     return _check(name, f"no socket at {tried}", status="fail", hint="start a daemon with `ckptd`")
 
 
-def _state(name: str) -> Check:
+def _state(name: str, *, state: str) -> Check:
     """Look at the state directory: ours alone, and on a local file system."""
-    state = rules.state_dir()
     if not os.path.isdir(state):
         return _check(name, f"{state} does not exist yet; the daemon makes it")
     rules.check_private_dir(state)
@@ -148,10 +157,3 @@ def _configuration(name: str) -> Check:
     if loaded.problems:
         return _check(name, "; ".join(loaded.problems), status="warn", hint="`ckpt config show --origin`")
     return _check(name, f"valid: {', '.join(map(str, loaded.files)) or 'defaults only'}")
-
-
-_OWN: dict[str, Callable[[str], Check]] = {
-    "configuration": _configuration,
-    "state directory": _state,
-    "socket": _socket,
-}

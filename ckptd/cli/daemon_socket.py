@@ -11,9 +11,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Self
 
 from ckptd import __version__
+from ckptd.cli import render
 from ckptd.cli.options import asked
 from ckptd.clock import Clock, SystemClock
 from ckptd.errors import BadPath, TimedOut, Unreachable, from_wire
+from ckptd.intake import lastwords
 from ckptd_client import wire
 from ckptd_client.channel import Channel, ChannelLost, dial
 from ckptd_client.places import PlaceError, SocketPlace, check_private_dir, fallback_dir, named_place, socket_places
@@ -21,6 +23,11 @@ from ckptd_client.places import PlaceError, SocketPlace, check_private_dir, fall
 REQUEST_S = 30.0  # what a daemon with busy disks may need for an answer out of its catalog
 POLL_S_MAX = 3600.0  # the kernel counts milliseconds in 31 bits; longer waits take several
 FOREVER_S = 30 * 86400.0  # verify and rebuild read whole disks; Ctrl-C ends them
+GREETING_S = 5.0  # what a daemon may need to start in, where the last one left word that it could not
+_LOOK_S = 0.5  # between two looks for such word
+_HINT_SILENT = (
+    "it is starting, or it hangs: its log says which (`journalctl -u ckptd`, or ckptd.log in its state directory)"
+)
 
 _HELLO = 1
 
@@ -30,9 +37,10 @@ class Daemon:
 
     kind: ClassVar[str] = "daemon"
 
-    def __init__(self, channel: Channel, place: str, clock: Clock) -> None:
+    def __init__(self, channel: Channel, place: SocketPlace, clock: Clock) -> None:
         """Take over a connected channel; the hello goes out with the first request."""
-        self.place = place
+        self.place = place.path
+        self._trusted = place
         self.hello: wire.Message | None = None
         self._channel = channel
         self._clock = clock
@@ -48,6 +56,10 @@ class Daemon:
 
     def __exit__(self, *_: object) -> None:
         """Close the socket."""
+        self.close()
+
+    def close(self) -> None:
+        """Close the socket, for whoever has it in no `with` yet."""
         self._channel.close()
 
     def request(
@@ -63,9 +75,16 @@ class Daemon:
         deadline = self._deadline(within_s)
         self._last_id += 1
         self._send(op, self._last_id, fields or {})
-        if self.hello is None:
-            self.hello = self._reply(_HELLO, "hello", deadline)
+        self._greet(deadline)
         return self._reply(self._last_id, op, deadline)
+
+    def greet(self) -> None:
+        """Wait until the daemon has answered hello: that somebody listens says only that a service manager holds the socket.
+
+        Unreachable with the reason when the last daemon left word of why it ended, and no other comes within GREETING_S.
+        TimedOut as `request`.
+        """
+        self._greet(self._deadline(None))
 
     def pushes(self, *, timeout_s: float | None = None) -> Iterator[wire.Message]:
         """Yield what the daemon pushes until it closes the connection.
@@ -93,6 +112,22 @@ class Daemon:
         message = {"v": wire.VERSION, "id": number, "op": op}
         message |= {name: value for name, value in fields.items() if value is not None}
         self._channel.queue(wire.encode(message))
+
+    def _greet(self, deadline: float) -> None:
+        patience = min(deadline, self._clock.monotonic_s() + GREETING_S)
+        while self.hello is None:
+            look = min(deadline, self._clock.monotonic_s() + _LOOK_S)
+            try:
+                self.hello = self._reply(_HELLO, "hello", look)
+            except TimedOut as silence:
+                words = lastwords.find(self._trusted) if look >= patience else None
+                if words:
+                    again = "another is started by itself, again and again"
+                    again += f"; `kill {words.keeper}` stops that" if words.keeper else ""
+                    raise _ended(f"no daemon answers at {self.place}", words, again) from silence
+                if look >= deadline:
+                    silence.hint = _HINT_SILENT
+                    raise
 
     def _reply(self, number: int, op: str, deadline: float) -> wire.Message:
         passed: list[wire.Message] = []
@@ -141,16 +176,29 @@ def _checked(message: wire.Message) -> wire.Message:
 def connect(*, clock: Clock | None = None) -> Daemon:
     """Connect to the daemon that was named, else to the user's, else to the system's.
 
-    Blocks for at most a second. Unreachable says what was tried; BadPath that a socket's path is
-    too long for the kernel.
+    Blocks for at most a second. Unreachable says what was tried, and what the last daemon ended of where it left
+    word; BadPath that a socket's path is too long for the kernel.
     """
-    tried = []
+    tried, words = [], None
     for place in places():
         try:
-            return Daemon(_dial(place), place.path, clock or SystemClock())
+            return Daemon(_dial(place), place, clock or SystemClock())
         except ChannelLost as error:
             tried.append(str(error))
-    raise Unreachable("no daemon answers: " + "; ".join(tried))
+            words = words or lastwords.find(place)
+    message = "no daemon answers: " + "; ".join(tried)
+    if words is None:
+        raise Unreachable(message)
+    raise _ended(message, words, "then start one with `ckptd`")
+
+
+def _ended(message: str, words: lastwords.LastWords, then: str) -> Unreachable:
+    """Say that nobody answers, and why. Its code stays `unreachable`: what needs no daemon goes on without one."""
+    error = words.error
+    why = "; ".join(error.message.splitlines())
+    hint = f"{error.hint}; {then}" if error.hint else then
+    cause = {"code": error.code, "message": error.message, "hint": error.hint, "at": words.at}
+    return Unreachable(f"{message}; the last one ended {render.age(words.at)}: {why}", hint=hint, cause=cause)
 
 
 def places() -> list[SocketPlace]:

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import stat
 import sys
 from typing import Any
 
@@ -77,10 +78,23 @@ def _spool(offer: dict[str, Any]) -> dict[str, Any]:
 
 
 def _checked(path: str) -> str:
-    """Make a path absolute, links in it untouched. NotFound when nothing is there."""
+    """Make a path absolute, links in it untouched. NotFound when nothing is there, BadPath when it is nothing to keep.
+
+    A link passes: where it leads is for the daemon to say, beneath its roots. The daemon looks at all of it again.
+    """
     absolute = os.path.abspath(os.path.expanduser(path))
-    if not os.path.lexists(absolute):
-        raise NotFound(f"nothing is at {absolute}", hint="the path is looked at from the current directory")
+    try:
+        mode = os.lstat(absolute).st_mode
+    except OSError as error:
+        message = (
+            f"nothing is at {absolute}" if isinstance(error, FileNotFoundError) else f"{absolute}: {error.strerror}"
+        )
+        raise NotFound(message, hint="the path is looked at from the current directory") from error
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode)):
+        raise BadPath(
+            f"{absolute} is neither a file nor a directory",
+            hint="submit what a trainer wrote: a file, or a directory of files",
+        )
     return absolute
 
 

@@ -172,11 +172,12 @@ def _watch(page: Row, interval_s: float, screen: render.Screen) -> None:
     import time
 
     before: Row | None = None
+    away = ""
     sys.stdout.write(_ENTER)
     try:
         while True:
             sized = render.Screen(screen.terminal, screen.colour, *shutil.get_terminal_size((80, 24)))
-            lines = top_lines(page, before, sized)[: sized.lines - 1] if page else ["no daemon answers; looking again"]
+            lines = top_lines(page, before, sized)[: sized.lines - 1] if page else [away, "looking again"]
             sys.stdout.write(_HOME + "".join(f"{line}{_CLEAR_LINE}\n" for line in lines) + _CLEAR_BELOW)
             sys.stdout.flush()
             time.sleep(interval_s)
@@ -184,8 +185,8 @@ def _watch(page: Row, interval_s: float, screen: render.Screen) -> None:
             try:
                 with connect() as daemon:
                     page = _look(daemon)
-            except Unreachable:
-                page = {}
+            except Unreachable as gone:
+                page, away = {}, render.escape(gone.message)
     finally:
         sys.stdout.write(_LEAVE)
         sys.stdout.flush()

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import chain
 from typing import Any
 
@@ -105,7 +106,7 @@ def sessions(clock: Clock) -> Iterator[Daemon]:
 
     Unreachable at once when there is no daemon to begin with, later when it stays away for AWAY_S.
     """
-    daemon = connect()
+    daemon = _answering()
     while True:
         with daemon:
             yield daemon
@@ -113,11 +114,23 @@ def sessions(clock: Clock) -> Iterator[Daemon]:
         while True:
             pause()
             try:
-                daemon = connect()
+                daemon = _answering()
                 break
             except Unreachable:
                 if clock.monotonic_s() - since > AWAY_S:
                     raise
+
+
+def _answering() -> Daemon:
+    """Connect, and see that a daemon speaks there. One that starts is waited for by whatever it is asked next."""
+    daemon = connect()
+    try:
+        with suppress(TimedOut):
+            daemon.greet()
+    except BaseException:
+        daemon.close()
+        raise
+    return daemon
 
 
 def pause() -> None:

@@ -49,14 +49,31 @@ def listening(passed: list[tuple[str, int]], path: Path, mode: str) -> tuple[soc
     Returns it and the other descriptors. AlreadyRunning when somebody serves the name; BadConfig when
     something else has it, or it can't be made.
     """
-    for name, fd in passed:
-        if name == SOCKET_NAME or (len(passed) == 1 and stat.S_ISSOCK(os.fstat(fd).st_mode)):
-            return socket.socket(fileno=fd), [other for other in passed if other[1] != fd]
+    fd = _door(passed)
+    if fd is not None:
+        return socket.socket(fileno=fd), [other for other in passed if other[1] != fd]
     try:
         places.check_socket_dir(str(path))
     except places.PlaceError as error:
         raise BadConfig(str(error)) from error
     return _bound(path, _UMASK[mode]), passed
+
+
+def address(passed: list[tuple[str, int]]) -> str | None:
+    """Return the path of the listening socket among the passed descriptors, None when nobody passed one that has a path."""
+    fd = _door(passed)
+    if fd is None:
+        return None
+    with socket.socket(fileno=os.dup(fd)) as door:
+        name = door.getsockname()
+    return name if isinstance(name, str) and name.startswith("/") else None
+
+
+def _door(passed: list[tuple[str, int]]) -> int | None:
+    for name, fd in passed:
+        if stat.S_ISSOCK(os.fstat(fd).st_mode) and (name == SOCKET_NAME or len(passed) == 1):
+            return fd
+    return None
 
 
 def web_doors(settings: Settings) -> list[Door]:

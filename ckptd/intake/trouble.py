@@ -38,7 +38,7 @@ CHECKS = {
     "configuration": "the files that the daemon would read",
     "state directory": "where catalog and spool lie",
     "socket": "the door that clients try, and the directory that it lies in",
-    "daemon": "whether one answers, and how fast",
+    "daemon": "whether one answers, and how fast; else why the last one ended",
     "versions": "whether `ckpt` and the daemon are of one version",
     "catalog": "whether it can be written and read, and how fast",
     "reserve": "the space that is kept for a full disk",

@@ -11,6 +11,7 @@ to the next one.
 """
 
 import argparse
+import contextlib
 import fcntl
 import os
 import sys
@@ -21,6 +22,7 @@ from pathlib import Path
 from ckptd import __version__
 from ckptd.clock import SystemClock
 from ckptd.errors import AlreadyRunning, BadConfig, CkptdError
+from ckptd.intake import lastwords
 from ckptd.origins.files import places
 from ckptd.supervisor import detach, listen
 from ckptd.supervisor.mailbox import Mailbox
@@ -67,7 +69,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return supervise(flags, command, voice)
     except CkptdError as error:
         voice.refuse(error)
+        _leave_word(flags, error)
         return error.exit_code
+
+
+def _leave_word(flags: Flags, error: CkptdError) -> None:
+    """Say it beside the socket too, unless somebody serves there: who was started by a trainer's client has no reader."""
+    with contextlib.suppress(CkptdError, user_places.PlaceError):
+        socket = flags.socket or Path(user_places.socket_path())
+        if not listen.answers(socket):
+            lastwords.leave(str(socket), error)
 
 
 def supervise(flags: Flags, command: tuple[str, ...], voice: Voice, timing: Timing | None = None) -> int:
@@ -87,9 +98,10 @@ def supervise(flags: Flags, command: tuple[str, ...], voice: Voice, timing: Timi
     # lock and the socket belong to the open descriptions, so the child keeps both when we exit.
     lock = _lock(where.state_dir)
     listener = listen.bind(where.socket, mode=SYSTEM_SOCKET_MODE if where.mode == "system" else 0o600)
+    lastwords.clear(str(where.socket))  # of a time before us; what is said from here on is about this start
     background = detach.Foreground()
     if flags.detach:
-        forked = detach.fork(Path(user_places.log_path(str(where.state_dir))))
+        forked = detach.fork(Path(user_places.log_path(str(where.state_dir))), str(where.socket))
         if isinstance(forked, int):
             return forked
         background = forked

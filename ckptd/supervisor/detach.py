@@ -5,9 +5,16 @@ import os
 import select
 import sys
 from pathlib import Path
+from typing import NamedTuple
+
+from ckptd.clock import SystemClock
+from ckptd.intake import lastwords
+from ckptd_client import places
 
 LOG_BYTES_MAX = 16 << 20  # of the log file, and as much again in the one before it
 READY_WAIT_S = 60.0
+REFUSALS_MAX = 3  # starts that ended with an error: one may have met its predecessor, so many will go on so
+_LOOK_S = 0.5
 _TIMED_OUT = 6  # errors.TimedOut.exit_code
 
 
@@ -57,12 +64,14 @@ class Background(Foreground):
         os.ftruncate(1, 0)
 
 
-def fork(log: Path) -> Background | int:
+def fork(log: Path, socket: str) -> Background | int:
     """Fork. The child gets a session of its own, `log` as stdout and stderr, and returns a Background.
 
+    socket  where the daemon will be reached: beside it lies why it could not start
+
     The parent waits until `Background.ready()` is called there, at most READY_WAIT_S, and returns its
-    exit status: 0 when ready, the child's own when it ended before, 6 when it takes longer (the
-    child goes on trying).
+    exit status: 0 when ready, the child's own when it ended before, 6 when it takes longer, and after
+    REFUSALS_MAX starts that failed that of their error (in both cases the child goes on trying).
     """
     hears, says = os.pipe2(os.O_CLOEXEC)
     sys.stdout.flush()
@@ -70,7 +79,7 @@ def fork(log: Path) -> Background | int:
     pid = os.fork()
     if pid:
         os.close(says)
-        return _wait(pid, hears, log)
+        return _wait(pid, hears, _Place(log, places.named_place(socket)))
     os.close(hears)
     os.setsid()
     os.chdir("/")
@@ -83,15 +92,36 @@ def fork(log: Path) -> Background | int:
     return Background(log, says)
 
 
-def _wait(pid: int, hears: int, log: Path) -> int:
-    poll = select.poll()
+class _Place(NamedTuple):
+    """Where a person reads on: the log, and the words beside the socket."""
+
+    log: Path
+    socket: places.SocketPlace
+
+    def tell(self, what: str, words: lastwords.LastWords | None) -> None:
+        """Say `what`, and why where a daemon left word of it."""
+        why = f": {words.error.message}\n  {words.error.hint}\n " if words else ";"
+        sys.stderr.write(f"ckptd: {what}{why} see {self.log}\n")
+
+
+def _wait(pid: int, hears: int, place: _Place) -> int:
+    clock, poll = SystemClock(), select.poll()
     poll.register(hears, select.POLLIN)
-    if not poll.poll(int(READY_WAIT_S * 1000)):
-        sys.stderr.write(f"ckptd: not ready after {READY_WAIT_S:g} s and still trying; see {log}\n")
-        return _TIMED_OUT
+    deadline_s = clock.monotonic_s() + READY_WAIT_S
+    refusals: set[str] = set()
+    while not poll.poll(int(_LOOK_S * 1000)):
+        words = lastwords.find(place.socket)
+        if words:
+            refusals.add(words.at)
+        if words and len(refusals) >= REFUSALS_MAX:
+            place.tell("can't start, and goes on trying", words)
+            return words.error.exit_code
+        if clock.monotonic_s() > deadline_s:
+            place.tell(f"not ready after {READY_WAIT_S:g} s and still trying", words)
+            return _TIMED_OUT
     if os.read(hears, 16):
         return 0
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     if code:
-        sys.stderr.write(f"ckptd: ended before it was ready; see {log}\n")
+        place.tell("ended before it was ready", lastwords.find(place.socket))
     return 128 - code if code < 0 else code

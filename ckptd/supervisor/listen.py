@@ -46,7 +46,7 @@ def bind(path: Path, *, mode: int = 0o600) -> socket.socket:
 def remove(path: Path, listener: socket.socket) -> None:
     """Close the socket and remove its path, unless another process has put its own there."""
     listener.close()
-    if path.is_socket() and not _answers(path):
+    if path.is_socket() and not answers(path):
         path.unlink(missing_ok=True)
 
 
@@ -59,12 +59,12 @@ def _clear(path: Path) -> None:
         raise BadPath(f"{path} is a symlink; refusing to listen behind it", path=str(path))
     if not stat.S_ISSOCK(found.st_mode):
         raise BadPath(f"{path} exists and is no socket; move it away", path=str(path))
-    if _answers(path):
+    if answers(path):
         raise AlreadyRunning(f"a daemon already answers at {path}", path=str(path))
     path.unlink(missing_ok=True)
 
 
-def _answers(path: Path) -> bool:
+def answers(path: Path) -> bool:
     """Say whether somebody listens; one whose queue is full does, and so does one who keeps us waiting."""
     with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as probe:
         probe.settimeout(PROBE_S)

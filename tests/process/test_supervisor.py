@@ -18,6 +18,8 @@ import pytest
 
 from ckptd import supervisor
 from ckptd.clock import SystemClock
+from ckptd.errors import BadConfig
+from ckptd.intake import lastwords
 from ckptd.supervisor import fdstore
 from ckptd.supervisor.mailbox import Message
 from ckptd.supervisor.unit import Plan, Unit
@@ -426,9 +428,11 @@ def test_detach_returns_when_the_daemon_is_ready_and_leaves_it_running(house):
 
 def test_detach_tells_when_the_daemon_could_not_start(house):
     house.environ["STAND_IN_EXIT"] = "78"
+    lastwords.leave(str(house.socket), BadConfig("of long ago"))
     code, said = end(house.start("--detach"))
     assert code == 78
     assert "ckptd.log" in said
+    assert "of long ago" not in said
 
 
 def test_the_configuration_file_may_name_the_places(house):

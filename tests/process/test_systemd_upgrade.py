@@ -1,5 +1,6 @@
 """A new version takes over from an old one: arenas, socket and catalog; trainers notice nothing. M038, F23, F28"""
 
+import json
 import os
 import random
 import signal
@@ -112,12 +113,14 @@ def test_a_downgrade_is_refused_with_advice_and_nothing_is_lost_meanwhile(servic
     assert said["code"] == "catalog_fault"
     assert NEXT in said["message"]
     assert "upgrade ckptd" in said["hint"]
+    assert json.loads((service.dir / "sock.error").read_bytes())["error"]["message"] == said["message"]
     answer = trainer.save(seed=2, step=2)
     assert answer["error"] is None
     saves[answer["id"]] = 2
     assert trainer.flush()["safe"]
     service.manager.unit = new
     service.manager.wait("active")
+    assert not (service.dir / "sock.error").exists()
     for checkpoint in saves:
         service.wait_level(checkpoint)
     assert {row["checkpoint"]: row["step"] for row in service.rows("upgrade", "run")} == saves

@@ -1,6 +1,9 @@
 """pin, unpin, rm, retention, submit: what changes something, and what keeps it from doing so by mistake."""
 
 import io
+import os
+import socket
+from pathlib import Path
 
 import pytest
 
@@ -215,6 +218,23 @@ def test_submit_does_not_follow_a_link_that_the_person_named(run, daemon, tmp_pa
     (tmp_path / "last.ckpt").symlink_to(tmp_path / "gone")
     run("submit", str(tmp_path / "last.ckpt"))
     assert daemon.asked("submit")[0]["path"] == str(tmp_path / "last.ckpt")
+
+
+@pytest.mark.parametrize("kind", ["device", "pipe", "socket"])
+def test_submit_of_what_is_neither_file_nor_directory_is_refused_at_once(run, daemon, short_dir, kind):
+    """The daemon would refuse it later, where nobody looks; it is not opened here either."""
+    path = short_dir / kind
+    if kind == "device":
+        path = Path("/dev/zero")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(str(path))
+    ran = run("submit", str(path))
+    assert ran.code == 2
+    assert f"{path} is neither a file nor a directory [bad_path]" in ran.err
+    assert daemon.asked("submit") == []
 
 
 def test_submit_of_nothing_is_exit_code_3(run, daemon, tmp_path):

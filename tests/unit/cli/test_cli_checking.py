@@ -1,11 +1,12 @@
 """doctor and config. M162, M165"""
 
+import os
 import socket
 import tomllib
 
 import pytest
 
-from tests.support.canned_daemon import SILENCE
+from tests.support.canned_daemon import HANG_UP, HELLO, SILENCE
 
 
 def _checks(ran):
@@ -60,10 +61,22 @@ def test_doctor_finds_a_broken_configuration(run, daemon, short_dir):
     assert "nonsense" in _checks(ran)["configuration"]["detail"]
 
 
-def test_doctor_finds_a_state_directory_that_others_may_write(run, daemon, short_dir):
-    (short_dir / "state").mkdir()
-    (short_dir / "state").chmod(0o777)
-    assert _checks(run("doctor", "--json"))["state directory"]["status"] == "fail"
+@pytest.mark.parametrize("answers", [True, False])
+def test_doctor_finds_a_state_directory_that_others_may_write(run, daemon, short_dir, answers):
+    """That of the daemon that answers; without one, that which the next one would have."""
+    state = short_dir / ("elsewhere" if answers else "state")
+    state.mkdir()
+    state.chmod(0o777)
+    daemon.replies["hello"] = {**HELLO, "uid": os.getuid(), "state_dir": str(state)} if answers else HANG_UP
+    check = _checks(run("doctor", "--json"))["state directory"]
+    assert check["status"] == "fail"
+    assert str(state) in check["detail"]
+
+
+def test_doctor_does_not_look_into_another_users_state_directory(run, daemon, short_dir):
+    """All users' daemon has its own; what is here is where this user's spool lies."""
+    daemon.replies["hello"] = {**HELLO, "uid": os.getuid() + 1, "state_dir": "/root"}
+    assert str(short_dir / "state") in _checks(run("doctor", "--json"))["state directory"]["detail"]
 
 
 def test_doctor_finds_a_file_where_the_socket_should_be(run, short_dir):
