@@ -197,8 +197,9 @@ def _copy_leaves(plan: Plan, flat: FlatState, arena: MappedArena) -> None:
     array = getattr(sys.modules.get("numpy"), "ndarray", ())
     large: List[Tuple[int, int, int]] = []
     for leaf, address, target, (_, size) in zip(flat.leaves, flat.addresses, arena.targets(plan), plan.places):  # noqa: B905  # strict= came with Python 3.10
-        # the pointer is asked for again: a tensor may have been given other memory since the walk
-        if not address or (type(leaf) is not array and leaf.data_ptr() != address):
+        # Asked for again: a tensor may have been given other memory since the walk. What it had is free then, and may be
+        # what it was given: of another size, it would be read beyond its end, or not to it.
+        if not address or (type(leaf) is not array and (leaf.data_ptr() != address or leaf.nbytes != size)):
             if size:
                 _gather(torch, leaf, arena.buffer[target - arena.address :][:size])
         elif size < GIL_BYTES_MIN:

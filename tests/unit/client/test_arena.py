@@ -163,6 +163,20 @@ def test_a_tensor_that_got_other_memory_after_the_walk_is_copied_from_there() ->
         copy_state(plan, flat, arena)
 
 
+@pytest.mark.parametrize("count", [4, 11])
+def test_a_tensor_that_got_less_or_more_of_the_very_same_memory_is_no_longer_what_was_walked(count: int) -> None:
+    """What it had is free when it is given other memory, so that this may well begin where that did."""
+    room = torch.arange(16.0)
+    parameter = torch.nn.Parameter(room[:10])
+    flat = flatten({"p": parameter})
+    plan = build_plan(flat)
+    arena = MappedArena.anonymous(plan.arena_bytes)
+    parameter.data = room[:count]
+    assert parameter.data_ptr() == flat.addresses[0]
+    with pytest.raises(ValueError, match="shape"):
+        copy_state(plan, flat, arena)
+
+
 def test_plain_values_are_those_of_the_walk() -> None:
     state = {"w": torch.rand(3), "log": [1, 2], "step": 1}
     flat = flatten(state)
