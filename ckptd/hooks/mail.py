@@ -42,6 +42,8 @@ class Mailing:
         except ssl.SSLCertVerificationError as error:
             raise Refused(f"the server's certificate is not valid: {error.verify_message}") from error
         except smtplib.SMTPException as error:
+            if isinstance(error.__context__, TimeoutError):  # smtplib calls it a connection that was closed
+                raise TimedOut(f"no answer within {self._spec.timeout_s:g} s") from error
             raise _judge(error) from error
         except OSError as error:
             raise Busy(f"no answer: {type(error).__name__}: {error}") from error

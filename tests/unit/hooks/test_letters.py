@@ -13,7 +13,9 @@ import anyio
 import pytest
 
 from ckptd.clock import SystemClock
+from ckptd.errors import TimedOut
 from ckptd.hooks import letter
+from ckptd.hooks.mail import Mailing
 from ckptd.hooks.result import Outcome, Run
 from ckptd.hooks.spec import Kind, Spec
 from tests.unit.hooks.conftest import SAVED, context
@@ -293,6 +295,12 @@ async def test_a_mail_server_that_hangs_or_drips_is_left_in_time(serve):
         run = await send(mail(serve(script).port, timeout_s=0.3, retries_max=0))
         assert run.outcome is Outcome.TIMEOUT
         assert time.monotonic() - began_s < BOUND_S
+
+
+def test_a_mail_server_that_is_silent_for_too_long_is_late_and_not_gone(serve):
+    """The mail library tells of its own limit as of a lost connection; whoever looks first must not decide what it was."""
+    with pytest.raises(TimedOut, match=r"no answer within 0\.3 s"):
+        Mailing(mail(serve(hang).port, timeout_s=0.3), context()).run()
 
 
 async def test_a_mail_that_must_be_encrypted_is_not_sent_in_the_clear(serve):
