@@ -195,7 +195,8 @@ def connect(*, clock: Clock | None = None) -> Daemon:
 def _ended(message: str, words: lastwords.LastWords, then: str) -> Unreachable:
     """Say that nobody answers, and why. Its code stays `unreachable`: what needs no daemon goes on without one."""
     error = words.error
-    why = "; ".join(error.message.splitlines())
+    first, *more = [line.strip() for line in error.message.splitlines()] or [""]
+    why = " ".join(filter(None, (first, "; ".join(more))))
     hint = f"{error.hint}; {then}" if error.hint else then
     cause = {"code": error.code, "message": error.message, "hint": error.hint, "at": words.at}
     return Unreachable(f"{message}; the last one ended {render.age(words.at)}: {why}", hint=hint, cause=cause)

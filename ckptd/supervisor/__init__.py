@@ -17,11 +17,12 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from ckptd import __version__
 from ckptd.clock import SystemClock
-from ckptd.errors import AlreadyRunning, BadConfig, CkptdError
+from ckptd.errors import AlreadyRunning, BadConfig, CkptdError, Operator
 from ckptd.intake import lastwords
 from ckptd.origins.files import places
 from ckptd.supervisor import detach, listen
@@ -33,6 +34,7 @@ from ckptd_client import places as user_places
 
 DAEMON = (sys.executable, "-P", "-m", "ckptd.daemon")
 LOCK = "supervisor.lock"
+SIGNALLED = 128  # an exit status above it is that, plus the signal's number
 SYSTEM_SOCKET_MODE = 0o666  # a system daemon's door is open to all; it looks at each peer's uid
 
 
@@ -81,6 +83,15 @@ def _leave_word(flags: Flags, error: CkptdError) -> None:
             lastwords.leave(str(socket), error)
 
 
+def _speak_for(socket: str, code: int) -> None:
+    """Say beside the socket that daemons end before they serve, where they die too early to say why themselves."""
+    words = lastwords.find(user_places.named_place(socket))
+    if words is None or words.error.code == Operator.code:  # nothing was said, or by us of the one before
+        how = f"signal {code - 128}" if code > SIGNALLED else f"status {code}"
+        hint = "its log says more; an upgrade that was cut short, or a lack of memory, ends it like this"
+        lastwords.leave(socket, Operator(f"the daemon ended with {how} before it served", hint=hint))
+
+
 def supervise(flags: Flags, command: tuple[str, ...], voice: Voice, timing: Timing | None = None) -> int:
     """Be the service manager of `command` until it is gone for good; return its exit status.
 
@@ -115,6 +126,7 @@ def supervise(flags: Flags, command: tuple[str, ...], voice: Voice, timing: Timi
         timing=timing or Timing(),
         on_ready=background.ready,
         on_beat=background.trim,
+        on_stillborn=partial(_speak_for, str(where.socket)),
         rescue=Rescue(where.state_dir, voice.say).run,
     )
     try:

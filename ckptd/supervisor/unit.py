@@ -61,6 +61,8 @@ class Timing:
 class Plan:
     """What to run and how. `on_ready` and `on_beat` are called for each READY=1 and each sign of life.
 
+    `on_stillborn` is called with the exit status of a daemon that ended before it was ready, and will be followed by another.
+
     `rescue` brings what the store holds to safety before this process ends, and returns how many saves it could not.
     """
 
@@ -70,6 +72,7 @@ class Plan:
     timing: Timing = field(default_factory=Timing)
     on_ready: Callable[[], None] = lambda: None
     on_beat: Callable[[], None] = lambda: None
+    on_stillborn: Callable[[int], None] = lambda _: None
     rescue: Callable[[FdStore], int] = lambda _: 0
 
 
@@ -268,6 +271,8 @@ class Unit:
             self._plan.say("info", "supervisor.daemon_ended", pid=pid, code=code)
             return
         timing = self._plan.timing
+        if self._phase is not Phase.RUNNING:
+            self._plan.on_stillborn(code)
         if ran_s >= timing.good_run_s:
             self._pause_s = timing.restart_s
         self._plan.say("error", "supervisor.daemon_died", pid=pid, code=code, restart_in_s=self._pause_s)

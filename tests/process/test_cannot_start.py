@@ -83,6 +83,21 @@ def test_a_configuration_that_no_daemon_takes_is_named_when_everything_has_ended
     assert not (node.dir / "sock.error").exists()
 
 
+def test_a_daemon_that_dies_before_it_can_say_why_is_named_all_the_same(node: Node) -> None:
+    """An upgrade that was cut short: nothing of it can be loaded. Its supervisor speaks for it, and for what killed it."""
+    broken = node.dir / "broken"
+    broken.mkdir()
+    (broken / "sitecustomize.py").write_text(
+        "import os\nif 'ckptd.daemon' in os.sys.orig_argv: os.kill(os.getpid(), 9)\n"
+    )
+    node.prefix = ("env", f"PYTHONPATH={broken}")
+    node.start(ready=False)
+    eventually((node.dir / "sock.error").exists, "the reason")
+    ended, told = said(node, ("status",))["status",]
+    assert ended == 5
+    assert "the daemon ended with signal 9 before it served" in told
+
+
 def test_a_command_that_refuses_to_supervise_leaves_word_where_nobody_serves_and_nowhere_else(node: Node) -> None:
     """A trainer's client that starts a missing daemon reads nothing of what it says."""
     node.configure("this is no TOML")

@@ -12,7 +12,7 @@ from ckptd.errors import BadConfig, CatalogFault
 from ckptd.intake import lastwords
 from tests.support.canned_daemon import HANG_UP, HELLO, CannedDaemon
 
-DAMAGED = CatalogFault("the catalog is\ndamaged", hint="move it aside")
+DAMAGED = CatalogFault("the catalog is:\n  damaged\n  and old", hint="move it aside")
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ def test_doctor_names_what_keeps_the_daemon_from_starting_and_what_to_do(run, do
     (check,) = [check for check in ran.json["checks"] if check["name"] == "daemon"]
     assert check["status"] == "fail"
     assert check["detail"].startswith(f"no daemon answers at {door}; the last one ended ")
-    assert check["detail"].endswith("the catalog is; damaged")
+    assert check["detail"].endswith("the catalog is: damaged; and old")
     assert check["hint"] == "move it aside; another is started by itself, again and again"
 
 
@@ -48,7 +48,7 @@ def test_every_command_says_it_and_ends_as_without_a_daemon(run, door, words):
     lastwords.leave(door, DAMAGED)
     ran = run(*words)
     assert ran.code == 5
-    assert "the catalog is; damaged [unreachable]" in ran.err
+    assert "the catalog is: damaged; and old [unreachable]" in ran.err
     assert "hint: move it aside" in ran.err
 
 
@@ -57,14 +57,14 @@ def test_a_probe_has_it_in_its_one_line(run, door):
     ran = run("status", "--probe")
     assert ran.code == 1
     assert len(ran.out.splitlines()) == 1
-    assert "the catalog is; damaged" in ran.out
+    assert "the catalog is: damaged; and old" in ran.out
 
 
 def test_a_program_gets_the_daemons_own_error_as_the_cause(run, door):
     lastwords.leave(door, DAMAGED)
     ran = run("status", "--json")
     assert '"code": "unreachable"' in ran.err
-    assert '"cause": {"code": "catalog_fault", "message": "the catalog is\\ndamaged"' in ran.err
+    assert '"cause": {"code": "catalog_fault", "message": "the catalog is:\\n  damaged\\n  and old"' in ran.err
 
 
 def test_what_needs_no_daemon_goes_on_without_one(run, door, short_dir):
@@ -115,7 +115,7 @@ def test_whoever_follows_a_daemon_that_can_not_start_again_is_told_when_it_stays
     with first:
         ran = run(*words)
     assert ran.code == 5
-    assert "the catalog is; damaged [unreachable]" in ran.err
+    assert "the catalog is: damaged; and old [unreachable]" in ran.err
     assert 1 < len(dialled) < 10, "each connection counted as a daemon that is back"
 
 
