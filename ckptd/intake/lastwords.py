@@ -10,7 +10,7 @@ So the reason lies beside the socket, from the daemon's end until the next one s
 
 A hint and no promise: written without an fsync, in one write to a new file, and what can't be read whole is as if it
 were not there. Only the owner reads it, as only he reads the log: a message may quote a configuration.
-Nothing here imports more than the standard library: the command line and the supervisor start with it.
+Nothing here needs more than the standard library: the command line and the supervisor start with it.
 """
 
 import contextlib
@@ -60,11 +60,16 @@ def left(socket: str | None) -> Iterator[None]:
         raise
 
 
-def leave(socket: str, error: CkptdError) -> None:
-    """Write the words of the daemon at `socket`. Where no place takes them the log alone has them. Blocks for two small files."""
+def leave(socket: str, error: CkptdError, *, keeper: int | None = None) -> None:
+    """Write the words of the daemon at `socket`. Where no place takes them the log alone has them. Blocks for two small files.
+
+    keeper  the process that tries again; None: the caller's parent, 0: nobody does
+    """
     told = {"code": error.code, "message": error.message[:TEXT_CHARS_MAX], "hint": error.hint[:TEXT_CHARS_MAX]}
     at = SystemClock().now().isoformat()
-    raw = wire.encode({"v": 1, "at": at, "socket": socket, "keeper": os.getppid(), "error": told})
+    raw = wire.encode(
+        {"v": 1, "at": at, "socket": socket, "keeper": os.getppid() if keeper is None else keeper, "error": told}
+    )
     for path in _candidates(socket):
         with contextlib.suppress(OSError):  # read-only, full, or another user's: the next place
             _write(path, raw)
@@ -181,4 +186,4 @@ def _is_for(found: wire.Message, path: str, socket: str) -> bool:
     if path == socket + _SUFFIX:
         return True  # whatever path leads there: a container may see the directory under another one
     said = found.get("socket")
-    return isinstance(said, str) and os.path.realpath(said) == os.path.realpath(socket)
+    return isinstance(said, str) and "\0" not in said and os.path.realpath(said) == os.path.realpath(socket)

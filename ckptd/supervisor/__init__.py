@@ -80,7 +80,7 @@ def _leave_word(flags: Flags, error: CkptdError) -> None:
     with contextlib.suppress(CkptdError, user_places.PlaceError):
         socket = flags.socket or Path(user_places.socket_path())
         if not listen.answers(socket):
-            lastwords.leave(str(socket), error)
+            lastwords.leave(str(socket), error, keeper=0)
 
 
 def _speak_for(socket: str, code: int) -> None:
@@ -89,7 +89,9 @@ def _speak_for(socket: str, code: int) -> None:
     if words is None or words.error.code == Operator.code:  # nothing was said, or by us of the one before
         how = f"signal {code - 128}" if code > SIGNALLED else f"status {code}"
         hint = "its log says more; an upgrade that was cut short, or a lack of memory, ends it like this"
-        lastwords.leave(socket, Operator(f"the daemon ended with {how} before it served", hint=hint))
+        lastwords.leave(
+            socket, Operator(f"the daemon ended with {how} before it served", hint=hint), keeper=os.getpid()
+        )
 
 
 def supervise(flags: Flags, command: tuple[str, ...], voice: Voice, timing: Timing | None = None) -> int:

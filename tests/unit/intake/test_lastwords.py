@@ -200,6 +200,27 @@ def test_the_keeper_is_named_only_while_that_number_is_a_ckptds(socket: str, bes
         keeper.communicate(b"\n")
 
 
+def test_a_supervisor_that_speaks_for_a_daemon_names_itself_and_one_that_has_ended_nobody(
+    socket: str, beside: Path
+) -> None:
+    """Its parent may be the first process of a container: to end that is not what anybody meant."""
+    for keeper in (os.getpid(), 0):
+        lastwords.leave(socket, ERROR, keeper=keeper)
+        assert json.loads(beside.read_bytes())["keeper"] == keeper
+    words = found(socket)
+    assert words is not None
+    assert words.keeper is None
+
+
+def test_words_at_home_about_a_path_that_can_be_none_are_about_no_socket(
+    socket: str, beside: Path, at_home: Path
+) -> None:
+    beside.parent.rmdir()
+    lastwords.leave(socket, ERROR)
+    at_home.write_text(json.dumps({**json.loads(at_home.read_bytes()), "socket": "a\0b"}))
+    assert found(socket) is None
+
+
 def test_whatever_ends_a_daemon_leaves_word_and_goes_on_its_way(socket: str) -> None:
     with pytest.raises(CatalogFault), lastwords.left(socket):
         raise ERROR
